@@ -26,7 +26,7 @@ if importlib.util.find_spec("transformers") and importlib.metadata.version("tran
     MAY_DECLINE["longcat_flash"] = (
         "in 4 its identity experts are modules of the loop, so what it adds depends on the data"
     )
-ATTENTION_MIXTURES = {"jetmoe": 4}
+ATTENTION_MIXTURES = {"jetmoe": 2}
 """Routed projections of attentions: no feed-forward, so at most a declined entry each."""
 
 

@@ -12,6 +12,7 @@ from moeopt.obstacles import Obstacle, Rank, Stage, decisive, distinct
 from moeopt.pipeline import block as pipeline_block
 from moeopt.report import Report
 from tests.toy_moe import Block, E, H, X, build
+from tests.zoo import CASES
 
 PROBE = Obstacle("no probe reached expert 3", rank=Rank.PROBE, stage=Stage.EXPERTS)
 LATE = Obstacle("no tensor holds the ids", rank=Rank.READING, stage=Stage.ROUTING)
@@ -170,3 +171,9 @@ def test_weights_that_a_hook_computes_name_the_function_that_removes_it():
         nn.utils.spectral_norm(expert.w1)
     (block,) = [b for b in moeopt.explain(model, X).blocks if b.kind == "moe"]
     assert "(SpectralNorm on experts.0.w1)" in block.reason and "torch.nn.utils.remove_spectral_norm" in block.reason
+
+
+def test_gates_over_several_numbers_of_experts_are_no_experts_of_several_sizes():
+    case = CASES["gates_of_tasks_in_levels"]
+    for block in moeopt.explain(case.build(), case.inputs()[0]).blocks:
+        assert not any("different shapes" in o.reason for o in block.obstacles), block.obstacles

@@ -25,7 +25,8 @@ class BlockCandidate:
     ``alone`` has each FFN candidate of an MoE block that is a dense FFN where it turns out to be no expert: a shared
     expert of the experts' own size. ``own`` is how many of the levels are the block's own: up to the innermost in
     which something is chosen; ``apart`` how many hold no other block. ``reason`` is why nothing of it can be rewritten,
-    where that is known already; ``steered`` whether its Python depends on the values of tensors.
+    where that is known already; ``steered`` whether its Python depends on the values of tensors; ``mixture`` the path
+    of the module whose only choice sends rows to single products at several places.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class BlockCandidate:
     apart: int = 0
     reason: str = ""
     steered: bool = False
+    mixture: str | None = None
 
     def own_levels(self) -> list[str]:
         """Paths of the levels that are the block's own, innermost first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import fx, nn
@@ -33,6 +33,9 @@ _ROUTES = (
     "_softmax",
     "softmax",
 )
+
+
+_CHOICES = ("topk", "argmax", "argmin", "kthvalue", "multinomial")
 
 
 _SHAPED_BY_VALUES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "_local_scalar_dense")
@@ -102,21 +105,33 @@ class Finder:
 
     def _mark_own_levels(self, places: list[BlockCandidate]) -> None:
         """Up to the innermost call that holds a router: a choice, or a softmax; all where none does. A call that holds
-        other experts too is no part of the block."""
-        starts = sorted(p.call.first for p in places if p.kind == "moe")
-        reading = Counter(w for p in places if p.kind == "moe" for w in p.weights)
-        chosen = [n.meta["index"] for n in self.tape.nodes if op_name(n) in _ROUTES]
+        other experts too is no part of the block, but for those that its only choice sends the rows to as well: the
+        projections into and out of an attention are one mixture's."""
+        mixtures = [p for p in places if p.kind == "moe"]
+        starts = sorted(p.call.first for p in mixtures)
+        reading = Counter(w for p in mixtures for w in p.weights)
+        chosen, choices = self._places_of(_ROUTES), self._places_of(_CHOICES)
         for place in places:
-            holds = (bisect(chosen, c.last - 1) > bisect(chosen, c.first - 1) for c in place.levels)
+            holds = (_within(chosen, c) for c in place.levels)
             place.own = next((i + 1 for i, found in enumerate(holds) if found), len(place.levels))
+        served = Counter(p.levels[p.own - 1].index for p in mixtures)
+        for place in places:
             same = max((reading[w] for w in place.weights), default=1)  # the block itself, and where it stands twice
-            wide = (bisect(starts, c.last - 1) - bisect(starts, c.first - 1) > same for c in place.levels)
+            home = place.levels[place.own - 1]
+            if _within(choices, home) == 1:
+                same = max(same, served[home.index])
+                place.mixture = home.path if served[home.index] > 1 and not place.candidates else None
+            wide = (_within(starts, c) > same for c in place.levels)
             place.apart = max(1, next((i for i, found in enumerate(wide) if found), len(place.levels)))
             place.own = min(place.own, place.apart)
             whole = place.levels[place.own - 1]
             inside = self.tape.nodes[whole.first : whole.last]
             reads = (whole.index in self.tape.stack(r.call) for r in self.tape.reads)
             place.steered = any(op_name(n) in _SHAPED_BY_VALUES for n in inside) or any(reads)
+
+    def _places_of(self, ops: Collection[str]) -> list[int]:
+        """Indices of the nodes that call one of ``ops``."""
+        return [n.meta["index"] for n in self.tape.nodes if op_name(n) in ops]
 
     def _picked(self, free: Iterable[FFNCandidate]) -> list[list[FFNCandidate]]:
         """Chains that read rows picked by an index, and whose Parameters are named alike but for a number:
@@ -246,3 +261,8 @@ class Finder:
         gated = len(candidate.ins) == 2 or inner.m == 2 * outer.k
         shared = not blocks.isdisjoint(self.tape.stack(self.home[candidate]))
         return gated or shared or outer.k >= inner.k
+
+
+def _within(indices: list[int], call: Call) -> int:
+    """How many of the sorted ``indices`` of nodes lie in ``call``."""
+    return bisect(indices, call.last - 1) - bisect(indices, call.first - 1)

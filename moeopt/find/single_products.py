@@ -4,10 +4,10 @@
     rows      y[rows] += x[rows] W_e       one product for each expert, on rows that an index picked
     numbers   y[b] = experts[int(ids[b])]  one of a list or a stack for each sample, named by a number that was chosen
     sums      y = x (sum of g_e W_e)       the matrices are weighed, and no expert runs by itself
-    gates     y = sum(gate_e * f_e(x))     all run, and a top-k leaves some of them a weight
+    gates     y = sum(gate_e * f_e(x))     all run, and a gate weighs them (``find.gated_products``)
 
 Projections of an attention are experts so (SwitchHead), and kernels of a convolution. What every token passes is no
-mixture: something must choose.
+mixture: something must choose, or weigh.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import fx
 from moeopt.capture.op_kinds import is_matmul, moves_rows, op_name, picks_rows
 from moeopt.capture.replay import ancestors
 from moeopt.find.block_candidates import BlockCandidate, identity_of
+from moeopt.find.gated_products import gated_products
 from moeopt.find.light_sites import leaf_of
 from moeopt.find.module_lists import alike_lists
 from moeopt.find.unread_blocks import UnreadBlocks, calls_of_blocks, weights_of
@@ -32,7 +33,7 @@ _CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "multin
 def single_products(unread: UnreadBlocks, places: list[BlockCandidate]) -> list[BlockCandidate]:
     """The mixtures of single products in the run of ``unread``, outside the calls of ``places``."""
     found: list[BlockCandidate] = []
-    for search in (_picked_weights, _picked_rows, _named_by_python, _summed_weights):
+    for search in (_picked_weights, _picked_rows, _named_by_python, _summed_weights, gated_products):
         taken = calls_of_blocks([*places, *found])
         known = {weight for p in (*places, *found) for weight in p.weights}
         found += [p for p in search(unread) if p.call.index not in taken and known.isdisjoint(p.weights)]

@@ -23,7 +23,7 @@ from moeopt.lower.layer_calls import replaced_forward
 from moeopt.lower.plain import free_sizes, plain_call
 from moeopt.lower.second_call import differs_at_second_call
 from moeopt.lower.settled_reads import settled_reads
-from moeopt.lower.specialization_guards import collect_specialization_guards
+from moeopt.lower.specialization_guards import collect_specialization_guards, keeps_ones
 from moeopt.lower.stamps import Stamps
 from moeopt.lower.written_state import refuse_read_state, written_by
 from moeopt.patches import idle_moves, no_export_dump, one_trace
@@ -125,7 +125,8 @@ def _traced(
     """The trace with every size free.
 
     Sizes of 1 are as they are, but in the first dimension, or in all, where torch cannot broadcast a free size of 1,
-    or where a rewritten block holds for that size alone and would run its original code.
+    where it would not squeeze one away, or where a rewritten block holds for that size alone and would run its original
+    code.
     """
     has_ones = any(1 in t.shape for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
     for ones in (ALL, 1) if has_ones else ():
@@ -136,7 +137,7 @@ def _traced(
                 if "must match the size of tensor" not in str(err):
                     raise
             else:
-                if not refused():
+                if not refused() and not keeps_ones(program):
                     return program
     return _export(model, args, kwargs, reads, stamps, 0)
 

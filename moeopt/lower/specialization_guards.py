@@ -57,14 +57,20 @@ def specialization_guards(program: torch.export.ExportedProgram) -> list[Any]:
     )
     if env is None:
         return []
-    found = [env.replace(expr) for expr in _ASKED.get(env, ())]
-    return found + [env.replace(expr) for expr in _kept_by_squeeze(program)]
-
-
-def _kept_by_squeeze(program: torch.export.ExportedProgram) -> Iterator[Any]:
-    """Sizes that a squeeze left because they were not 1."""
     import sympy
 
+    kept = [sympy.Ne(size.node.expr, 1) for size in _kept_by_squeeze(program)]
+    return [env.replace(expr) for expr in (*_ASKED.get(env, ()), *kept)]
+
+
+def keeps_ones(program: torch.export.ExportedProgram) -> bool:
+    """Whether a squeeze of the trace left a size that is 1 in the call that was traced, as it does where 1 is one of
+    many values of a free size. Such a trace is another program than the call's."""
+    return any(size.node.has_hint() and size.node.hint == 1 for size in _kept_by_squeeze(program))
+
+
+def _kept_by_squeeze(program: torch.export.ExportedProgram) -> Iterator[torch.SymInt]:
+    """Sizes that a squeeze left because they were not 1."""
     for node in program.graph.nodes:
         if node.op != "call_function" or "squeeze" not in str(node.target) or "unsqueeze" in str(node.target):
             continue
@@ -73,4 +79,4 @@ def _kept_by_squeeze(program: torch.export.ExportedProgram) -> Iterator[Any]:
         for dim in [named] if isinstance(named, int) else named:
             size = shape[dim]
             if isinstance(size, torch.SymInt) and not size.node.expr.is_number:
-                yield sympy.Ne(size.node.expr, 1)
+                yield size

@@ -161,8 +161,11 @@ def levels_of(place: BlockCandidate) -> Iterator[Call]:
 
 
 def part_of_another(model: nn.Module, place: BlockCandidate, attempts: list[tuple[BlockCandidate, Attempt]]) -> bool:
-    """Whether ``place`` is a piece of experts that were read whole at another one (an adapter, a second layer)."""
+    """Whether ``place`` is a piece of experts that were read whole at another one (an adapter, a second layer), or of a
+    mixture that was declined as a whole there (projections into and out of an attention)."""
     for other, done in attempts:
+        if place.mixture is not None and place.mixture == other.mixture == done.path and done.rewrite is None:
+            return True
         home = next((level for level in other.levels if level.path == done.path), None)
         if home is None or not any(level is home for level in place.levels) or not place.weights:
             continue

@@ -10,6 +10,7 @@ Legend: T tokens, C candidates (experts), H output features.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ from moeopt.errors import Declined
 from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import GemmSite
 from moeopt.recognise.token_rows import rows_of
+
+_MOST_SUMS = 32
+"""Tensors that are read as weighted sums of some of the experts, to say why there is no one sum of all."""
 
 
 @dataclass
@@ -90,10 +94,48 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
             if axis == axes[0]:  # the others are sizes that happen to be the same
                 nearest = found
     source = nodes[-1].meta.get("source") if nodes else sites[0].node.meta.get("source")
+    if (sums := _sums_of_gates(tape, labels, nodes)) is not None:
+        raise Declined(
+            "its experts' outputs are summed several times, each time by another gate (one for each task, over the "
+            "same experts or some of them), and the op gives one sum; give each gate experts of its own, or leave the "
+            "block as it is: each of its experts runs once, for all gates",
+            sums.meta.get("source") or source,
+        )
     kind = SeveralSums if apart and nearest.endswith(apart) else Declined
     raise kind(
         f"the experts' outputs are not combined by a weighted sum per token: {nearest}", source, rank=Rank.READING
     )
+
+
+def _sums_of_gates(tape: Tape, labels: Labels, nodes: list[fx.Node]) -> fx.Node | None:
+    """The first of two weighted sums of several of the experts, none of which is computed of the other, and which have
+    an expert in common; None where there are none.
+
+    Args:
+        nodes: what depends on an expert, in order.
+    """
+    out = next(iter(labels.token)).matrices[0].m
+    sites = {s.node: s for s in labels.token}
+    reach = {n: frozenset([n]) for n in sites}
+    sums: list[fx.Node] = []
+    tries = 0
+    for node in nodes:
+        of = frozenset().union(*(reach.get(a, frozenset()) for a in node.all_input_nodes))
+        reach[node] = of | reach.get(node, frozenset())
+        shape = node.meta.get("shape") or ()
+        axes = _feature_axes(shape, out) if math.prod(shape) == labels.tokens * out else []
+        if len(of) < 2 or not axes or tries == _MOST_SUMS or not ancestors([node]).isdisjoint(sums):
+            continue
+        tries += 1
+        token = {sites[n]: labels.token[sites[n]] for n in of}
+        some = dataclasses.replace(labels, token=token, candidate={s: labels.candidate[s] for s in token})
+        entered = entry_weights(tape, some, node, axes[0])[1]  # an activation behind an expert changes what they are
+        stray = (entered != 0) & (some.visits() == 0)
+        if bool(entered.isfinite().all()) and not bool(stray.any()) and int((entered != 0).any(0).sum()) > 1:
+            if any(not of.isdisjoint(reach[n]) for n in sums):
+                return sums[0]
+            sums.append(node)
+    return None
 
 
 def _feature_axes(shape: tuple[int, ...], out: int) -> list[int]:
@@ -124,8 +166,8 @@ def _apart(tape: Tape, sites: list[GemmSite]) -> str:
     if len(parts) < 2 or frozenset(own) in parts:
         return ""
     return (
-        ", but in several, each with some of the experts (a gate for each task, over experts of its own and shared "
-        "ones); give each gate experts of its own, or mix all of them by every gate"
+        ", but in several, each with some of the experts (several mixtures in one forward); give each mixture a module "
+        "of its own"
     )
 
 

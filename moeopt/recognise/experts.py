@@ -122,14 +122,13 @@ def _in_a_flat_parameter(tape: Tape, lone: FFNCandidate) -> bool:
 
 
 def _several_times(reason: Declined, members: list[FFNCandidate], candidates: list[FFNCandidate]) -> Declined:
-    """``reason``, and what may be behind it where the same experts are called again and again."""
+    """``reason``, or what is behind it where the same experts are called again and again."""
     runs = Counter((m.path, m.origin) for c in candidates for m in c.out.matrices)
     again = any(runs[m.path, m.origin] > 1 for c in members for m in c.out.matrices)
     if not again or not isinstance(reason, (NoIds, SeveralSums)):
         return reason
-    before = f"{reason.reason}; " if isinstance(reason, NoIds) else ""
     return Declined(
-        f"{before}its experts run several times in one forward (for each slot, sequence, chunk or task in a Python "
+        "its experts run several times in one forward (for each slot, sequence, chunk or task in a Python "
         "loop, in several rounds, or in two blocks that share them), and the op runs them once on all tokens: route "
         "all tokens at once, or give each round a module of its own",
         source_of(members[0]),

@@ -8,14 +8,13 @@ general words of ``moeopt.recognise.why_not``.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from moeopt.capture.op_kinds import is_factory, is_matmul, is_pointwise, moves_rows, op_name, picks_rows
 from moeopt.capture.replay import ancestors, descendants
-from moeopt.capture.tape import Tape
+from moeopt.capture.tape import Call, Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
@@ -52,6 +51,8 @@ def _unequal_experts(tape: Tape) -> Declined | None:
         ran = [c for c in tape.calls if c.module in own]
         if len({tuple(leaves_of(fx.Node, c.args)) for c in ran}) > 1:  # not all on the same rows
             ran = [c for c in ran if any(picks_rows(a) for a in leaves_of(fx.Node, c.args))]
+        if _are_choosers(ran):  # gates over several numbers of experts
+            continue
         sizes = {tuple(tuple(p.shape) for p in c.module.parameters()) for c in ran}
         line = tape.nodes[ran[0].first].meta.get("source", "") if ran else ""
         if len(sizes) > 1 and len({tuple(len(shape) for shape in one) for one in sizes}) == 1:
@@ -75,13 +76,19 @@ def _unequal_experts(tape: Tape) -> Declined | None:
     return None
 
 
-def _alike(root: nn.Module) -> set[nn.Module]:
-    """Children of lists whose Parameters have the same shapes."""
-    found: set[nn.Module] = set()
+def _are_choosers(ran: list[Call]) -> bool:
+    """Whether a softmax or a top-k reads what one of the calls gave, or is what it gave."""
+    results = [node for c in ran for node in leaves_of(fx.Node, c.output)]
+    return any("softmax" in op_name(n) or op_name(n) == "topk" for r in results for n in (r, *r.users))
+
+
+def _alike(root: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Children of lists whose Parameters have the same shapes, and their lists."""
+    found: dict[nn.Module, nn.Module] = {}
     for home in root.modules():
         if isinstance(home, (nn.ModuleList, nn.ModuleDict)) and len(home) > 1:
             if len({tuple(p.shape for p in child.parameters()) for child in home.children()}) == 1:
-                found.update(home.children())
+                found.update(dict.fromkeys(home.children(), home))
     return found
 
 
@@ -181,7 +188,7 @@ def between_products(tape: Tape) -> Declined | None:
             f"its experts are recurrent ({type(recurrent.module).__name__} at {recurrent.path}), so a token's result "
             "depends on the tokens before it; only functions of each token's own row are grouped"
         )
-    sites = list(_expert_products(tape))
+    sites = _expert_products(tape)
     if len(sites) < 2:
         return None
     between = (set(descendants(tape, sites)) & ancestors(sites)) - set(sites)
@@ -227,15 +234,26 @@ def _plain(node: fx.Node) -> bool:
     return moves_rows(node) or is_pointwise(node) or is_matmul(node) or is_factory(node)
 
 
-def _expert_products(tape: Tape) -> Iterator[fx.Node]:
-    """Products with weights of alike modules, or with parts of a stack."""
-    experts = {id(p) for child in _alike(tape.root) for p in child.parameters()}
+def _expert_products(tape: Tape) -> list[fx.Node]:
+    """Products with weights of alike modules, or with parts of a stack; none of a list of gates."""
+    experts = {id(p): home for child, home in _alike(tape.root).items() for p in child.parameters()}
     named = dict(tape.root.named_parameters(remove_duplicate=False))
     memo: dict[fx.Node, bool] = {}
+    homes: dict[nn.Module | None, list[fx.Node]] = {}
     for node in tape.nodes:
         found = weight_and_operand(node, memo) if is_matmul(node) else None
         if found is None:
             continue
-        paths = [str(n.target) for n in ancestors([found[0]]) if n.op == "get_attr"]
-        if any(p in named and (named[p].dim() > 2 or id(named[p]) in experts) for p in paths):
-            yield node
+        held = [named[str(n.target)] for n in ancestors([found[0]]) if n.op == "get_attr" and str(n.target) in named]
+        home = next((experts[id(p)] for p in held if id(p) in experts), None)
+        if home is not None or any(p.dim() > 2 for p in held):
+            homes.setdefault(home, []).append(node)
+    kept = {n for home, own in homes.items() if not _are_gates(home, own) for n in own}
+    return [n for n in tape.nodes if n in kept]
+
+
+def _are_gates(home: nn.Module | None, products: list[fx.Node]) -> bool:
+    """Whether the ``products`` of a list's modules, one each, are scores that a softmax reads."""
+    scores = home is not None and len(products) <= len(list(home.children()))
+    users = {u for p in products for near in (p, *p.users) for u in (near, *near.users)} if scores else set()
+    return any("softmax" in op_name(n) for n in users)

@@ -68,8 +68,11 @@ def constant_weights(value: float, table: Table) -> Extraction:
 
 
 def constant_weight(ids: torch.Tensor, mapping: list[int], table: Table) -> float | None:
-    """The one weight that every visit has (hard routing, or weights applied later), or None."""
-    values = table.weights[table.chosen if bool((table.visits > 0).all()) else table.visits > 0]
+    """The one weight that every visit has (hard routing, or weights applied later), or None. A token may visit an
+    expert several times (two hashes that meet), which then enters the sum as often."""
+    visited = table.chosen if bool((table.visits > 0).all()) else table.visits > 0
+    once = visited & (table.visits == table.visits.masked_fill(~visited, table.visits.max()).min())
+    values = (table.weights / table.visits)[once]
     if not values.numel() or not bool((values == values[0]).all()):
         return None
     value = float(values[0])

@@ -1,6 +1,7 @@
 """Routing that holds for whole groups of tokens: one row of ids or weights for each sequence, each image, or the call.
 
     tokens (B, L, H)    ids (B, K)    weights (B, K)
+    tokens (L, B, H)    the same: sequences lie behind one another in the second axis
 
 Where every token of a group went to the same experts by the same weights, one token of each stands for it: the usual
 searches look for the routing of those tokens, and what they find is repeated for the others.
@@ -28,37 +29,43 @@ def by_sequences(shape: tuple[int, ...], axis: int) -> Search:
     """A search among tensors with a row for each group of tokens.
 
     Args:
-        shape: of the tensor of tokens, whose first axes, in turn, are those of the groups.
+        shape: of the tensor of tokens, whose first axes, in turn, are those of the groups; or its last ones.
         axis: its feature axis.
     """
     sizes = [size for d, size in enumerate(shape) if d != axis]
-    groupings = [(math.prod(sizes[:d]), math.prod(sizes[d:])) for d in range(len(sizes))]
+    groupings = [(math.prod(sizes[:d]), math.prod(sizes[d:]), False) for d in range(len(sizes))]
+    groupings += [(math.prod(sizes[d:]), math.prod(sizes[:d]), True) for d in range(1, len(sizes))]
 
     def search(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Routing]:
-        for groups, each in groupings:
+        for groups, each, last in groupings:
             if each < 2 or groups * each != len(table.visits):
                 continue
-            firsts = _firsts(table, each)
+            firsts = _firsts(table, each, last)
             if firsts is None:
                 continue
             for usual in _SEARCHES:
                 for found in usual(tape, before, firsts, dtype):
-                    ids = None if found.ids is None else _repeated(tape, found.ids, each)
-                    weights = _repeated(tape, found.weights, each)
+                    ids = None if found.ids is None else _repeated(tape, found.ids, each, last)
+                    weights = _repeated(tape, found.weights, each, last)
                     yield dataclasses.replace(found, ids=ids, weights=weights)
 
     return search
 
 
-def _firsts(table: Table, each: int) -> Table | None:
-    """The table of the first of every ``each`` tokens; None where others of a group differ from it."""
-    visits, weights = (t.unflatten(0, (-1, each)) for t in (table.visits, table.weights))
+def _firsts(table: Table, each: int, last: bool) -> Table | None:
+    """The table of the first of every ``each`` tokens; None where others of a group differ from it.
+
+    Args:
+        last: whether the groups are the last axis, so that a group's tokens do not lie side by side.
+    """
+    sizes = (each, -1) if last else (-1, each)
+    visits, weights = (t.unflatten(0, sizes).movedim(int(last), 0) for t in (table.visits, table.weights))
     if not bool((visits == visits[:, :1]).all()) or not bool((weights == weights[:, :1]).all()):
         return None
     return dataclasses.replace(table, visits=visits[:, 0], weights=weights[:, 0])
 
 
-def _repeated(tape: Tape, extraction: Extraction, each: int) -> Extraction:
+def _repeated(tape: Tape, extraction: Extraction, each: int, last: bool) -> Extraction:
     """``extraction`` with each of its rows ``each`` times. Ids that a step takes are repeated already."""
     if extraction.source is None:
         return extraction
@@ -66,8 +73,8 @@ def _repeated(tape: Tape, extraction: Extraction, each: int) -> Extraction:
     steps = extraction.steps
     columns = dataclasses.replace(extraction, steps=steps[:at]).run(tape).shape[1]
     again = [
-        (aten.unsqueeze.default, (1,)),
-        (aten.expand.default, ([-1, each, -1],)),
+        (aten.unsqueeze.default, (0 if last else 1,)),
+        (aten.expand.default, ([each, -1, -1] if last else [-1, each, -1],)),
         (aten.reshape.default, ([-1, columns],)),
     ]
     return dataclasses.replace(extraction, steps=[*steps[:at], *again, *steps[at:]])

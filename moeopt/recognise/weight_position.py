@@ -132,11 +132,11 @@ def _copies_of(tape: Tape, tokens: Tokens) -> Callable[[fx.Node], bool | None]:
         if dtype is None:  # an op with several results: each result is looked at
             return True
         held = known.setdefault(dtype, set(rows_as_bytes(tokens_TH.to(dtype))))
-        rows, rest = divmod(value.numel(), tokens_TH.shape[-1])
-        if value.dim() == 1 and not rest:  # rows that masked_select made one vector of
-            value = value.reshape(rows, tokens_TH.shape[-1])
-        axes = [d for d, size in enumerate(value.shape) if size == tokens_TH.shape[-1]]
-        seen = (set(rows_as_bytes(v[v.bool().any(-1)])) for v in (rows_of(value, d) for d in axes))
+        width = tokens_TH.shape[-1]
+        readings = [rows_of(value, d) for d, size in enumerate(value.shape) if size == width]
+        if value.shape[-1:] != (width,) and value.dim() and value.shape[-1] % width == 0:
+            readings.append(value.reshape(-1, width))  # rows that masked_select made one vector of, or whole sequences
+        seen = (set(rows_as_bytes(v[v.bool().any(-1)])) for v in readings)
         return any(rows <= held or held <= rows for rows in seen)
 
     return passed

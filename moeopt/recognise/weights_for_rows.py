@@ -17,6 +17,7 @@ from moeopt.capture.op_kinds import is_matmul, moves_rows, op_name, picks_rows
 from moeopt.capture.replay import ancestors, descendants
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
+from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.router_steers import CHOICES
 
@@ -84,6 +85,7 @@ def mixed_kernels(tape: Tape) -> Declined | None:
                 "it adds up its experts' kernels for each sample and runs one convolution with the sum, so no "
                 "expert runs by itself and there is nothing to group; this block stays as it is",
                 node.meta.get("source"),
+                rank=Rank.FORBIDS,
             )
     return None
 
@@ -98,8 +100,8 @@ def summed_matrices(tape: Tape) -> Iterator[tuple[fx.Node, str]]:
         for side in node.all_input_nodes:
             while moves_rows(side) and side.all_input_nodes:
                 side = side.all_input_nodes[0]
-            found = weight_and_operand(side, {}) if is_matmul(side) else None
-            if found is None:
+            found = weight_and_operand(side, {}) if is_matmul(side) and op_name(side) != "convolution" else None
+            if found is None:  # a convolution adds up channels, whatever its last axis is as long as
                 continue
             stacks = [str(n.target) for n in ancestors([found[0]]) if n.op == "get_attr"]
             stacks = [name for name in stacks if name in names and names[name].dim() > 2]
@@ -115,6 +117,7 @@ def mixed_matrices(tape: Tape) -> Declined | None:
             f"it adds up its experts' matrices ({stack}) for each sample or token and multiplies by the sum, so no "
             "expert runs by itself and there is nothing to group; this block stays as it is",
             node.meta.get("source"),
+            rank=Rank.FORBIDS,
         )
     return None
 

@@ -1,7 +1,6 @@
 """Lines of docs/limits.md on experts that are not in the report."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import moeopt
@@ -14,19 +13,16 @@ def absent(make, x=X):
     assert not moeopt.explain(make().eval(), x).blocks
 
 
-class MixedProjections(nn.Module):
+class MixedVectors(nn.Module):
     def __init__(self):
         super().__init__()
-        self.gate, self.kv, self.out = nn.Linear(H, 4), nn.Linear(H, 2 * H), nn.Linear(H, H)
-        self.queries = nn.ModuleList(nn.Linear(H, H) for _ in range(4))
+        self.gate, self.inner = nn.Linear(H, 4), nn.Linear(H, H)
+        self.scales = nn.Parameter(torch.randn(4, H))
 
     def forward(self, x):
-        w = self.gate(x).softmax(-1)
-        q = sum(w[..., i, None] * query(x) for i, query in enumerate(self.queries))
-        k, v = self.kv(x).chunk(2, -1)
-        return self.out(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0])
+        return self.inner(x) * (self.gate(x).softmax(-1) @ self.scales)
 
 
-@limit("Single matrices that every token mixes")
-def mixed_projections(_):
-    absent(MixedProjections)
+@limit("Vectors that a gate mixes")
+def mixed_vectors(_):
+    absent(MixedVectors)

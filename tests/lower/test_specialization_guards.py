@@ -52,3 +52,15 @@ def test_a_condition_is_known_in_whichever_way_it_is_written():
         assert only_asked([kept], []) == [kept]
     assert only_asked([["<", 3, ["*", 4, ROWS]]], [[">", ["*", 4, ROWS], 3]]) == [["<", 3, ["*", 4, ROWS]]]  # asked
     assert only_asked([["<", 8, ["*", 4, ROWS]]], []) == [["<", 8, ["*", 4, ROWS]]]  # more than two rows
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: x.squeeze(-1).cumsum(0), lambda x: x.squeeze() * 2, lambda x: x.squeeze((1,)) * 2]
+)
+def test_a_size_of_one_that_the_code_squeezes_away_is_gone_in_the_trace_too(function):
+    program = export_program(Apply(function), (torch.randn(3, 1),), {})
+    (result,) = next(n for n in program.graph.nodes if n.op == "output").args[0]
+    assert result.meta["val"].dim() == 1
+    assert size_conditions(functional(program)) == []
+    x = torch.randn(5, 1)
+    torch.testing.assert_close(program.module()(x), function(x))

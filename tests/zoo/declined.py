@@ -233,6 +233,27 @@ class SequenceBySequence(Top2):
         return torch.stack([super(SequenceBySequence, self).forward(row[None])[0] for row in x])
 
 
-@case(seq(16), experts=4, expect="declined", reason="run several times in one forward .* route all tokens at once")
+@case(seq(16), experts=4, expect="declined", reason="^its experts run several times .* route all tokens at once")
 def declined_loop_over_the_batch():
     return SequenceBySequence([ffn() for _ in range(4)])
+
+
+class Rounds(Top2):
+    """The same mixture three times, one round behind the other, with a share of each in the result (ACT)."""
+
+    def __init__(self, experts):
+        super().__init__(experts)
+        self.halt = nn.Linear(16, 1)
+
+    def forward(self, x):
+        rest, total = torch.ones_like(x[..., :1]), torch.zeros_like(x)
+        for _ in range(3):
+            x = x + super().forward(x)
+            share = self.halt(x).sigmoid()
+            total, rest = total + rest * share * x, rest * (1 - share)
+        return total + rest * x
+
+
+@case(seq(16), experts=4, expect="declined", reason="^its experts run several times .* give each round a module of its")
+def declined_several_rounds():
+    return Rounds([ffn() for _ in range(4)])

@@ -232,3 +232,22 @@ class OneDimConvGroups(nn.Module):
 @case(flat(12), experts=4, expect="either", moe=None)
 def dense_grouped_conv():
     return OneDimConvGroups()
+
+
+class GroupedRows(nn.Module):
+    """A group of two 1x1 convolutions over the tokens for each expert; the gate's sum is a product of its own."""
+
+    def __init__(self, d=16, f=24, n=4):
+        super().__init__()
+        self.n, self.gate = n, nn.Linear(d, n)
+        self.first, self.second = nn.Conv1d(n * d, n * f, 1, groups=n), nn.Conv1d(n * f, n * d, 1, groups=n)
+
+    def forward(self, x):
+        weights, rows = self.gate(x).softmax(-1), x.transpose(1, 2).repeat(1, self.n, 1)
+        each = self.second(F.relu(self.first(rows))).view(len(x), self.n, x.shape[-1], -1)
+        return torch.einsum("bedt,bte->btd", each, weights)
+
+
+@case(seq(16), experts=4, expect="declined", reason="^it computes convolutions of 1 in 4 groups")
+def dense_grouped_conv_of_rows():
+    return GroupedRows()

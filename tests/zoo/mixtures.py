@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.zoo.case import case, image, seq
+from tests.zoo.case import case, flat, image, seq
 
 H = 16
 
@@ -133,6 +133,28 @@ class Smear(nn.Module):
 @case(seq(H), experts=4, expect="either", moe=None)
 def mixture_merged_weights():
     return Smear()
+
+
+class Animation(nn.Module):
+    """One matrix for each row, blended of the experts' own; biases as they were made (mode-adaptive networks)."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Sequential(nn.Linear(H, 12), nn.ELU(), nn.Linear(12, 4))
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(4, *s) * 0.3) for s in ((H, 24), (24, H)))
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(4, size)) for size in (24, H))
+
+    def forward(self, x):
+        share, rows = self.gate(x).softmax(-1), x.unsqueeze(1)
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            own = (share @ weight.flatten(1)).view(len(x), *weight.shape[1:])
+            rows = F.elu(torch.baddbmm((share @ bias).unsqueeze(1), rows, own))
+        return rows.squeeze(1)
+
+
+@case(flat(H), experts=4, expect="declined", reason="^it adds up its experts' matrices .weights.0. for each")
+def mixture_merged_weights_and_zero_biases():
+    return Animation()
 
 
 class MixtureOfDepths(nn.Module):

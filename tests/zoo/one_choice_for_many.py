@@ -200,3 +200,53 @@ def sequences_with_adapters(shape, generator):
 @case(made_by(sequences_with_adapters), experts=5)
 def adapter_of_each_sequence():
     return GatheredAdapters()
+
+
+class SequenceSecond(nn.Module):
+    """(S, B, D), as fairseq and CLIP have it: each sequence goes to the two experts that its mean chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(ffn() for _ in range(N))
+        self.gate = nn.Linear(D, N)
+
+    def forward(self, x):
+        weights, ids = self.gate(x.mean(0)).softmax(-1).topk(2)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            sequence, slot = torch.where(ids == number)
+            if len(sequence):
+                y[:, sequence] += expert(x[:, sequence]) * weights[sequence, slot, None]
+        return y
+
+
+@case(seq(D), experts=N)
+def sequences_in_the_second_axis():
+    return SequenceSecond()
+
+
+class SequencesAsRows(nn.Module):
+    """(S, B, D): a sequence is one row of S * D numbers to the dispatcher, and goes where its first token chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(D, 8), nn.ReLU(), nn.Linear(8, D)) for _ in range(N))
+        self.router = nn.Parameter(torch.randn(D, N))
+
+    def forward(self, x):
+        length, batch, _ = x.shape
+        score, ids = (x[0] @ self.router).topk(2)
+        gates = torch.zeros(batch, N).scatter(1, ids, score.softmax(-1))
+        expert, sequence = gates.t().nonzero(as_tuple=True)
+        rows = x.permute(1, 0, 2).reshape(batch, -1)
+        parts = rows[sequence].split((gates > 0).sum(0).tolist())
+        outs = [
+            f(p.view(len(p), length, D)).reshape(len(p), length * D) for f, p in zip(self.experts, parts, strict=True)
+        ]
+        outs = torch.cat(outs) * gates[sequence, expert, None]
+        return torch.zeros_like(rows).index_add(0, sequence, outs).view(batch, length, D).permute(1, 0, 2)
+
+
+@case(seq(D), experts=N)
+def sequences_as_rows():
+    return SequencesAsRows()

@@ -234,3 +234,48 @@ def router_weighs_what_a_mask_allows():
 @case(_without_weights(2), experts=E)
 def router_weighs_the_slots_of_a_mask():
     return SlotsWeighedByExpert()
+
+
+class SeveralHashes(nn.Module):
+    """Two hashes of a token's id, which may meet; the mean of what they name, by weights picked for each token."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("primes", torch.tensor([31, 37]))
+        self.w_in = nn.Parameter(torch.randn(E, D, 24) * 0.3)
+        self.w_out = nn.Parameter(torch.randn(E, 24, D) * 0.3)
+
+    def forward(self, x, input_ids):
+        ids = (input_ids[..., None] * self.primes + 7) % E
+        hidden = torch.einsum("bth,btkhi->btki", x, self.w_in[ids]).relu()
+        return torch.einsum("btki,btkih->btkh", hidden, self.w_out[ids]).mean(2)
+
+
+@case(made_by(lambda s, g: ((torch.randn(*s, D, generator=g), torch.randint(97, s, generator=g)), {})), experts=E)
+def router_several_hashes_of_token_id():
+    return SeveralHashes()
+
+
+class Buckets(Routed):
+    """The phase of each row, a column beside it, falls into the interval of an expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("edges", torch.linspace(0, 1, E + 1)[1:-1])
+
+    def forward(self, x, phase):
+        bucket, out = torch.bucketize(phase.squeeze(-1), self.edges), torch.zeros_like(x)
+        for number in bucket.unique():
+            out[bucket == number] = self.ffs[int(number)](x[bucket == number])
+        return out
+
+
+def rows_with_a_phase(shape, generator):
+    count = shape[0] * shape[1] + E
+    phase = (torch.arange(count).remainder(E) + torch.rand(count, generator=generator)) / E
+    return (torch.randn(count, D, generator=generator), phase[:, None]), {}
+
+
+@case(made_by(rows_with_a_phase), experts=E)
+def router_buckets_of_a_column():
+    return Buckets()

@@ -274,3 +274,43 @@ class Asserting(LoadLoss):
 @case(made_by(by_keyword), experts=N)
 def style_assertions():
     return Asserting()
+
+
+class SortedMatrices(nn.Module):
+    """A product for each expert, of rows that lie sorted, so many for each."""
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.weight = stack(N, b, a)
+
+    def forward(self, rows, counts):
+        parts = rows.split(counts, dim=0)
+        return torch.cat([F.linear(part, weight) for part, weight in zip(parts, self.weight, strict=True)])
+
+
+class QueriesAndOutputs(nn.Module):
+    """Attention whose queries and outputs are mixtures by one choice, made between the two calls (JetMoE)."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.router, self.kv = nn.Linear(D, N, bias=False), nn.Linear(D, 2 * width, bias=False)
+        self.queries, self.outputs = SortedMatrices(D, width), SortedMatrices(width, D)
+
+    def forward(self, x):
+        rows = x.reshape(-1, D)
+        weights, ids = self.router(rows).topk(2)
+        _, order = ids.flatten().sort(0)
+        counts = torch.zeros(N, dtype=torch.long).index_add(0, ids.flatten(), torch.ones_like(order)).tolist()
+        queries = self.queries(rows[order // 2], counts)
+        queries = torch.zeros_like(queries).index_add(0, order, queries).view(*x.shape[:2], 2, -1).transpose(1, 2)
+        k, v = (t[:, None].expand_as(queries) for t in self.kv(x).chunk(2, -1))
+        mixed = F.scaled_dot_product_attention(queries, k, v, is_causal=True).transpose(1, 2).reshape(2 * len(rows), -1)
+        outs = self.outputs(mixed[order], counts) * weights.softmax(-1).flatten()[order, None]
+        return torch.zeros_like(rows).index_add(0, order // 2, outs).view_as(x)
+
+
+@case(
+    seq(D), experts=N, expect="declined", reason="stands attention or a softmax: the experts are projections around it"
+)
+def single_projections_around_an_attention():
+    return QueriesAndOutputs()

@@ -31,6 +31,7 @@ SAMPLE = """
     row_stacked_bank_with_norm row_dense_mixture_of_three_layers
     gated_grouped_products_of_flat_banks winner_then_runner_up ids_in_float_columns_routed unequal_packed_experts
     levels_group_then_expert distances_to_centers flags_of_groups kept_nucleus pixels_with_channels_last
+    router_buckets_of_a_column sequences_as_rows
 """.split()
 NIGHTLY = os.environ.get("MOEOPT_NIGHTLY") == "1"
 
