@@ -161,7 +161,7 @@ def test_sixty_layers_of_512_experts_stay_small(tmp_path):
 
 
 def test_a_page_of_many_experts_reads_none_of_their_pairs(tmp_path):
-    """There are 16 million numbers of them for sixty layers of 512 experts: to copy them took all of the page's time."""
+    """Sixty layers of 512 experts have 16 million: to copy them took all of the page's time."""
     load = pages.load(1, 65, 16)
     without = [dataclasses.replace(layer, together=None) for layer in load.layers]
     other = dataclasses.replace(load, layers=tuple(without))
