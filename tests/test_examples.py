@@ -1,10 +1,14 @@
 """The examples run as their docstrings say, each in a process of its own or as its user would call it."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
+import types
 import urllib.request
 from pathlib import Path
 
@@ -93,13 +97,37 @@ def test_a_graph_goes_through_the_passes_and_back(capsys):
         assert float(line.split()[4]) < 1e-5  # float32: sums in another order
 
 
+def in_this_process(command, **options):
+    """What ``subprocess.run`` gives of ``python -m moeopt ...``, without the seconds that importing torch takes."""
+    from moeopt.cli import main
+
+    assert command[:3] == [sys.executable, "-m", "moeopt"]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(command[3:])
+        except SystemExit as done:
+            code = done.code or 0
+    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+
 @pytest.mark.parametrize(("path", "said"), [
     ("hugging_face_directory", "21 tokens of model and of its engine: the same"),
     ("bundle_only", "one bit of the weights was turned, and the bundle was refused by name"),
-    ("odd_block", "the whole model is an engine, the declined block in its own operators"),
 ])  # fmt: skip
-def test_a_way_in_is_walked(path, said):
+def test_a_way_in_is_walked(path, said, capsys, monkeypatch):
     if path == "hugging_face_directory":
         pytest.importorskip("transformers.exporters", reason="the engine with a cache needs transformers 5.23")
-    told = run("-m", f"examples.paths.{path}")
-    assert said in told and "Traceback" not in told
+    from examples.paths import walk
+
+    monkeypatch.setattr(walk, "subprocess", types.SimpleNamespace(run=in_this_process))
+    monkeypatch.setattr(sys, "argv", [f"{path}.py"])
+    runpy.run_module(f"examples.paths.{path}", run_name="__main__")
+    told = capsys.readouterr().out
+    assert told.count("$ moeopt ") >= 3 and said in told and "Traceback" not in told
+
+
+def test_a_way_in_is_walked_by_commands():
+    """As the others, each command in a process of its own, as the file says."""
+    told = run("-m", "examples.paths.odd_block")
+    assert "the whole model is an engine, the declined block in its own operators" in told and "Traceback" not in told

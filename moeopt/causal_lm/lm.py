@@ -47,7 +47,7 @@ from moeopt.lower.onnx.export import emitting
 from moeopt.lower.onnx.sites import Sites
 from moeopt.lower.stamps import Stamps
 from moeopt.lower.written_state import written_by
-from moeopt.patches import one_registry, one_trace, quiet, rules_by_their_last_op
+from moeopt.patches import no_results_kept, one_registry, one_trace, quiet, rules_by_their_last_op
 from moeopt.value_types import PyObject
 from moeopt.verification.model import run_plain
 from moeopt.verification.state import RestoreState
@@ -183,7 +183,7 @@ def _traced_graph(
     def export(reads: ConstantReads | None, stamps: Stamps | None) -> PyObject:
         fresh = copy.copy(model)  # the exporter leaves a forward on the instance it is given
         traced.stamps = stamps
-        with answered(fresh, reads), written_out(stamps, sites):
+        with no_results_kept(), answered(fresh, reads), written_out(stamps, sites):
             return traced.export_program(fresh, sample, config)[0]
 
     try:

@@ -9,6 +9,7 @@ A patch is counted and locked: in force while a caller is inside, taken back by 
     tracing       idle_moves               nn.Module.to, the caller's thread
     tracing       no_export_dump           the print of torch.export, all threads
     tracing       tables_of_weights        torch.export's note of weights, all threads (the same notes, sooner)
+    tracing       no_results_kept          FakeTensorMode.__init__, the caller's thread
     onnx_export   rules_by_their_last_op   onnxscript's pattern matcher, all threads (the same matches, sooner)
     onnx_export   one_registry             torch's table of ONNX translations, all threads (the same table, made once)
     onnx_export   no_idle_decomposition    torch's pass before ONNX, all threads (left out where every op has a
@@ -44,6 +45,7 @@ from moeopt.patches.patch import replace as replace
 from moeopt.patches.tracing import idle_moves as idle_moves
 from moeopt.patches.tracing import module_calls as module_calls
 from moeopt.patches.tracing import no_export_dump as no_export_dump
+from moeopt.patches.tracing import no_results_kept as no_results_kept
 from moeopt.patches.tracing import one_trace as one_trace
 from moeopt.patches.tracing import size_questions as size_questions
 from moeopt.patches.tracing import tables_of_weights as tables_of_weights

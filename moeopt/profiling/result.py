@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,17 @@ class LayerLoad:
         Above 64 experts ``together`` is None, and ``together_above_diagonal`` has for each expert but the last a line
         of the counts with the experts after it, separated by spaces; up to 64 that key is None.
         """
-        fields = {"experts": self.experts, **asdict(self), "together_above_diagonal": None}
+        fields = self._drawn()
         if self.experts > MATRIX_UP_TO:
-            fields["together"] = None
             rows = enumerate(self.together[:-1], start=1)
             fields["together_above_diagonal"] = [" ".join(map(str, row[after:])) for after, row in rows]
+        return fields
+
+    def _drawn(self) -> dict[str, Any]:
+        """What a page draws: :meth:`to_dict` but the pairs of many experts, which would be most of its bytes."""
+        # asdict copies number by number: 262,144 of them for 512 experts, which few callers want
+        fields = {"experts": self.experts, **asdict(replace(self, together=[])), "together_above_diagonal": None}
+        fields["together"] = None if self.experts > MATRIX_UP_TO else [list(row) for row in self.together]
         return fields
 
 
@@ -127,13 +134,16 @@ class LoadProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types with fixed keys; ``layers`` are :meth:`LayerLoad.to_dict`."""
+        return self._with(LayerLoad.to_dict)
+
+    def _with(self, form: Callable[[LayerLoad], dict[str, Any]]) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
             "model": self.model,
             "batches": self.batches,
             "seconds": self.seconds,
             "thresholds": {"dead": 0, "hot": HOT},
-            "layers": [layer.to_dict() for layer in self.layers],
+            "layers": [form(layer) for layer in self.layers],
             "unread": [asdict(u) for u in self.unread],
             "notes": list(self.notes),
         }
@@ -149,7 +159,7 @@ class LoadProfile:
         """
         from moeopt.html import write_page
 
-        return write_page(path, profile=_drawn(self.to_dict()))
+        return write_page(path, profile=self._with(LayerLoad._drawn))
 
     def __str__(self) -> str:
         from moeopt.profiling.render import lines
@@ -159,10 +169,4 @@ class LoadProfile:
     def _repr_html_(self) -> str:
         from moeopt.html import load_table
 
-        return load_table(_drawn(self.to_dict()))
-
-
-def _drawn(profile: dict[str, Any]) -> dict[str, Any]:
-    """What a page draws: not the pairs of many experts, which would be most of its bytes."""
-    layers = [{**layer, "together_above_diagonal": None} for layer in profile["layers"]]
-    return {**profile, "layers": layers}
+        return load_table(self._with(LayerLoad._drawn))

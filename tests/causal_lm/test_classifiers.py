@@ -11,10 +11,10 @@ from moeopt.errors import BundleError, NotSaveableError
 transformers = pytest.importorskip("transformers")
 
 
-def classifier(**more):
+def classifier(layers=1, **more):
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64, num_labels=3, pad_token_id=0, **more,
     )  # fmt: skip
     ids = torch.randint(3, 64, (2, 9))
@@ -24,7 +24,7 @@ def classifier(**more):
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
 def test_an_engine_of_a_classifier_returns_its_cache(backend, tmp_path):
-    model, call = classifier()
+    model, call = classifier(layers=2)
     engine = moeopt.optimize(model, call, backend=backend, verify="fast")
     engine.save(tmp_path / "bundle")
     loaded = moeopt.load(tmp_path / "bundle")
@@ -61,6 +61,10 @@ def test_a_cache_cut_to_a_window_is_refused_with_the_way_out(known):
         register_cache_pytrees_for_model(model)
     with pytest.raises(NotSaveableError, match="its result holds a DynamicCache.*add use_cache=False to the example"):
         moeopt.optimize(model, call, backend="onnxruntime", verify="fast")
+
+
+def test_the_way_out_of_a_cache_cut_to_a_window():
+    model, call = classifier(sliding_window=4)
     engine = moeopt.optimize(model, call | {"use_cache": False}, backend="onnxruntime", verify="fast")
     with torch.no_grad():
         torch.testing.assert_close(engine(**call, use_cache=False).logits, model(**call).logits)

@@ -10,7 +10,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("transformers.exporters")
 
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention, Qwen3MoeRotaryEmbedding
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralRotaryEmbedding
 
 import moeopt
 from moeopt.causal_lm.lm import export_causal_lm
@@ -103,7 +103,7 @@ def test_latent_attention_and_routers_with_a_bias_each_are_of_one_kind(traces):
 TURN = []
 
 
-class Counted(Qwen3MoeAttention):
+class Counted(MixtralAttention):
     """The later in the model, the larger: nothing of a layer shows that."""
 
     def forward(self, hidden_states, **kwargs):
@@ -112,7 +112,7 @@ class Counted(Qwen3MoeAttention):
         return y * len(TURN), weights
 
 
-class Begins(Qwen3MoeRotaryEmbedding):
+class Begins(MixtralRotaryEmbedding):
     def forward(self, x, position_ids):
         TURN.clear()
         return super().forward(x, position_ids)
@@ -120,7 +120,7 @@ class Begins(Qwen3MoeRotaryEmbedding):
 
 @pytest.mark.parametrize("verify", ["fast", "off"])
 def test_layers_that_differ_in_what_nobody_watches(verify, traces):
-    model = built("qwen3_moe", 3, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
+    model = built("mixtral", 3, num_local_experts=2, num_experts_per_tok=1)
     for layer in model.model.layers:
         layer.self_attn.__class__ = Counted
     model.model.rotary_emb.__class__ = Begins
@@ -133,7 +133,7 @@ def test_layers_that_differ_in_what_nobody_watches(verify, traces):
 def test_a_stamp_with_other_weights_is_caught_by_the_comparison_of_the_engine(monkeypatch, traces):
     """Sabotage: every stamped layer reads the weights of the traced one."""
     monkeypatch.setattr("moeopt.lower.stamp_graph._pairs", lambda stamps, first, path, weights: [])
-    model = built("qwen3_moe", 3, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
+    model = built("mixtral", 3, num_local_experts=2, num_experts_per_tok=1)
     call = prompt(2, 7)
     engine = moeopt.optimize(model, {"input_ids": call["input_ids"]}, backend="onnxruntime", verify="fast")
     assert [len(stamps.layers) for stamps in traces] == [1]

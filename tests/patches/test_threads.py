@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.sym_node import SymNode
 
 import moeopt
@@ -23,6 +24,7 @@ def state():
         "call": vars(nn.Module)["__call__"],
         "to": vars(nn.Module)["to"],
         "bool_": vars(SymNode)["bool_"],
+        "fake": vars(FakeTensorMode)["__init__"],
         "stdout": sys.stdout,
         "filters": list(warnings.filters),
         "levels": [logging.getLogger(name).level for name in (*output._LOUD, "torch._subclasses.fake_tensor")],
@@ -49,6 +51,7 @@ EVERY = {
     "module_calls": lambda: patches.module_calls(lambda run, module, args, kwargs: run(module, *args, **kwargs)),
     "size_questions": lambda: patches.size_questions(lambda node, answer, frame: None),
     "idle_moves": patches.idle_moves,
+    "no_results_kept": patches.no_results_kept,
     "no_export_dump": patches.no_export_dump,
     "rules_by_their_last_op": patches.rules_by_their_last_op,
     "one_registry": patches.one_registry,
