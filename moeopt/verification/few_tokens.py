@@ -86,7 +86,7 @@ class FewTokens:
             own = [tuple(sorted(set(ids))) for ids in ids_RK.tolist()]
             kinds += [self._within(own), self._balanced(own), self._in_order(ids_RK[:, 0])]
         given = 0
-        while kinds and given < self._count:
+        while given < self._count:
             for kind in list(kinds):
                 picked = next(kind, None)
                 if picked is None:
@@ -94,6 +94,8 @@ class FewTokens:
                 elif picked[1]:
                     given += 1
                     yield self._case(*picked)
+                if given == self._count:
+                    return
 
     def _aim(self, rows: Tensor, aimed: Tensor) -> None:
         """Make half of ``rows`` such as neighbouring experts like best."""

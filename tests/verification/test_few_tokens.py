@@ -54,6 +54,11 @@ def test_an_expert_has_as_many_tokens_as_a_number_in_the_code(number):
     assert most >= {number - 1, number, number + 1}
 
 
+@pytest.mark.parametrize("count", [8, 9])
+def test_there_are_as_many_calls_as_asked_for(count):
+    assert len(calls(count)) == 6  # of every kind, with two names of those of one token
+
+
 def test_only_results_that_are_not_close_are_told():
     x = torch.ones(3, 4)
     cases = [Case("one", (x,)), Case("two", (2 * x,)), Case("none", (0 * x,))]
