@@ -27,6 +27,7 @@ from moeopt.pipeline.asks_requires_grad import requires_grad_decides
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.chosen_passes import pass_manager
 from moeopt.pipeline.coverage import Mixture, Reader
+from moeopt.pipeline.few_tokens_check import check_few_tokens
 from moeopt.pipeline.finished_blocks import recall
 from moeopt.pipeline.pays import check_pays
 from moeopt.pipeline.size_limits import SizeCases
@@ -152,16 +153,16 @@ def _rewrite(
             err.others = (*met, *err.others)
             raise
         check: BlockCheck = result.verdict  # type: ignore[assignment]
+        if check.passed is False and call_spec.flip_masks:
+            continue
         if check.passed is False:
-            if call_spec.flip_masks:
-                continue
-            error = Declined(capture.unreached or f"it was rewritten, verified and reverted: {check.reason}")
-            error.found = capture.found  # type: ignore[attr-defined]
-            raise error
+            raise _reverted(capture, check)
         if capture.neutral:
             raise Declined(capture.neutral)
         program = capture.program(result.block)
         capture.check_branches(program.guard.most)
+        if (failed := check_few_tokens(capture, program, OwnForward(module), options)) is not None:
+            raise _reverted(capture, failed, capture.branches.line)
         result.block.root = None  # a program is bound to a module when it is installed
         if asked := requires_grad_decides(module, OwnForward(module), call, program.reads):
             raise Declined(asked)
@@ -174,6 +175,12 @@ def _rewrite(
         raise last
     finally:
         del last
+
+
+def _reverted(capture: Capture, check: BlockCheck, line: str | None = None) -> Declined:
+    error = Declined(capture.unreached or f"it was rewritten, verified and reverted: {check.reason}", line)
+    error.found = capture.found  # type: ignore[attr-defined]
+    return error
 
 
 def _may_hold_ids(call_spec: CallSpec, err: Declined) -> bool:

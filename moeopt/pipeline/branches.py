@@ -47,23 +47,33 @@ class Branches:
     Attributes:
         seen: the answers at each place, of calls that have tokens.
         tests: the same of tests in the code, where the call reads numbers or has sizes that depend on values.
+        line: where it reads a number last; where it reads none, where it has such a size last.
     """
 
     def __init__(self, tape: Tape | None = None) -> None:
         self.seen: dict[ReadAt, set[bool]] = {}
         self.tests: TestsTaken | None = None
+        self.line: str | None = None
         self._reads: dict[str, list[_Asked]] = {}
         if tape is None:
             return
         if _reads_numbers(tape):
             self.tests = TestsTaken()
+        numbers = [r.line for r in tape.reads if r.node.meta.get("dtype") != torch.bool]
+        sized = [n.meta["source"] for n in tape.nodes if op_name(n) in _SIZED and n.meta.get("source")]
+        self.line = next(iter([*reversed(numbers), *reversed(sized)]), None)
         for node, line, _ in tape.reads:
             if node.meta.get("dtype") == torch.bool and any(n.op == "placeholder" for n in ancestors([node])):
                 self._reads.setdefault(line, []).append(_Asked(tape, node))
 
+    @property
+    def any(self) -> bool:
+        """Whether there may be such branches: Python reads truths, numbers or sizes that depend on the arguments."""
+        return bool(self._reads) or self.tests is not None
+
     def watched(self, original: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
         """``original``, a call of ``module``, whose reads and tests are entered; itself where there are none."""
-        return _WatchedCall(self, original, module) if self._reads or self.tests is not None else original
+        return _WatchedCall(self, original, module) if self.any else original
 
     def check(self, run: Callable[[TorchDispatchMode], object], every: bool) -> None:
         """``Declined`` for a branch that no call took, or whose limit no number of calls explores.

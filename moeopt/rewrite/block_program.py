@@ -13,6 +13,7 @@ from moeopt.ir.specs import RouterSpec
 from moeopt.ir.weight_refs import expert_paths
 from moeopt.rewrite.block_graph import BlockGraph
 from moeopt.rewrite.call_guard import BoundArguments, CallGuard, overlap
+from moeopt.rewrite.live_weights import own_code_of
 from moeopt.rewrite.module_facts import Fact, take_facts
 from moeopt.rewrite.module_guard import Watch
 from moeopt.rewrite.reads import Reads
@@ -22,14 +23,15 @@ from moeopt.rewrite.reads import Reads
 class BlockProgram:
     """A block graph as it is installed: with the signature of the forward that it stands for.
 
-    ``facts`` is what was verified of the module's own code, taken from the first module that asks; ``reads`` what the
-    block's code read outside its modules.
+    ``facts`` is what was verified of the module's own code, taken from the first module that asks; ``weights`` of its
+    experts' Parameters the shapes, and whose code runs them; ``reads`` what the block's code read outside its modules.
     """
 
     block: BlockGraph
     signature: inspect.Signature
     facts: list[Fact] | None = None
     reads: Reads | None = None
+    weights: dict[str, tuple[torch.Size, str]] | None = None
 
     @property
     def guard(self) -> CallGuard:
@@ -67,13 +69,34 @@ class BlockProgram:
         block = self.block
         if self.facts is None:
             self.facts = take_facts(module, block.kept_modules, block.attributes, self.guard.training is not None)
-        return Watch(
+        watch = Watch(
             module,
             self.facts,
             {(b, e): expert_paths([ref]) for b, (refs, _) in enumerate(block.weights) for e, ref in enumerate(refs)},
             block.frozen,
             self.reads,
         )
+        watch.misfit = self.misfit(module)
+        return watch
+
+    def misfit(self, module: nn.Module) -> str:
+        """Which weight of ``module`` is not like the verified one, in a sentence; "" where all are.
+
+        A module that was changed before anything was prepared for it can be asked nowhere else.
+        """
+        paths = sorted({path for refs, _ in self.block.weights for path in expert_paths(refs)})
+        tensors = dict(module.named_buffers(remove_duplicate=False))
+        tensors.update(module.named_parameters(remove_duplicate=False))
+        now = {path: (tensors[path].shape, own_code_of(tensors[path])) for path in paths if path in tensors}
+        if self.weights is None:
+            self.weights = now
+        for path, (shape, code) in now.items():
+            before, code_before = self.weights.get(path, (shape, code))
+            if shape != before:
+                return f"{path} is {tuple(shape)} and was {tuple(before)}"
+            if code != code_before:
+                return f"{path} runs code of {code or 'no tensor class'} and ran that of {code_before or 'none'}"
+        return ""
 
     def __getstate__(self) -> dict[str, Any]:
         """The signature without annotations, which cannot be pickled."""

@@ -85,14 +85,14 @@ class RewrittenForward:
         program, block = self.program, self.program.block
         self.watch = watch = program.watch(self.module)
         self.change = _change_of(self)
-        if watch.gone:
-            raise Stale(watch.gone)
-        self.banks = [(self._bank(b, refs, spec), spec) for b, (refs, spec) in enumerate(block.weights)]
         self.constants = block.constants
         self._plain = isinstance(block.output, Slot) and not block.mutations and not block.attributes
         self._run = compiled(block.graph)
         self._names = by_position(program.signature)
         self._know_usual()
+        if watch.gone:
+            raise Stale(watch.gone)
+        self.banks = [(self._bank(b, refs, spec), spec) for b, (refs, spec) in enumerate(block.weights)]
 
     def _know_usual(self) -> None:
         """Make anew what knows the usual call; it knows none of a block that writes to its arguments."""
@@ -228,7 +228,7 @@ class RewrittenForward:
                     stacklevel=3,
                 )
         self.fallbacks += 1
-        with dequantized(self.module, [bank for bank, _ in self.banks]):
+        with dequantized(self.module, [bank for bank, _ in self.banks] if self.program.block.formats else []):
             try:
                 return self.own()(*args, **kwargs)
             except RuntimeError as err:  # torch's, of two dtypes that meet

@@ -30,10 +30,19 @@ class Stale(Exception):
     """The module no longer is what was verified; the message says what changed."""
 
 
+def own_code_of(tensor: Tensor) -> str:
+    """The name of the tensor's class where functions of PyTorch run code of that class on it; else ""."""
+    cls = type(tensor)
+    if cls in _PLAIN or cls.__torch_function__ is torch._C._disabled_torch_function_impl:
+        return ""
+    inherited = getattr(cls.__torch_function__, "__func__", None) is vars(Tensor)["__torch_function__"].__func__
+    return "" if inherited else cls.__name__
+
+
 class Place:
     """One Parameter or buffer of a module tree, found again at each read, which gives a tensor of ``part_shape``."""
 
-    __slots__ = ("dtype", "hooked", "key", "links", "owner", "part_shape", "path", "registry", "shape")
+    __slots__ = ("dtype", "hooked", "key", "kind", "links", "owner", "part_shape", "path", "registry", "shape")
 
     def __init__(self, root: nn.Module, path: str) -> None:
         *parents, self.key = path.split(".")
@@ -52,7 +61,7 @@ class Place:
         tensor = self.registry.get(self.key)
         if not isinstance(tensor, Tensor):
             raise Stale(f"{path} is no longer a plain Parameter (quantised, parametrised or removed)")
-        self.dtype, self.shape = tensor.dtype, tensor.shape
+        self.dtype, self.shape, self.kind = tensor.dtype, tensor.shape, type(tensor)
         self.part_shape = tensor.shape
 
     def read(self) -> Tensor:
@@ -67,6 +76,8 @@ class Place:
         if tensor.dtype is not self.dtype or tensor.shape != self.shape:
             raise Stale(f"{self.path} changed from {self.dtype} {tuple(self.shape)} "
                         f"to {tensor.dtype} {tuple(tensor.shape)}")  # fmt: skip
+        if type(tensor) is not self.kind and own_code_of(tensor):
+            raise Stale(f"{self.path} runs code of {own_code_of(tensor)} and did not")
         owner = self.owner
         if owner._forward_hooks or owner._forward_pre_hooks:
             raise Stale(f"a forward hook was registered on the module that holds {self.path}")

@@ -129,10 +129,11 @@ class Watch:
 
     Attributes:
         cost: about how many nanoseconds ``shared`` takes.
+        misfit: which weight is not like the verified one, in a sentence.
         paused: while true nothing is compared: see ``whole_model.exported``.
     """
 
-    paused = False
+    paused, misfit = False, ""
 
     def __init__(
         self,
@@ -200,8 +201,8 @@ class Watch:
         """What changed in the modules that every call of the original would run, and in what its code reads."""
         if self.paused:
             return ""
-        if self.gone:
-            return self.gone
+        if self.gone or self.misfit:
+            return self.gone or self.misfit
         try:
             if self._same() and self._sound:
                 return ""

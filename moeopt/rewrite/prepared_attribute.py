@@ -26,5 +26,9 @@ class PreparedAttribute:
     def __get__(self, owner: Prepares | None, kind: type) -> PyObject:
         if owner is None or "program" not in owner.__dict__:
             raise AttributeError(self.name)
-        owner._prepare()
+        try:
+            owner._prepare()
+        except Exception:  # of a module that was changed: what can't be made is missed where it is read
+            if self.name not in owner.__dict__:
+                raise
         return owner.__dict__[self.name]

@@ -1,0 +1,78 @@
+"""What a block's Python makes of numbers of its routing, other than a branch: calls of few tokens show it."""
+
+import functools
+import operator
+
+import pytest
+import torch
+
+import moeopt
+from tests.toy_moe import Block, E, H, build
+
+
+def counts(ids):
+    return torch.bincount(ids.flatten(), minlength=E).tolist()
+
+
+def named(ids):
+    """The experts that have tokens, as bits."""
+    return functools.reduce(operator.or_, (1 << i for i in ids.flatten().tolist()))
+
+
+def looked_up(ids):
+    try:
+        return {(1, 1, 1, 1): 3, (2, 2, 0, 0): 4, (0, 0, 2, 2): 2}[tuple(counts(ids))]
+    except KeyError:
+        return 1
+
+
+@torch.jit.script
+def scripted(ids: torch.Tensor) -> int:
+    if int(ids.max()) < 2:
+        return 2
+    return 1
+
+
+compiled = {}
+exec("def of(counts):\n    return 2 if len(set(counts)) == 1 else 1\n", compiled)
+
+FACTORS = {
+    "a table of truths": lambda ids: {True: 2, False: 1}.get(counts(ids)[0] == counts(ids)[1]),
+    "a table of counts": lambda ids: {(1, 1, 1, 1): 3, (2, 2, 0, 0): 4, (0, 0, 2, 2): 2}.get(tuple(counts(ids)), 1),
+    "a key that is missing": looked_up,
+    "an index": lambda ids: (1, 2)[int(max(counts(ids)) == min(counts(ids)))],
+    "a product": lambda ids: 1 + all(count == counts(ids)[0] for count in counts(ids)),
+    "bits": lambda ids: 1 + (named(ids) == 0b0011),
+    "NumPy": lambda ids: 1 + int((torch.tensor(counts(ids)).numpy() == counts(ids)[0]).all()),
+    "a truth made a number": lambda ids: 2 - float(bool(counts(ids)[0] - counts(ids)[1])),
+    "a function of an operator": lambda ids: 1 + operator.eq(*counts(ids)[:2]),
+    "places": lambda ids: 1 + (counts(ids).index(max(counts(ids))) == counts(ids).index(min(counts(ids)))),
+    "sizes": lambda ids: 1 + ((ids == 0).nonzero().shape[0] == (ids == 1).nonzero().shape[0]),
+    "a set": lambda ids: 1 + {0, 1}.issuperset(ids.flatten().tolist()),
+    "the ends": lambda ids: 1 + (ids[0, 0].item() == ids[-1, -1].item() and len(ids) < 9),
+    "order": lambda ids: 1 + (len(ids) > 3 and sorted(ids[:, 0].tolist()) == ids[:, 0].tolist()),
+    "a count of 29": lambda ids: 1 + (max(counts(ids)) == 29),
+    "TorchScript": scripted,
+    "code without source": lambda ids: compiled["of"](counts(ids)),
+}
+
+
+class Factor(Block):
+    """A number that follows from the routing multiplies the result, at sizes that no other case has."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.of = FACTORS[name]
+
+    def forward(self, x):
+        ids, w = self.route(x)
+        return self.loop(x, ids, w) * self.of(ids) ** (len(x) in (2, 3, 4, 29))
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_a_number_of_the_routing_that_no_case_changed_is_declined(name):
+    block = moeopt.explain(build(Factor, name=name), torch.randn(24, H)).blocks[0]
+    assert block.status == "declined" and "test_few_tokens.py" in block.source
+    if not block.reason.startswith("its forward branches on numbers"):
+        assert block.reason.startswith("it was rewritten, verified and reverted: case '"), block.reason
+        assert "its Python reads numbers or sizes that its routing gives" in block.reason
