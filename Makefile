@@ -43,7 +43,7 @@ ISA_TESTS := $(wildcard tests/ops/test_*.py) tests/ops/native tests/verification
 	tests/test_zoo.py tests/test_sabotage.py tests/test_trained_lm.py
 ISA_MARKS := not gpu and not wheel and not nightly
 
-.PHONY: help setup demo examples test test-isa test-nightly test-compat test-matrix test-gpu gpu-day test-wheel lint format types docs bench clean
+.PHONY: help setup demo examples test test-isa test-nightly test-compat test-matrix test-gpu gpu-day test-wheel lint format types docs docs-version bench clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
@@ -121,6 +121,14 @@ types: $(READY)  ## mypy
 
 docs: $(READY)  ## the documentation as a site in build/docs; needs no network
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q
+
+# It calls mkdocs by its name, so both are looked for among the environment's scripts.
+MIKE = PATH="$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH" NO_MKDOCS_2_WARNING=1 mike
+# The branch gh-pages has a folder for each version, and `latest`, which is where a reader begins.
+docs-version: $(READY)  ## the documentation as VERSION beside the others, committed to the branch gh-pages (PUSH=1: and pushed)
+	@test -n "$(VERSION)" || { echo 'say which: make docs-version VERSION=0.1, or VERSION=main for what is not released'; exit 2; }
+	$(MIKE) -q deploy $(if $(PUSH),--push) --update-aliases $(VERSION) $(if $(filter main,$(VERSION)),,latest)
+	$(if $(filter main,$(VERSION)),,$(MIKE) -q set-default $(if $(PUSH),--push) latest)
 
 bench: $(READY)  ## the measured tables of the README
 	$(PY) benchmarks/blocks.py $(ARGS)

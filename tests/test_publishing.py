@@ -1,5 +1,6 @@
 """What a release is made of: metadata, a README that holds outside the repository, archives, and what GitHub reads."""
 
+import os
 import re
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def test_the_metadata_says_who_where_and_for_whom():
     assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["ci", "release"])
+@pytest.mark.parametrize("name", ["ci", "docs", "release"])
 def test_workflows_pin_their_actions_and_may_do_no_more_than_they_must(name):
     workflow = yaml_of(f".github/workflows/{name}.yml")
     assert workflow["permissions"] == {"contents": "read"}
@@ -76,6 +77,32 @@ def test_the_workflow_runs_targets_that_there_are():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for script in scripts:
         assert script == ".ci/run" or script.split()[:1] == ["make"] and script.split()[1] in targets, script
+
+
+@pytest.mark.parametrize(("ref", "version"), [("v1.2.3", "1.2"), ("v0.1.0", "0.1"), ("main", "main")])
+def test_each_release_keeps_its_documentation(ref, version):
+    """The workflow's own words name the version; the Makefile's own rule makes of them what is run."""
+    workflow = yaml_of(".github/workflows/docs.yml")
+    assert {"branches", "tags"} == set(workflow[True]["push"])
+    (script,) = [step["run"] for step in workflow["jobs"]["deploy"]["steps"] if "docs-version" in step.get("run", "")]
+    said = subprocess.run(
+        ["bash", "-c", script.replace("make ", "make --dry-run READY= PY=python ")],
+        cwd=ROOT, env={**os.environ, "GITHUB_REF_NAME": ref}, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    lines = [line.split(" mike ")[1] for line in said.splitlines() if " mike " in line]
+    deploy, *default = lines
+    if version == "main":
+        assert deploy.split() == ["-q", "deploy", "--push", "--update-aliases", "main"] and not default
+    else:
+        assert deploy.split() == ["-q", "deploy", "--push", "--update-aliases", version, "latest"]
+        assert default == ["-q set-default --push latest"]
+    config = (ROOT / "mkdocs.yml").read_text()
+    assert re.search(r"^  version: \{ provider: mike \}", config, re.MULTILINE)
+
+
+def test_documentation_without_a_version_is_not_deployed():
+    said = subprocess.run(["make", "docs-version", "READY=", "PY=false"], cwd=ROOT, capture_output=True, text=True)
+    assert said.returncode == 2 and "say which: make docs-version VERSION=0.1" in said.stdout
 
 
 def test_issue_forms_ask_for_the_facts_and_the_dump():
