@@ -7,6 +7,7 @@ of experts, in one graph. The data-dependent loop is gone by then, so ``torch.ex
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from moeopt.api import optimize
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import NotSaveableError
 from moeopt.lower.export import export_program
-from moeopt.lower.size_one import avoid_size_one
+from moeopt.lower.size_one import avoid_size_one, export_widened
 from moeopt.passes.base import Pass, PassRecord
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.value_types import PyObject
@@ -43,8 +44,9 @@ def as_graph_module(model: nn.Module, call: ArgsKwargs) -> fx.GraphModule:
     """
     try:
         with torch.no_grad():
-            args, kwargs = avoid_size_one(model, *call)
-        program = export_program(model, args, kwargs, frozen=False)  # the module's weights may change
+            wider = avoid_size_one(model, *call)
+        export = functools.partial(export_program, model, frozen=False)  # the module's weights may change
+        program = export_widened(call, wider, export)
         exported: fx.GraphModule = program.module()
         return exported
     except NotSaveableError as err:

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from moeopt.bundle.shape_guards import holds
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.lower.signature import size_conditions
 from moeopt.rewrite.whole_model import tried
 from moeopt.verification.model import run_plain
+
+Export = Callable[[tuple[Any, ...], dict[str, Any]], torch.export.ExportedProgram]
+"""Of the arguments and keyword arguments of a call."""
+
+
+def export_widened(given: ArgsKwargs, wider: ArgsKwargs, export: Export) -> torch.export.ExportedProgram:
+    """What ``export`` makes of the call ``wider``, or of the ``given`` one where that program does not hold for it.
+
+    So it is where the model's code asks whether there is one row, or squeezes that size away.
+
+    Args:
+        wider: what :func:`avoid_size_one` made of ``given``.
+    """
+    program = export(*wider)
+    leaves = pytree.tree_leaves(given)
+    if holds(size_conditions(program), lambda leaf: leaves[leaf].shape):
+        return program
+    return export(*given)
 
 
 def avoid_size_one(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ArgsKwargs:

@@ -20,6 +20,7 @@ from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import override
 from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights
+from moeopt.ops.forward_mode import refusing_tangents
 from moeopt.ops.kernels.cuda import experts_cuda
 from moeopt.ops.native.dispatch import experts_on_cpu
 from moeopt.ops.quantized_bank import QuantizedExpertWeights
@@ -267,7 +268,7 @@ def _gradients(ctx: PyObject, grad: Tensor) -> tuple[PyObject, ...]:
 
 
 for _key in ("CPU", "CUDA"):
-    _LIB.impl("experts", _experts, _key)
+    _LIB.impl("experts", refusing_tangents("experts", _experts), _key)
     _LIB.impl("experts_backward", _backward, _key)
 torch.library.register_fake("moeopt::experts", _experts_fake, lib=_LIB)
 torch.library.register_fake("moeopt::experts_backward", _backward_fake, lib=_LIB)

@@ -22,6 +22,7 @@ from moeopt.errors import UsageError
 from moeopt.ir.bank_format import BankFormat, MatrixFormat
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import Biases
+from moeopt.ops.forward_mode import refusing_tangents
 from moeopt.ops.native.call import transformed
 from moeopt.ops.native.dispatch import quantized_on_cpu
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
@@ -202,7 +203,7 @@ def _gradients(ctx: PyObject, grad: Tensor) -> tuple[PyObject, ...]:
 
 
 for _key in ("CPU", "CUDA"):
-    _LIB.impl("quantized_experts", _op, _key)
+    _LIB.impl("quantized_experts", refusing_tangents("quantized_experts", _op), _key)
     _LIB.impl("quantized_experts_backward", _backward, _key)
 torch.library.register_fake("moeopt::quantized_experts", _fake, lib=_LIB)
 torch.library.register_fake("moeopt::quantized_experts_backward", _backward_fake, lib=_LIB)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moeopt.errors import UsageError
 from moeopt.ir.specs import RouterSpec
+from moeopt.ops.forward_mode import refusing_tangents
 from moeopt.value_types import PyObject
 
 
@@ -94,7 +95,7 @@ def _gradients(ctx: PyObject, _: Tensor, grad_TK: Tensor) -> tuple[Tensor, None,
     return grad_TE.to(logits_TE.dtype), None, None, None, None
 
 
-_LIB.impl("route", route_reference, "CPU")
-_LIB.impl("route", route_reference, "CUDA")
+for _key in ("CPU", "CUDA"):
+    _LIB.impl("route", refusing_tangents("route", route_reference), _key)
 torch.library.register_fake("moeopt::route", _route_fake, lib=_LIB)
 torch.library.register_autograd("moeopt::route", _gradients, setup_context=_setup_context, lib=_LIB)

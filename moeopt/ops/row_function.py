@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moeopt.errors import UsageError
 from moeopt.ir.row_function import GETITEM, RowCount, RowFunction, Value
+from moeopt.ops.forward_mode import refusing_tangents
 from moeopt.value_types import FxTarget, PyObject
 
 
@@ -250,7 +251,7 @@ def _gradients(ctx: PyObject, grad: Tensor) -> tuple[PyObject, ...]:
 
 
 for _key in ("CPU", "CUDA"):
-    _LIB.impl("row_function", _op, _key)
+    _LIB.impl("row_function", refusing_tangents("row_function", _op), _key)
     _LIB.impl("row_function_backward", _backward, _key)
 torch.library.register_fake("moeopt::row_function", _fake, lib=_LIB)
 torch.library.register_fake("moeopt::row_function_backward", _backward_fake, lib=_LIB)

@@ -24,14 +24,15 @@ class BlockProgram:
     """A block graph as it is installed: with the signature of the forward that it stands for.
 
     ``facts`` is what was verified of the module's own code, taken from the first module that asks; ``weights`` of its
-    experts' Parameters the shapes, and whose code runs them; ``reads`` what the block's code read outside its modules.
+    experts' Parameters the shapes, the dtypes, and whose code runs them; ``reads`` what the block's code read outside
+    its modules.
     """
 
     block: BlockGraph
     signature: inspect.Signature
     facts: list[Fact] | None = None
     reads: Reads | None = None
-    weights: dict[str, tuple[torch.Size, str]] | None = None
+    weights: dict[str, tuple[torch.Size, torch.dtype, str]] | None = None
 
     @property
     def guard(self) -> CallGuard:
@@ -87,13 +88,16 @@ class BlockProgram:
         paths = sorted({path for refs, _ in self.block.weights for path in expert_paths(refs)})
         tensors = dict(module.named_buffers(remove_duplicate=False))
         tensors.update(module.named_parameters(remove_duplicate=False))
-        now = {path: (tensors[path].shape, own_code_of(tensors[path])) for path in paths if path in tensors}
+        held = {path: tensors[path] for path in paths if path in tensors}
+        now = {path: (tensor.shape, tensor.dtype, own_code_of(tensor)) for path, tensor in held.items()}
         if self.weights is None:
             self.weights = now
-        for path, (shape, code) in now.items():
-            before, code_before = self.weights.get(path, (shape, code))
+        for path, (shape, dtype, code) in now.items():
+            before, dtype_before, code_before = self.weights.get(path, (shape, dtype, code))
             if shape != before:
                 return f"{path} is {tuple(shape)} and was {tuple(before)}"
+            if dtype is not dtype_before:
+                return f"{path} is {dtype} and was {dtype_before}"
             if code != code_before:
                 return f"{path} runs code of {code or 'no tensor class'} and ran that of {code_before or 'none'}"
         return ""

@@ -15,7 +15,7 @@ Not seen: in code compiled by ``torch.compile``, anything changed after it was c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -41,13 +41,22 @@ def _of_pytorch(module: nn.Module) -> bool:
 
 
 class _Watched:
-    """One module and what it should still be."""
+    """One module and what it should still be.
 
-    __slots__ = ("children", "fact", "module")
+    Args:
+        weights: the names of its Parameters and buffers that are weights of experts.
+        leads: whether it is of one expert, and may hold a module that has such weights.
+    """
 
-    def __init__(self, fact: Fact, module: nn.Module) -> None:
-        self.fact, self.module = fact, module
+    __slots__ = ("children", "fact", "module", "tables", "weights")
+
+    def __init__(self, fact: Fact, module: nn.Module, weights: Collection[str], leads: bool) -> None:
+        self.fact, self.module, self.weights = fact, module, weights
         self.children = tuple(module._modules.get(n) for n in fact.children)
+        # where a weight is looked up; of another table in its place nothing would be noticed
+        d = module.__dict__
+        tables = ["_modules"] * leads + [t for t in ("_parameters", "_buffers") if not d[t].keys().isdisjoint(weights)]
+        self.tables = [(name, d[name]) for name in tables]
 
     def compare(self, probe: GuardExpression) -> None:
         """Terms that hold as long as nothing that ``changed`` looks at is touched."""
@@ -61,6 +70,11 @@ class _Watched:
                 probe.add(f"{{0}}({{1}}) == {count}" if count else "not {1}", len, d[kind])
             if not fact.patched and "forward" not in d:
                 probe.lacks(d, "forward")
+        for name, held in self.tables:
+            probe.item(d, name, held)
+        for name in self.weights:  # an attribute of the instance is found before a Parameter
+            if any(name in table for _, table in self.tables):
+                probe.lacks(d, name)
         probe.entries(d["_modules"], ordered=isinstance(module, _ORDERED))
         tables = [(d, fact.names)]
         for table in (d["_parameters"], d["_buffers"]):
@@ -86,6 +100,12 @@ class _Watched:
             return f"a hook was registered on {name}, which is no longer called for each expert"
         if fact.path and not fact.patched and "forward" in d:
             return f"forward was replaced on {name}"
+        for table, held in self.tables:
+            if d.get(table) is not held:
+                return f"{table} of {name} was replaced"
+        for tensor in self.weights:
+            if tensor in d and any(tensor in table for _, table in self.tables):
+                return f"{tensor} of {name} is an attribute of the instance, and was a Parameter or buffer alone"
         try:
             same = tuple(d[n] for n in fact.names) == fact.values
             same = same and tuple(d["_modules"][n] for n in fact.children) == self.children
@@ -154,14 +174,19 @@ class Watch:
         if self.gone:
             return
         self._owners: dict[str, set[Any]] = {}
+        weights: dict[str, set[str]] = {}
         for key, paths in experts.items():
             for path in paths:
+                owner, _, name = path.rpartition(".")
+                weights.setdefault(owner, set()).add(name)
                 while path:
                     path = path.rpartition(".")[0]
                     self._owners.setdefault(path, set()).add(key)
         for fact in facts:
             keys = self._keys(fact.path)
-            (self._of[keys[0]] if keys else self._shared).append(_Watched(fact, modules[fact.path]))
+            own = sorted(weights.get(fact.path, ()))
+            watched = _Watched(fact, modules[fact.path], own, bool(keys) and bool(fact.children))
+            (self._of[keys[0]] if keys else self._shared).append(watched)
         self._look()
 
     def _keys(self, path: str) -> tuple[Any, ...]:
@@ -225,6 +250,8 @@ class Watch:
         """Add the terms that hold while no module of an expert of the bank number ``bank`` changes."""
         keys, unused = [key for key in self._of if key[0] == bank], GuardExpression()
         own = {(key,) for key in keys}
+        if self.paused:  # what is there now may be an exporter's own
+            probe.add("{0}.paused", self)
         for key in keys:
             for one in self._of[key]:
                 one.compare(probe)

@@ -83,8 +83,10 @@ class FewTokens:
         """
         kinds = [self._at_random(), self._repeated()]
         if ids_RK is not None and len(ids_RK) == ROWS:
-            own = [tuple(sorted(set(ids))) for ids in ids_RK.tolist()]
-            kinds += [self._within(own), self._balanced(own), self._in_order(ids_RK[:, 0])]
+            named = [[e for e in ids if 0 <= e < self._experts] for ids in ids_RK.tolist()]  # others stand for none
+            own = [tuple(sorted(set(ids))) for ids in named]
+            first_R = torch.tensor([ids[0] if ids else self._experts for ids in named])
+            kinds += [self._within(own), self._balanced(own), self._in_order(first_R)]
         given = 0
         while given < self._count:
             for kind in list(kinds):
@@ -147,17 +149,17 @@ class FewTokens:
                 if picked and len(set(counts)) == 1 or len(picked) >= 4 * _WIDEST:
                     break
                 order = [(start + r) % ROWS for r in range(ROWS)]
-                row = min(order, key=lambda r: (sum(counts[e] for e in own[r] if e < self._experts), r in picked))
+                row = min(order, key=lambda r: (sum(counts[e] for e in own[r]), r in picked))
                 picked.append(row)
                 for e in own[row]:
-                    counts[e % self._experts] += 1
+                    counts[e] += 1
             yield "tokens for every expert alike", picked
 
     def _in_order(self, first_R: Tensor) -> Iterator[tuple[str, list[int]]]:
         """Rows in the order of their first experts."""
         for descending in (False, True):
             picked = torch.tensor(self._draw(ROWS, 5))
-            at = first_R[picked.to(first_R.device)].argsort(descending=descending, stable=True).cpu()
+            at = first_R[picked].argsort(descending=descending, stable=True)
             yield "tokens in the order of their experts", picked[at].tolist()
 
 

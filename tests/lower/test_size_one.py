@@ -101,3 +101,48 @@ def test_a_size_of_one_that_a_block_holds_fixed_is_fixed_in_the_engine(tokens, r
     x, ids, weights = given(3)
     with pytest.raises(moeopt.errors.UsageError, match=r"this engine holds for calls where ids.shape\[1\] == 1, as in"):
         engine(x, ids.repeat(1, 2), weights.repeat(1, 2))
+
+
+class AsksForOne(nn.Module):
+    """One row of rows is another case than several."""
+
+    def __init__(self, one):
+        super().__init__()
+        self.one, self.moe = one, Block()
+
+    def forward(self, x):
+        """``x`` (B, L, H)."""
+        x = self.one(x)
+        return self.moe(x.reshape(-1, H)).view_as(x)
+
+
+ONES = {
+    "squeezed": lambda x: x.squeeze(0),
+    "asked for": lambda x: 2 * x if x.shape[0] == 1 else x,
+    "taken": lambda x: x.unbind(0)[0] if len(x) == 1 else x,
+}
+
+
+@pytest.mark.parametrize("name", ONES)
+def test_an_engine_holds_for_the_call_that_it_was_made_with(name):
+    model = build(AsksForOne, one=ONES[name])
+    engine = moeopt.optimize(model, torch.randn(1, 6, H), backend="onnxruntime", verify="fast")
+    assert engine.report.blocks[0].status == "rewritten", engine.report
+    for length in (6, 3):
+        x = torch.randn(1, length, H)
+        with torch.no_grad():
+            torch.testing.assert_close(engine(x), model(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(
+        moeopt.errors.UsageError,
+        match=r"holds for calls where x.shape\[0\] == 1|dimension 0, and the bundle was exported for 1 only",
+    ):
+        engine(torch.randn(2, 6, H))
+
+
+@pytest.mark.parametrize("name", ONES)
+def test_a_graph_holds_for_the_call_that_it_was_made_with(name):
+    model, x = build(AsksForOne, one=ONES[name]), torch.randn(1, 6, H)
+    graph, _ = moeopt.passes.run(model, x, verify="fast")
+    assert any(node.target is torch.ops.moeopt.experts.default for node in graph.graph.nodes)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-4)

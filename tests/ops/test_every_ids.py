@@ -25,6 +25,13 @@ def test_they_may_be_kept_for_a_backward_whatever_is_on_when_they_are_made():
         assert every_ids(2, 7).is_cpu
 
 
+def test_those_of_a_functional_transform_end_with_it():
+    module._kept.clear()
+    torch.func.grad(lambda x: (x * every_ids(2, 7)).sum())(torch.ones(2, 7))
+    ids = every_ids(2, 7)
+    assert not torch._C._functorch.is_gradtrackingtensor(ids) and ids.data_ptr() and is_kept(ids)
+
+
 def test_not_too_many_sizes_are_kept():
     for T in range(3 * MOST):
         every_ids(T, 2)

@@ -309,6 +309,11 @@ TOLD = (
     (lambda m: m.experts[2][0].register_parameter("bias", None), "changed|no longer"),
     (lambda m: m.experts[1].settings.update(scale=2.0), "scale"),
     (lambda m: setattr(m.experts[1], "settings", {"scale": 2.0}), "scale"),
+    (
+        lambda m: setattr(m.experts[1][0], "_parameters", dict(m.experts[2][0]._parameters)),
+        "_parameters of experts.1.0",
+    ),
+    (lambda m: m.experts[1][0].__dict__.update(weight=torch.ones(8, 16)), "weight of experts.1.0 is an attribute"),
 )
 
 
@@ -338,3 +343,14 @@ def test_a_block_that_was_moved_to_another_dtype_says_so(pair):
     x = torch.randn(3, 16, dtype=torch.float64)
     with pytest.warns(StaleModelWarning):
         assert torch.equal(pair[1](x), pair[0](x))
+
+
+def test_what_is_there_while_an_exporter_is_at_work_is_not_known(pair):
+    watch = rewritten_forward(pair[1]).watch
+    watch.paused = True
+    for model in pair:
+        model.experts[3][1].approximate = "tanh"
+    assert pair[1](torch.randn(1, 16)).shape == (1, 16)
+    watch.paused = False
+    with pytest.warns(StaleModelWarning, match="approximate of experts.3.1 is 'tanh'"):
+        assert agree(*pair)

@@ -51,6 +51,21 @@ def test_nothing_changed():
             1,
             "the class of experts.1.1, or its forward, is not the",
         ),
+        (
+            lambda m: setattr(m.experts[2][0], "_parameters", dict(m.experts[1][0]._parameters)),
+            2,
+            "_parameters of experts.2.0 was replaced",
+        ),
+        (
+            lambda m: setattr(m.experts[0], "_modules", dict(m.experts[1]._modules)),
+            0,
+            "_modules of experts.0 was replaced",
+        ),
+        (
+            lambda m: m.experts[3][2].__dict__.update(weight=torch.zeros(1)),
+            3,
+            "weight of experts.3.2 is an attribute of the instance, and was a Parameter or buffer alone",
+        ),
     ],
 )
 def test_a_change_is_told_by_those_who_run_it(change, expert, text):

@@ -9,8 +9,12 @@ from moeopt.verification.results import Case
 from tests.toy_moe import E, H, K, build
 
 
-def calls(count=48, numbers=()):
-    """By their names, the counts of each expert's tokens in the calls for the toy block, and their ids."""
+def calls(count=48, numbers=(), as_told=lambda ids: ids):
+    """By their names, the counts of each expert's tokens in the calls for the toy block, and their ids.
+
+    Args:
+        as_told: the form in which the op gets its ids.
+    """
     block = build()
     few = FewTokens(
         CallSpec((torch.randn(24, H),), {}, (ArgRole("tokens", 1),)),
@@ -24,21 +28,33 @@ def calls(count=48, numbers=()):
     assert len(few.all_rows.args[0]) == ROWS
     ids = block.route(few.all_rows.args[0])[0]
     found = {}
-    for case in few.cases(ids):
+    for case in few.cases(as_told(ids)):
         own = block.route(case.args[0])[0]
         found.setdefault(case.name, []).append((own.flatten().bincount(minlength=E).tolist(), own))
     assert sum(map(len, found.values())) == count
     return found
 
 
-def test_tokens_share_experts_in_every_way():
-    found = calls()
+def table(ids):
+    """(T, E): an expert that a token did not choose is named E, as of a mask over the experts."""
+    every = torch.arange(E)
+    return torch.where((ids.unsqueeze(-1) == every).any(1), every, E)
+
+
+def padded(ids):
+    return torch.cat([torch.full_like(ids[:, :1], -1), ids], 1)
+
+
+@pytest.mark.parametrize("as_told", [lambda ids: ids, table, padded], ids=["chosen", "table", "padded"])
+def test_tokens_share_experts_in_every_way(as_told):
+    found = calls(as_told=as_told)
     assert all(len(set(counts)) == 1 for counts, _ in found["tokens for every expert alike"])
     within = [counts for counts, _ in found["tokens of some of the experts"]]
     assert any(c[2:] == [0, 0] for c in within) and any(c[:2] == [0, 0] for c in within)
     for number in (0, E - 1):
         assert any(c[number] == 0 and sum(map(bool, c)) == E - 1 for c in within)
-    orders = [ids[:, 0].tolist() for _, ids in found["tokens in the order of their experts"]]
+    first = (lambda ids: ids.min(1).values) if as_told is table else (lambda ids: ids[:, 0])
+    orders = [first(ids).tolist() for _, ids in found["tokens in the order of their experts"]]
     assert [sorted(o) == o for o in orders] == [True, False] and sorted(orders[1], reverse=True) == orders[1]
     assert {len(ids) for _, ids in found["a few tokens"]} >= {1, 2, 3, 4, 5, 6}
 

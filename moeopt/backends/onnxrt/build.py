@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.lower.onnx.simplify import simplify
 from moeopt.lower.onnx.upcast import upcast_graph
 from moeopt.lower.signature import describe_call
-from moeopt.lower.size_one import avoid_size_one
+from moeopt.lower.size_one import avoid_size_one, export_widened
 from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.options import Options
 from moeopt.patches import quiet
@@ -160,9 +161,10 @@ def trace(
 ) -> tuple[Any, list[Any], dict[str, Any]]:
     """A model, or one rewritten block, as ``(onnx_ir.Model, sites, signature)``, its experts not lowered yet."""
     say("tracing the whole model")
-    args, kwargs = avoid_size_one(model, args, kwargs)
+    wider = avoid_size_one(model, args, kwargs)
     with emitting(model) as sites, quiet(), _attention(plan), DirectDistances():
-        program = export_with_sites(model, args, kwargs, sites)
+        export = functools.partial(export_with_sites, model, sites=sites)
+        program = export_widened((args, kwargs), wider, export)
     signature = describe_call(program)
     say("converting it to ONNX")
     return to_onnx(program), sites, signature

@@ -8,6 +8,7 @@ engine.plan     what TensorRT made of model.onnx for the target
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 import time
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ from moeopt.lower.onnx.export import emitting, export_with_sites, to_onnx
 from moeopt.lower.onnx.plan import kind
 from moeopt.lower.onnx.upcast import upcast_graph, upcast_node
 from moeopt.lower.signature import describe_call
-from moeopt.lower.size_one import avoid_size_one
+from moeopt.lower.size_one import avoid_size_one, export_widened
 from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.options import Options
 from moeopt.patches import quiet
@@ -166,9 +167,10 @@ def _exported(
         else:
             return found.model, found.sites, flat_signature(found.model.graph, found.signature)
     options.say("tracing the whole model")
-    args, kwargs = avoid_size_one(model, args, kwargs)
+    wider = avoid_size_one(model, args, kwargs)
     with emitting(model) as sites, quiet():
-        program = export_with_sites(model, args, kwargs, sites)
+        export = functools.partial(export_with_sites, model, sites=sites)
+        program = export_widened((args, kwargs), wider, export)
     options.say("converting it to ONNX")
     return to_onnx(program), sites, describe_call(program)
 

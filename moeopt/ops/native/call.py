@@ -163,10 +163,11 @@ def _experts(
         stacked.known = spec, now, found
         return found
     if known is not None:
-        if spec not in known:
-            known[spec] = _of_all(bank, spec)
-        if known[spec] is not None:
-            return cast(CallWords, known[spec])
+        words = known.get(spec, ())  # looked up once: another thread may clear what is known
+        if words == ():
+            words = known[spec] = _of_all(bank, spec)
+        if words is not None:
+            return cast(CallWords, words)
     return _listed(
         bank, sorted(set(ids.flatten().tolist())) if ids.numel() <= 4096 else ids.unique().tolist(), spec, held
     )

@@ -14,7 +14,7 @@ from moeopt.ops.expert_weights import StackedExpertWeights
 from moeopt.ops.native import again, dispatch
 from moeopt.ops.native.library import library
 from moeopt.rewrite.live_weights import LiveExpertWeights
-from tests.rewrite.test_live_weights import E, H, stacked
+from tests.rewrite.test_live_weights import E, H, listed, stacked
 
 SPEC = ExpertsSpec(rows="separate", w_in_layout="io", w_out_layout="io")
 
@@ -199,3 +199,21 @@ def test_weights_that_no_live_bank_gave_out_remember_nothing_and_are_pickled(ban
     root = bank.root
     own = StackedExpertWeights([root.w_in[..., ::2], root.w_in[..., 1::2]], root.w_out, None, root.b)
     assert right(own, inputs()) and right(pickle.loads(pickle.dumps(own)), inputs())
+
+
+class Forgetful(dict):
+    """What is known of a bank, which another thread clears between two looks."""
+
+    def __contains__(self, key):
+        found = super().__contains__(key)
+        self.clear()
+        return found
+
+
+def test_another_thread_may_clear_what_is_known():
+    root, refs = listed()
+    bank, spec, known = LiveExpertWeights(root, refs, ("oi", "oi")), ExpertsSpec(rows="plain"), Forgetful()
+    call, kernel = inputs(), library()
+    for _ in range(2):
+        y, _ = again.prepared_call(kernel.run, *call, bank, spec, kernel.bit, known)
+        torch.testing.assert_close(y, experts_reference(*call, bank, spec))
