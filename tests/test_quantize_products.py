@@ -211,23 +211,23 @@ def test_a_shared_expert_is_quantised_with_the_products_and_its_router_is_not(tm
 
 
 class Threshold(nn.Module):
-    """A mixture that no report names: gates beyond a half, on experts of one matrix."""
+    """A mixture that no report names: gates beyond a half, on parts of one wide product."""
 
     def __init__(self):
         super().__init__()
-        self.gate, self.experts = nn.Linear(16, 3), nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.gate, self.wide = nn.Linear(16, 3), nn.Linear(16, 48)
 
     def forward(self, x):
         p = torch.sigmoid(self.gate(x))
         p = torch.where(p > 0.5, p, torch.zeros_like(p))
-        return sum(p[..., n, None] * expert(x) for n, expert in enumerate(self.experts))
+        return (self.wide(x).unflatten(-1, (3, 16)) * p[..., None]).sum(-2)
 
 
 def test_the_router_of_a_mixture_that_was_not_found_stays_float_and_is_named():
     torch.manual_seed(0)
     source, x = nn.Sequential(Threshold(), nn.Linear(16, 8)).eval(), torch.randn(9, 16)
     opt = optimized(QuantPlan(products="int8"), source, x)
-    assert not opt.report.blocks and sorted(opt.certificate.products) == [*(f"0.experts.{n}" for n in range(3)), "1"]
+    assert not opt.report.blocks and sorted(opt.certificate.products) == ["0.wide", "1"]
     notes = " ".join(opt.report.notes)
     assert "not quantised: 0.gate: it is a router, its results are chosen from (gt at " in notes
 

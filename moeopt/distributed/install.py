@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -109,7 +109,8 @@ def divide(
             shards += drop(op.module, op.weights, homes, rank, mesh)
         absent = before - set(dict(first.module.named_parameters()))
         ExpertState(channel, shards, absent, first.name, mesh).install(first.module)
-        forward = DistributedForward(first.module, first.forward.program, sharded)
+        program = replace(first.forward.program, weights=None)  # those of a rank are others than the model's
+        forward = DistributedForward(first.module, program, sharded)
         first.module.__dict__[first.key] = forward
         divided += [(op, forward.banks[op.index][0]) for _, op in found]
     return divided

@@ -116,7 +116,7 @@ TWIN = Around(shared="twin")
 AMBIGUOUS = [
     (Program(form="hit_loop", experts=3, top_k=3, around=TWIN), "no tensor before the experts holds the expert ids"),
     (Program(form="dense_loop", experts=5, top_k=4, around=TWIN), "no tensor before the experts holds the expert ids"),
-    (Program(form="slot_where", experts=3, top_k=3, around=TWIN), "no tensor before the experts holds the expert ids"),
+    (Program(form="slot_where", experts=3, top_k=3, around=TWIN), "its experts run several times in one forward"),
     (Program(experts=5, top_k=4, around=TWIN), "no tensor before the experts holds the expert ids"),
     (Program(form="slot_where", top_k=2, weight_on="input"), "is not linear in the experts' outputs"),
     (Program(form="slot_where", experts=2, top_k=2, weight_on="input"), "is not linear in the experts' outputs"),
