@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dis
 import functools
+import gc
 import sys
 import sysconfig
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -71,7 +73,7 @@ class TestsTaken:
 
     def _enter(self, frame: types.FrameType, event: str, _: object) -> Callable[..., Any] | None:
         code = frame.f_code
-        if not of_a_model(code.co_filename) or not (jumps := _jumps(code)):
+        if not of_a_model(code.co_filename) or not (jumps := _jumps(code)) or _of_the_collector(frame):
             return None
         inside = frame.f_trace = _InFrame(self, jumps)  # before the next line: Python 3.13 asks for it there
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
@@ -90,6 +92,19 @@ class TestsTaken:
         """Enter what a function returned."""
         if self._look is not None and caller is not None and of_a_model(caller.f_code.co_filename):
             self.returned[caller.f_code, _positions(caller.f_code).get(caller.f_lasti, ())] = value
+
+
+def _of_the_collector(frame: types.FrameType) -> bool:
+    """Whether Python called it when memory was freed, as it may at any instruction of a model: a finalizer, or what a
+    library (hypothesis, a profiler) has the collector call. Neither is code of the model."""
+    callbacks = [one.__code__ for one in gc.callbacks if isinstance(one, types.FunctionType)]
+    callbacks.append(weakref.finalize.__call__.__code__)
+    at: types.FrameType | None = frame
+    while at is not None and not isinstance(at.f_trace, _InFrame):
+        if at.f_code.co_name == "__del__" or at.f_code in callbacks:
+            return True
+        at = at.f_back
+    return False
 
 
 @dataclass(frozen=True, eq=False)

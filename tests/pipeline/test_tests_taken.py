@@ -1,13 +1,16 @@
 """Which way the tests of a function went, by what stands in its source."""
 
 import ast
+import gc
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import pytest
 
 from moeopt.pipeline.tests_taken import TestsTaken
+from moeopt.pipeline.untried_tests import DispatchFacts, untried
 
 TEXT = Path(__file__).read_text()
 needs_columns = pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 keeps no columns of instructions")
@@ -87,3 +90,53 @@ def test_an_error_ends_the_watching_and_who_traced_before_goes_on():
     finally:
         sys.settrace(before)
     assert now is tracer and went(taken) == {"x > 0": {True}}
+
+
+_TOOL = """
+def asks(phase):
+    return 1 if phase == "never" else 2
+
+def called(phase, info):
+    if phase == "never":
+        pass
+    asks(phase)
+
+class Held:
+    def __del__(self):
+        if self is None:
+            pass
+        asks("freed")
+"""
+
+
+@pytest.mark.parametrize("freed", ["by the collector", "at once", "finalized"])
+def test_what_python_calls_when_memory_is_freed_is_no_code_of_a_model(freed):
+    tool = {}
+    exec(compile(_TOOL, "/x/site-packages/tool/memory.py", "exec"), tool)
+    taken = TestsTaken()
+    taken.watching(tool["asks"], "called")
+    assert taken.answers, "code of a package may be a model's"
+    taken = TestsTaken()
+    if freed == "at once":
+        taken.watching(lambda: tool["Held"]() and None)
+    elif freed == "finalized":
+        held = [type("Thing", (), {})()]
+        weakref.finalize(held[0], tool["asks"], "freed")
+        taken.watching(held.clear)
+    else:
+        gc.callbacks.append(tool["called"])
+        try:
+            taken.watching(lambda: gc.collect())
+        finally:
+            gc.callbacks.remove(tool["called"])
+    assert not [place for place in taken.answers if place[0].co_filename.startswith("/x/")]
+
+
+def test_a_call_that_the_model_does_not_take_shows_nothing():
+    taken = TestsTaken()
+    taken.watching(code, 1)
+
+    def refused(watch):
+        raise ValueError("Expected more than 1 value per channel when training")
+
+    assert taken.answers and list(untried(taken, [[refused, refused]], DispatchFacts(4, False, None))) == []
