@@ -97,8 +97,8 @@ class TestsTaken:
 def _of_the_collector(frame: types.FrameType) -> bool:
     """Whether Python called it when memory was freed, as it may at any instruction of a model: a finalizer, or what a
     library (hypothesis, a profiler) has the collector call. Neither is code of the model."""
-    callbacks = [one.__code__ for one in gc.callbacks if isinstance(one, types.FunctionType)]
-    callbacks.append(weakref.finalize.__call__.__code__)
+    callbacks = {getattr(getattr(one, "__func__", one), "__code__", None) for one in gc.callbacks}
+    callbacks.add(weakref.finalize.__call__.__code__)
     at: types.FrameType | None = frame
     while at is not None and not isinstance(at.f_trace, _InFrame):
         if at.f_code.co_name == "__del__" or at.f_code in callbacks:
