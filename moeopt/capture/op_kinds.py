@@ -29,6 +29,11 @@ _MATMULS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "grouped_mm_fallback
 _FACTORIES = {"zeros", "ones", "full", "empty", "arange", "eye", "zeros_like", "ones_like", "empty_like", "full_like",
               "new_zeros", "new_empty", "new_full", "new_ones", "scalar_tensor", "linspace"}  # fmt: skip
 
+GATES = ("_softmax", "softmax", "sigmoid")
+"""What makes the weights of a mixture."""
+WEIGH = ("mul", "bmm", "mm", "baddbmm", "addcmul")
+"""What multiplies the results of experts by them."""
+
 
 @cache
 def _name(target: FxTarget) -> str:

@@ -15,14 +15,12 @@ from collections.abc import Iterable, Iterator
 
 from torch import fx
 
-from moeopt.capture.op_kinds import is_matmul, is_pointwise, moves_rows, op_name
+from moeopt.capture.op_kinds import GATES, WEIGH, is_matmul, is_pointwise, moves_rows, op_name
 from moeopt.find.block_candidates import BlockCandidate, identity_of, laid_out_flat, len_of_stack
 from moeopt.find.light_sites import leaf_of
 from moeopt.find.unread_blocks import UnreadBlocks
 from moeopt.recognise.gemm_sites import weight_and_operand
 
-_GATES = ("_softmax", "softmax", "sigmoid")
-_WEIGH = ("mul", "bmm", "mm", "baddbmm", "addcmul")
 _REASON = (
     "its experts are one matrix each, and every row passes all of them, weighed by a gate: the op would leave no "
     "product out, so this block stays as it is; to run a few experts for each row, choose them (topk of the gate's "
@@ -66,7 +64,7 @@ def gated_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
 def _size_of(gate: fx.Node) -> tuple[int, int]:
     """Over how many things a softmax or sigmoid is, and for how many rows; (0, 0) of another call."""
     shape = gate.meta.get("shape") or ()
-    axis = -1 if op_name(gate) == "sigmoid" else gate.args[1] if op_name(gate) in _GATES else None
+    axis = -1 if op_name(gate) == "sigmoid" else gate.args[1] if op_name(gate) in GATES else None
     if not shape or not isinstance(axis, int) or not shape[axis]:
         return 0, 0
     return shape[axis], math.prod(shape) // shape[axis]
@@ -104,7 +102,7 @@ def _weighed(gate: fx.Node, memo: dict[fx.Node, bool]) -> list[fx.Node]:
         seen.add(node)
         for user in node.users:
             others = [a for a in user.all_input_nodes if a is not node]
-            behind = [p for a in others for p in _products_behind(a, memo)] if op_name(user) in _WEIGH else []
+            behind = [p for a in others for p in _products_behind(a, memo)] if op_name(user) in WEIGH else []
             found.update(dict.fromkeys(behind))
             if not behind and (moves_rows(user) or is_pointwise(user)):
                 stack.append(user)

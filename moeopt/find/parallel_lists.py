@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 from torch import fx
 
-from moeopt.capture.op_kinds import op_name
+from moeopt.capture.op_kinds import GATES, WEIGH, op_name
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Call
 from moeopt.capture.tree import leaves_of
@@ -70,8 +70,8 @@ def _gates(calls: Sequence[Call]) -> set[fx.Node]:
         after.add(node)
         for user in node.users:
             others = [a for a in user.all_input_nodes if a not in after]
-            if op_name(user) in ("mul", "bmm", "mm", "baddbmm", "addcmul") and others:
-                return {n for n in ancestors(others) if op_name(n) in ("_softmax", "softmax", "sigmoid")}
+            if op_name(user) in WEIGH and others:
+                return {n for n in ancestors(others) if op_name(n) in GATES}
             stack.append(user)
     return set()
 

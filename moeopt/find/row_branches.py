@@ -6,15 +6,13 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from moeopt.capture.op_kinds import op_name
+from moeopt.capture.op_kinds import WEIGH, op_name
 from moeopt.capture.replay import ancestors, between, descendants
 from moeopt.capture.tape import Call, Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
 from moeopt.recognise.row_graph import RowGraphReader
-
-_WEIGH = ("mul", "bmm", "mm", "baddbmm", "addcmul")
 
 
 def weighed_branches(tape: Tape, ran: Sequence[Call], same_sizes: bool = True) -> bool:
@@ -43,6 +41,6 @@ def weighed_branches(tape: Tape, ran: Sequence[Call], same_sizes: bool = True) -
     inside = {*after, *ends}
     for node in after:
         others = [a for a in node.all_input_nodes if a not in inside]
-        if op_name(node) in _WEIGH and any(n.op == "placeholder" for n in ancestors(others)):
+        if op_name(node) in WEIGH and any(n.op == "placeholder" for n in ancestors(others)):
             return True
     return False

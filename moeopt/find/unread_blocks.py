@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moeopt.capture.op_kinds import is_matmul, op_name, picks_rows
+from moeopt.capture.op_kinds import GATES, is_matmul, op_name, picks_rows
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Call, Tape
 from moeopt.capture.tree import leaves_of
@@ -24,7 +24,7 @@ _IDLE = (
     "none of its {} experts ran on the example inputs: no row was sent to one, so what they compute was not seen; give "
     "example inputs whose rows reach experts, real ones rather than random numbers"
 )
-_GATES = ("_softmax", "softmax", "sigmoid", "topk")
+_GATES = (*GATES, "topk")
 
 
 class UnreadBlocks:

@@ -56,14 +56,13 @@ def check_few_tokens(
     count = min(_CALLS[options.verify], max(_WEIGHTS // max(weights, 1), _FEWEST), max(_EXPERTS // experts, _FEWEST))
     aimed, chosen = aimed_at_router(module, spec), max(f.routing.per_token or 1 for f in capture.found)
     calls = FewTokens(spec, experts, numbers, aimed, chosen, count, options.seed)
-    rewritten = RewrittenForward(module, program, original_forward(module))
-    tells = _TellsIds(module, program, original_forward(module))
-    rewritten.silent = tells.silent = True
+    rewritten = _TellsIds(module, program, original_forward(module))
+    rewritten.silent = True
     with default_impl(), statistics_kept(module), dequantized(module, [bank for bank, _ in rewritten.banks]):
         everyone = calls.all_rows
         with contextlib.suppress(Exception):  # a block that does not take so many
-            record_selections(tells, everyone.args, everyone.kwargs)
-        for case in unlike(original, rewritten, calls.cases(tells.ids)):
+            record_selections(rewritten, everyone.args, everyone.kwargs)
+        for case in unlike(original, rewritten, calls.cases(rewritten.ids)):
             check = verify_block(capture.name, original, rewritten, [case], level=options.verify)
             if any(result.status == "failed" for result in check.cases):
                 check.reason = f"{check.reason}; {_LEFT_OUT}"

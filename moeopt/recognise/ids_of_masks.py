@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moeopt.ops.every_ids import every_ids
-
-_FEW = 64
-"""Numbers up to which Python looks at each sooner than PyTorch is called."""
+from moeopt.ops.every_ids import FEW, every_ids
 
 
 def mask_to_ids(onehot_TKE: torch.Tensor) -> torch.Tensor:
@@ -57,7 +54,7 @@ def table_to_ids(table_TE: torch.Tensor) -> torch.Tensor:
     if _looked_at(table_TE) and table_TE.dim() == 2:
         tokens = table_TE.shape[0]
         ids_TE = every_ids(tokens, experts)
-        if all(map(all, table_TE.tolist())) if tokens * experts <= _FEW else table_TE.all():
+        if all(map(all, table_TE.tolist())) if tokens * experts <= FEW else table_TE.all():
             return ids_TE
         return ids_TE.masked_fill(table_TE == 0, experts)
     return torch.where(table_TE != 0, torch.arange(experts, device=table_TE.device), experts)
