@@ -47,6 +47,9 @@ def json_schema(kind: str) -> dict[str, Any]:
             parts["Obstacle"]["properties"][name] = {"enum": [word.name.lower() for word in words]}
     for part in (top, *parts.values()):
         part.pop("description", None)  # docstrings speak to readers of the Python class
+        for field in part.get("properties", {}).values():
+            if field.get("default") in ([], (), {}):  # msgspec 0.22 writes it for some fields, 0.23 for all
+                del field["default"]
     schema = {"$schema": DIALECT, "title": f"moeopt {kind}", **{k: v for k, v in top.items() if k != "title"}}
     return {**_with_not_finite(schema), "$defs": _with_not_finite(dict(sorted(parts.items())))}
 
@@ -90,5 +93,7 @@ def _with_not_finite(value: JsonValue) -> JsonValue:
         if value.get("type") == "number":
             kept = {k: v for k, v in value.items() if k == "default"}
             return {"anyOf": [{k: v for k, v in value.items() if k != "default"}, NOT_FINITE], **kept}
+        if "anyOf" in value:  # msgspec 0.20 writes "or null" first, later versions write it last
+            value = {**value, "anyOf": sorted(value["anyOf"], key=lambda one: one == {"type": "null"})}
         return {k: _with_not_finite(v) for k, v in value.items()}
     return [_with_not_finite(v) for v in value] if isinstance(value, list) else value
