@@ -206,6 +206,15 @@ def test_a_guard_that_was_changed_is_compiled_as_it_is(slower_at):
     assert torch.allclose(got, model()(x(5)), atol=1e-5) and forward._usual_of != forward.program.guard.changes
 
 
+def test_a_limit_of_tokens_is_compiled_with_sizes_that_are_free():
+    opt = optimized()
+    rewritten_forward(opt.model).program.guard.most = 100
+    compiled = torch.compile(opt.model, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for tokens in (5, 9):
+            assert torch.allclose(compiled(x(tokens)), model()(x(tokens)), atol=1e-5)
+
+
 def test_both_ways_are_timed_on_the_same_call(monkeypatch):
     took = {}
 
