@@ -7,6 +7,7 @@ A cell is the median, over turns in both orders, of the original's time divided 
 and call included, in CPU time of the thread. ``--isa avx2`` keeps torch, oneDNN and the kernel to that instruction set.
 What is below ``--least`` is told again at the end, worst first. A declined block is its own original, and has no cell.
 A call that is left to the block's own code (``moeopt.pipeline.own_code``) has one: ``MOEOPT_MEASURE=off`` leaves none.
+``--gradients`` records what a backward pass would need, as a model does that runs without ``torch.no_grad()``.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def cells(name: str, dtype: torch.dtype, hidden: int, asked: argparse.Namespace)
             block(tokens(24))
         except (RuntimeError, ValueError, NotImplementedError) as err:  # an op that has no kernel for the dtype
             return f"runs nowhere: {str(err).splitlines()[0][:90]}"
-        fast = moeopt.optimize(copy.deepcopy(block), tokens(24), verify="off")
+        # which experts have a gradient is found by verification
+        verify = "fast" if asked.gradients else "off"
+        fast = moeopt.optimize(copy.deepcopy(block), tokens(24), verify=verify, progress=False)
     if not any(rewritten_forward(m) is not None for m in fast.model.modules()):
         return f"declined: {fast.report.blocks[0].reason[:90] if fast.report.blocks else 'no block'}"
     return {T: ratio(block, fast.model, tokens(T), asked.seconds) for T in asked.tokens}
@@ -65,6 +68,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", help="beginnings of the names in forms.py")
     parser.add_argument("--seconds", type=float, default=0.05, help="CPU time of a cell")
     parser.add_argument("--least", type=float, default=0.95)
+    parser.add_argument("--gradients", action="store_true", help="with gradients recorded")
     parser.add_argument("--isa", choices=["avx2"], help="play a lesser instruction set")
     parser.add_argument("--save", nargs="?", const="", metavar="SUFFIX", help="of the file's name")
     asked = parser.parse_args()
@@ -73,7 +77,7 @@ def main() -> None:
         os.environ.update(limits, MOEOPT_NATIVE_ISA="avx2")
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.never_slower", *sys.argv[1:]])
     torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
+    torch.set_grad_enabled(asked.gradients)
     chosen = [n for n in FORMS if asked.forms is None or n.startswith(tuple(asked.forms))]
     rows: list[dict[str, object]] = []
     low: list[tuple[float, str]] = []

@@ -22,9 +22,11 @@ from moeopt.ops import override
 from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights
 from moeopt.ops.forward_mode import refusing_tangents
 from moeopt.ops.kernels.cuda import experts_cuda
+from moeopt.ops.native.call import transformed
 from moeopt.ops.native.dispatch import experts_on_cpu
 from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.ops.quantized_experts import quantized_experts
+from moeopt.ops.recorded import gradients_of, recorded, separate_experts
 from moeopt.ops.reference import experts_reference
 from moeopt.ops.row_function import row_function
 from moeopt.value_types import PyObject
@@ -47,9 +49,9 @@ def experts(
 ) -> Tensor:
     """Run the experts that ``ids_TK`` names on each token and sum their weighted outputs.
 
-    Eagerly, and with no gradient needed, the device's kernel reads the bank directly. Under
-    ``torch.compile``, ``torch.export``, fx tracing, fake tensors or a dispatch mode, and where a gradient
-    is needed, the call is one ``torch.ops.moeopt.experts``. Autocast has no say: ``spec`` names the dtypes.
+    Eagerly the device's kernel reads the bank directly, recorded by one node where a gradient is needed. Under
+    ``torch.compile``, ``torch.export``, fx tracing, fake tensors, a dispatch mode or a functional transform
+    the call is one ``torch.ops.moeopt.experts``. Autocast has no say: ``spec`` names the dtypes.
 
     Args:
         x_TH: tokens (T, H), any float dtype; T may be 0.
@@ -80,15 +82,13 @@ def experts(
     if isinstance(spec, RowFunction):
         return row_function(x_TH, ids_TK, weights_TK, bank, spec, traced, skip_idle)
     if isinstance(bank, QuantizedExpertWeights):
-        as_op = traced or _quantized_needs_grad(x_TH, weights_TK, bank)
-        return quantized_experts(x_TH, ids_TK, weights_TK, bank, spec, as_op)
-    if traced or _needs_grad(x_TH, weights_TK, bank):
-        lists = flatten(bank, spec)
-        if skip_idle and not traced:
-            lists = _without_idle(lists, ids_TK, weights_TK)
-        traced_TH: Tensor = torch.ops.moeopt.experts(x_TH, ids_TK, weights_TK, *lists, spec.text)
+        return quantized_experts(x_TH, ids_TK, weights_TK, bank, spec, traced)
+    if not traced and not _needs_grad(x_TH, weights_TK, bank):
+        return _run(x_TH, ids_TK, weights_TK, bank, spec)
+    if traced or transformed():
+        traced_TH: Tensor = torch.ops.moeopt.experts(x_TH, ids_TK, weights_TK, *flatten(bank, spec), spec.text)
         return traced_TH
-    return _run(x_TH, ids_TK, weights_TK, bank, spec)
+    return _recorded(x_TH, ids_TK, weights_TK, bank, spec, skip_idle)
 
 
 def flatten(bank: ExpertWeights, spec: ExpertsSpec) -> Lists:
@@ -120,12 +120,26 @@ def unflatten(lists: Sequence[Sequence[Tensor]], spec: ExpertsSpec) -> ExpertWei
     return ListExpertWeights(ins, list(lists[1]), ins_b, b_out or None, norm or None)
 
 
-def _without_idle(lists: Lists, ids: Tensor, weights: Tensor) -> Lists:
-    """The lists, with separate weights of experts that no token reaches detached from their gradients."""
-    if lists[1][0].dim() == 3:
-        return lists
-    E, hit = len(lists[1]), set(ids[weights.detach() != 0].unique().tolist())
-    return tuple([t if i % E in hit else t.detach() for i, t in enumerate(part)] for part in lists)  # type: ignore[return-value]
+def _recorded(
+    x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec, skip_idle: bool
+) -> Tensor:
+    """The kernel on the bank as it is, and its gradient."""
+    run = functools.partial(_run, x, ids, weights, bank, spec)
+    stacked = bank.stacked()
+    if stacked is None:
+        held, rebuild = separate_experts(bank, ids, weights, skip_idle)
+        return recorded("moeopt::experts", run, gradients_of(rebuild, spec), x, ids, weights, held)
+    lists = flatten(stacked, spec)
+    sizes = [len(part) for part in lists]
+
+    def gradients(grad: Tensor, saved: list[Tensor], needs: list[int]) -> list[Tensor]:
+        x, ids, weights, *flat = saved
+        rest = iter(flat)
+        parts = [[next(rest) for _ in range(size)] for size in sizes]
+        found: list[Tensor] = torch.ops.moeopt.experts_backward(grad, x, ids, weights, *parts, spec.text, needs)
+        return found
+
+    return recorded("moeopt::experts", run, gradients, x, ids, weights, [t for part in lists for t in part])
 
 
 def _present(parts: Sequence[Tensor | None]) -> list[Tensor]:
@@ -157,14 +171,6 @@ def _needs_grad(x: Tensor, weights: Tensor, bank: ExpertWeights) -> bool:
         if any(t is not None and t.requires_grad for t in held):
             return True
     return False
-
-
-def _quantized_needs_grad(x: Tensor, weights: Tensor, bank: QuantizedExpertWeights) -> bool:
-    """Whether x, the routing weights, or what of the bank is floats, wants a gradient."""
-    if not torch.is_grad_enabled():
-        return False
-    floats = [t for part in (*bank.b_in_l, bank.b_out_l, bank.norm_l) for t in part or ()]
-    return any(t is not None and t.requires_grad for t in (x, weights, *floats, *bank.tensors().values()))
 
 
 def _run(x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:

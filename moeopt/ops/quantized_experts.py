@@ -26,6 +26,7 @@ from moeopt.ops.forward_mode import refusing_tangents
 from moeopt.ops.native.call import transformed
 from moeopt.ops.native.dispatch import quantized_on_cpu
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
+from moeopt.ops.recorded import recorded
 from moeopt.ops.reference import dtypes, experts_reference
 from moeopt.value_types import PyObject
 
@@ -34,22 +35,36 @@ decode_formats = functools.lru_cache(BankFormat.decode)
 
 
 def quantized_experts(
-    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: QuantizedExpertWeights, spec: ExpertsSpec, as_op: bool
+    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: QuantizedExpertWeights, spec: ExpertsSpec, traced: bool
 ) -> Tensor:
     """As :func:`moeopt.ops.experts.experts`, of which this is the part for quantised experts.
 
     Args:
-        as_op: whether the call is one ``torch.ops.moeopt.quantized_experts``: a tracer looks on, or gradients are
-            recorded.
+        traced: whether a tracer looks on: then the call is one ``torch.ops.moeopt.quantized_experts``.
 
     Raises:
         UsageError: shapes or formats that do not fit; the message names them.
     """
-    if as_op:
+    needs_grad = _needs_grad(x_TH, weights_TK, bank)
+    if traced or (needs_grad and transformed()):
         op = torch.ops.moeopt.quantized_experts
         y_TH: Tensor = op(x_TH, ids_TK, weights_TK, *flatten(bank), spec.text, bank.format.text)
         return y_TH
+    if needs_grad:
+        lists = flatten(bank)
+        gradients = functools.partial(_gradients_of, [len(part) for part in lists], (spec.text, bank.format.text))
+        kernel = functools.partial(run, x_TH, ids_TK, weights_TK, bank, spec)
+        held = [t for part in lists for t in part]
+        return recorded("moeopt::quantized_experts", kernel, gradients, x_TH, ids_TK, weights_TK, held)
     return run(x_TH, ids_TK, weights_TK, bank, spec)
+
+
+def _needs_grad(x: Tensor, weights: Tensor, bank: QuantizedExpertWeights) -> bool:
+    """Whether x, the routing weights, or what of the bank is floats, wants a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    floats = [t for part in (*bank.b_in_l, bank.b_out_l, bank.norm_l) for t in part or ()]
+    return any(t is not None and t.requires_grad for t in (x, weights, *floats, *bank.tensors().values()))
 
 
 def run(x: Tensor, ids: Tensor, weights: Tensor, bank: QuantizedExpertWeights, spec: ExpertsSpec) -> Tensor:
@@ -185,21 +200,30 @@ def _setup_context(ctx: PyObject, inputs: tuple[PyObject, ...], output: Tensor) 
 def _gradients(ctx: PyObject, grad: Tensor) -> tuple[PyObject, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError("moeopt::quantized_experts has no second derivative (create_graph=True)")
-    x, ids, weights, *flat = ctx.saved_tensors
+    wants_x, _, wants_weights, *wants_lists = ctx.needs_input_grad[:8]
+    wants = [wants_x, wants_weights, *(w for part in wants_lists for w in part)]
+    needs = [i for i, wanted in enumerate(wants) if wanted]
+    found = iter(_gradients_of(ctx.sizes, ctx.texts, grad, list(ctx.saved_tensors), needs))
+    grads = iter([next(found) if wanted else None for wanted in wants])
+    grad_x, grad_weights = next(grads), next(grads)
+    return grad_x, None, grad_weights, *([next(grads) for _ in range(size)] for size in ctx.sizes), None, None
+
+
+def _gradients_of(
+    sizes: list[int], texts: tuple[str, str], grad: Tensor, saved: list[Tensor], needs: list[int]
+) -> list[Tensor]:
+    """Gradients of those of [x, weights, *lists] that ``needs`` indexes; ``saved`` are x, ids, weights, lists."""
+    x, ids, weights, *flat = saved
     rest = iter(flat)
-    lists = [[next(rest) for _ in range(size)] for size in ctx.sizes]
-    wants_x, _, wants_weights, wants_in, wants_out, *wants_floats = ctx.needs_input_grad[:8]
-    if any((*wants_in, *wants_out)):
+    lists = [[next(rest) for _ in range(size)] for size in sizes]
+    coded = sizes[0] + sizes[1]
+    if any(1 < i < 2 + coded for i in needs):
         raise RuntimeError(
             "moeopt::quantized_experts gives codes and scales no gradient; train the float model, and quantise it then"
         )
-    wants = [wants_x, wants_weights, *(w for part in wants_floats for w in part)]
-    needs = [i for i, wanted in enumerate(wants) if wanted]
-    found = iter(torch.ops.moeopt.quantized_experts_backward(grad, x, ids, weights, *lists, *ctx.texts, needs))
-    grads = iter([next(found) if wanted else None for wanted in wants])
-    grad_x, grad_weights = next(grads), next(grads)
-    floats = [[next(grads) for _ in range(size)] for size in ctx.sizes[2:]]
-    return grad_x, None, grad_weights, *([None] * size for size in ctx.sizes[:2]), *floats, None, None
+    of_floats = [i if i < 2 else i - coded for i in needs]
+    found: list[Tensor] = torch.ops.moeopt.quantized_experts_backward(grad, x, ids, weights, *lists, *texts, of_floats)
+    return found
 
 
 for _key in ("CPU", "CUDA"):

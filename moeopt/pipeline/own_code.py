@@ -5,7 +5,8 @@ around the op is not won back; on hundreds of tokens that every expert takes, th
 quicker. The same block gains where it has other sizes. So each kind of block is timed beside its own code at a few
 numbers of tokens (``ops.measured``: milliseconds, once, remembered), and the calls near those at which its own code is
 the quicker are left to it: they were the yardstick of the verification, so they need none. Ties, and machines that may
-not be timed, run the rewritten code.
+not be timed, run the rewritten code. A model that runs without ``torch.no_grad()`` records every call, which costs both
+ways something else, so that is asked by itself.
 """
 
 from __future__ import annotations
@@ -49,19 +50,26 @@ def choose_own_code(model: nn.Module, outcome: PipelineResult) -> list[str]:
     if not measuring():
         return []
     mixtures = {block.name for block in outcome.blocks if block.kind == "moe" and block.status == "rewritten"}
-    left: dict[tuple[int, ...], list[str]] = {}
+    left: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for path in outcome.rewrites:
         name, forward = path or type(model).__name__, rewritten_forward(model.get_submodule(path))
         if name not in mixtures or forward is None or not (own := own_code_of(forward.program)):
             continue
-        if slower := tuple(_slower(forward, outcome.calls[path], own)):
-            forward.own_code = own.at(count for tokens in slower for count in NEAR[tokens])
-            left.setdefault(slower, []).append(name)
+        call = outcome.calls[path]
+        slower = {False: tuple(_slower(forward, call, own, False))}
+        slower[True] = tuple(_slower(forward, call, own, True)) if _records(forward) else slower[False]
+        if any(slower.values()):
+            counts = ([count for n in slower[recorded] for count in NEAR[n]] for recorded in (False, True))
+            forward.own_code = own.at(*counts)
+        modes = {" under torch.no_grad()": slower[False], " outside of torch.no_grad()": slower[True]}
+        for mode, tokens in {"": slower[False]}.items() if slower[False] == slower[True] else modes.items():
+            if tokens:
+                left.setdefault((mode, tokens), []).append(name)
     return [
-        f"calls of {_in_words(slower)} are left to the own code of {listed(names)}: timed on this machine it is the "
-        "quicker there, and computes the same; a bundle saved of this model and ranks that it is divided over run the "
-        "rewritten code at any size, and with MOEOPT_MEASURE=off so does the model itself"
-        for slower, names in left.items()
+        f"calls of {_in_words(tokens)}{mode} are left to the own code of {listed(names)}: timed on this machine it is "
+        "the quicker there, and computes the same; a bundle saved of this model and ranks that it is divided over run "
+        "the rewritten code at any size, and with MOEOPT_MEASURE=off so does the model itself"
+        for (mode, tokens), names in left.items()
     ]
 
 
@@ -71,8 +79,14 @@ def _in_words(slower: tuple[int, ...]) -> str:
     return f"{', '.join(parts[:-1])}{' and ' if len(parts) > 1 else ''}{parts[-1]} token{'s' * (slower != (1,))}"
 
 
-def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode) -> list[int]:
-    """The numbers of tokens at which the own code of the block is the quicker."""
+def _records(forward: RewrittenForward) -> bool:
+    """Whether a call outside of ``torch.no_grad()`` is recorded, and no call that the original answers."""
+    guard = forward.program.guard
+    return not guard.gradients and not guard.no_grad and any(t.requires_grad for t in forward.module.parameters())
+
+
+def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode, recorded: bool) -> list[int]:
+    """The numbers of tokens at which the own code of the block is the quicker, with gradients recorded or without."""
     block, module = forward.program.block, forward.module
     held = [*module.parameters(), *module.buffers()]
     numbers, on_cpu = sum(t.numel() for t in held), all(t.is_cpu for t in held)
@@ -85,10 +99,10 @@ def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode) -> list[i
             for tokens in (n for n in NEAR if n * numbers <= WORK):
                 try:
                     ((_, (args, kwargs)),) = sized_calls(call, (tokens,))
-                    left = own.at((tokens,))
-                    kind = kind or _kind(forward)
+                    left = own.at((tokens,), (tokens,))
+                    kind = kind or _kind(forward) + (" recorded," if recorded else "")
                     question = f"{kind} on {tokens} tokens"
-                    ways = functools.partial(_ways, forward, left, (args, kwargs))
+                    ways = functools.partial(_ways, forward, left, (args, kwargs), recorded)
                     if fastest(question, ways, "rewritten", advantage=GAIN) == "own":
                         found.append(tokens)
                 except Exception:  # a number of tokens that the block cannot take
@@ -109,8 +123,7 @@ def _kind(forward: RewrittenForward) -> str:
     return f"{type(module).__qualname__} {digest}, rewritten or its own code,"
 
 
-@torch.no_grad()
-def _ways(forward: RewrittenForward, left: OwnCode, call: ArgsKwargs) -> dict[str, Way]:
+def _ways(forward: RewrittenForward, left: OwnCode, call: ArgsKwargs, recorded: bool) -> dict[str, Way]:
     """Both on the same call, several times where one is short.
 
     Raises:
@@ -123,8 +136,9 @@ def _ways(forward: RewrittenForward, left: OwnCode, call: ArgsKwargs) -> dict[st
         def run() -> None:
             forward.own_code = own
             try:
-                for _ in range(several):
-                    forward(*args, **kwargs)
+                with torch.set_grad_enabled(recorded):
+                    for _ in range(several):
+                        forward(*args, **kwargs)
             finally:
                 forward.own_code = None
 

@@ -209,11 +209,13 @@ class CallGuard:
         for tensor, shape in zip(tensors, self.shapes, strict=True):
             free = [size for size, fixed in zip(tensor.shape, shape, strict=True) if fixed is None]
             counts += [math.prod(free)] if free else []
-        if min(counts, default=1) < self.fewest:
+        few = [count for count in counts or (1,) if count < self.fewest]  # torch.compile has no min of free sizes
+        if few:
             return "it was called without a token, for which its code does something else"
-        if self.most is not None and (count := max(counts, default=0)) > self.most:
+        many = [count for count in counts if self.most is not None and count > self.most]
+        if many:
             return (
-                f"it was called with {count} tokens, and its code holds the number {self.most}, which may limit "
+                f"it was called with {many[0]} tokens, and its code holds the number {self.most}, which may limit "
                 "what it does in one way: calls of more tokens were too large to verify (a number of elements counts "
                 "as that of their tokens)"
             )

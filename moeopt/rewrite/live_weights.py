@@ -9,7 +9,7 @@ hooked or parametrised, a dtype changed) the lookup raises :class:`Stale`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from moeopt.ops.expert_weights import ListExpertWeights, StackedExpertWeights
 from moeopt.rewrite.all_places import AllPlaces
 from moeopt.rewrite.as_it_lay import FEW, Arm, AsItLay, Remembered
 from moeopt.rewrite.regular_steps import flat, steps_between
-from moeopt.rewrite.weight_regions import IRREGULAR, from_origin, region, region_of, whole_parts
+from moeopt.rewrite.weight_regions import IRREGULAR, from_origin, region, region_of
+from moeopt.rewrite.whole_experts import WholeExperts
+from moeopt.rewrite.whole_stacks import WholeStacks, detached
 from moeopt.value_types import PyObject
 
 _PLAIN = {Tensor, nn.Parameter}
@@ -116,7 +118,7 @@ class LiveExpertWeights:
         self._picks = [None if ref.neurons is None else torch.tensor(ref.neurons) for ref in experts]
         self._steps = steps_between(experts)
         made_anew = place is not Place or any(ref.neurons is not None for ref in experts)
-        self._wholes: Any = None  # which of them is each expert's matrix, if all are whole
+        self._wholes: WholeExperts | None = None
         self._all = None if made_anew else AllPlaces(self._places.values())
         self._lay = None if made_anew else AsItLay(list(self._places.values()), self.num_experts, check, arm)
         self._each: dict[int, AllPlaces] = {}
@@ -126,6 +128,7 @@ class LiveExpertWeights:
         self.w_out_kind = self._places[w_out.path].dtype, w_out.m * w_out.k  # a place of another dtype is stale
         # the last result of stacked(): while its views are kept nobody else gets their memory, so addresses identify it
         self._stack: tuple[Any, StackedExpertWeights, list[Any]] | None = None
+        self._whole_stacks: WholeStacks | None = None
         self._backwards = any(s < 0 for part in self._steps or () for step in flat(part) for s in step)
 
     def w_in(self, e: int) -> tuple[Tensor, ...]:
@@ -181,24 +184,31 @@ class LiveExpertWeights:
 
         What is no longer as it was verified is told where it is read by itself: then too None.
         """
-        if self._all is None:
-            return None
-        if self._wholes is None:
-            self._kinds = [(p.dtype, p.shape, False) for p in self._places.values()]
-            self._wholes = whole_parts(self._experts, self._layouts, {p: one.shape for p, one in self._places.items()})
-        if not self._wholes:
+        if self._all is None or not (wholes := self._whole_experts()):
             return None
         for e in range(self.num_experts):
             self._check(e)
         tensors = self._all.tensors()
         if tensors is None or [(t.dtype, t.shape, t.is_meta) for t in tensors] != self._kinds:
             return None
+        return wholes.listed(tensors)
 
-        def parts(of: list[tuple[int, bool] | None]) -> list[PyObject]:
-            return [None if at is None else tensors[at[0]].t() if at[1] else tensors[at[0]] for at in of]
+    def whole(self) -> tuple[Sequence[Tensor], WholeExperts] | None:
+        """Every Parameter as it is now, each expert checked, and which of them each expert's are.
 
-        w_in, w_out, b_in, b_out = self._wholes
-        return ListExpertWeights([parts(p) for p in w_in], parts(w_out), [parts(p) for p in b_in], parts(b_out))
+        None as in :meth:`listed`, and where they can't be told to lie anywhere all at once.
+        """
+        if self._lay is None or not (wholes := self._whole_experts()):
+            return None
+        looked = self._lay.look()
+        return None if looked is None else (looked[1], wholes)
+
+    def _whole_experts(self) -> WholeExperts:
+        if self._wholes is None:
+            self._kinds = [(p.dtype, p.shape, False) for p in self._places.values()]
+            shapes = {path: place.shape for path, place in self._places.items()}
+            self._wholes = WholeExperts(self._experts, self._layouts, shapes)
+        return self._wholes
 
     def lies_alone(self, e: int) -> tuple[object, list[Tensor]] | None:
         """As :meth:`lies`, of expert ``e`` and no other; and its tensors, for who needs them kept."""
@@ -243,13 +253,22 @@ class LiveExpertWeights:
         if not compiling:
             self._check(0)  # all experts lie in the same Parameters, so what is watched of one is that of all
         tensors = [place.read() for place in self._places.values()]
-        if torch.is_grad_enabled() or compiling or not _PLAIN.issuperset(map(type, tensors)):
+        if compiling or not _PLAIN.issuperset(map(type, tensors)):
             return self._stacked()
+        if torch.is_grad_enabled():
+            return self._recorded(tensors)
         now = (torch.is_inference_mode_enabled(), [(id(t), t.data_ptr(), t.stride(), t.is_neg()) for t in tensors])
         if self._stack is None or self._stack[0] != now:
-            bank = _detached(self._stacked())
+            bank = detached(self._stacked())
             self._stack = now, bank, [weakref.ref(t, self._let_go) for t in tensors]
         return self._stack[1]
+
+    def _recorded(self, tensors: list[Tensor]) -> StackedExpertWeights:
+        """The stacks, through which gradients reach the Parameters."""
+        known = self._whole_stacks  # looked up once: another thread may replace it
+        if known is None or not known.knows(tensors):
+            known = self._whole_stacks = WholeStacks(self._stacked(), tensors)
+        return known.stacked(tensors) or self._stacked()
 
     def _let_go(self, reference: PyObject) -> None:
         """A tensor is gone, to a disk maybe: the memory that it had is not to be kept."""
@@ -275,14 +294,3 @@ class LiveExpertWeights:
             [stack(r, s, "") for r, s in zip(first.b_in, b_in_step, strict=True)],
             stack(first.b_out, b_out_step, ""),
         )
-
-
-def _detached(bank: StackedExpertWeights) -> StackedExpertWeights:
-    """The same memory; a view keeps the Parameter alive that it is of, a detached one does not."""
-
-    def one(t: Tensor | None) -> PyObject:
-        return None if t is None else t.detach()
-
-    return StackedExpertWeights(
-        [one(t) for t in bank.w_in_s], one(bank.w_out_s), [one(t) for t in bank.b_in_s], one(bank.b_out_s)
-    )

@@ -29,15 +29,18 @@ class OwnCode:
         name: the block's first parameter, which holds the tokens.
         row: how many numbers of it are one token.
         sizes: how many numbers it has in the calls that are left to the own code.
+        recorded: the same where gradients are recorded.
     """
 
     name: str
     row: int
     sizes: frozenset[int] = frozenset()
+    recorded: frozenset[int] = frozenset()
 
-    def at(self, counts: Iterable[int]) -> OwnCode:
-        """For calls of so many tokens."""
-        return replace(self, sizes=frozenset(self.row * count for count in counts))
+    def at(self, counts: Iterable[int], recorded: Iterable[int]) -> OwnCode:
+        """For calls of so many tokens, and for those whose gradients are recorded."""
+        sizes, others = (frozenset(self.row * count for count in one) for one in (counts, recorded))
+        return replace(self, sizes=sizes, recorded=others)
 
 
 def own_code_of(program: BlockProgram) -> OwnCode | None:

@@ -8,6 +8,12 @@ from moeopt.ops.every_ids import FEW, MOST, every_ids, is_kept, names_every
 from moeopt.recognise.ids_of_masks import table_to_ids
 
 
+@pytest.fixture(autouse=True)
+def none_is_kept(monkeypatch):
+    """What other tests hold as kept stays so."""
+    monkeypatch.setattr(module, "_kept", {})
+
+
 @pytest.mark.parametrize("T", (0, 1, 5, FEW))
 def test_they_are_made_once(T):
     ids = every_ids(T, 3)

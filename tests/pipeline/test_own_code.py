@@ -32,12 +32,12 @@ def x(tokens, seed=3):
 def slower_at(monkeypatch):
     """Makes a machine on which the rewritten code is slower at these numbers of tokens, and ties or wins elsewhere."""
 
-    def machine(*counts, asked=None):
+    def machine(*counts, asked=None, recorded=None):
         def fastest(question, ways, default, advantage):
-            tokens = int(question.split()[-2])
-            if asked is not None:
+            tokens, records = int(question.split()[-2]), "recorded, on" in question
+            if asked is not None and not records:
                 asked.append(tokens)
-            return "own" if tokens in counts else default
+            return "own" if tokens in (counts if recorded is None or not records else recorded) else default
 
         monkeypatch.setattr(own_code, "measuring", lambda: True)
         monkeypatch.setattr(own_code, "fastest", fastest)
@@ -73,6 +73,29 @@ def test_calls_of_so_many_tokens_run_the_own_code_and_the_others_the_rewritten(s
     assert "ranks that it is divided over run the rewritten code at any size" in note
     assert note.startswith("calls of 2 to 16 tokens are left to the own code of EinsumAll: timed on this machine")
     assert "MOEOPT_MEASURE=off" in note and "a bundle saved of this model" in note
+
+
+def test_calls_whose_gradients_are_recorded_are_asked_by_themselves(slower_at):
+    slower_at(8, recorded=(64,))
+    opt = optimized()
+    forward = rewritten_forward(opt.model)
+    for tokens, recorded, rewritten in ((8, False, 0), (8, True, 1), (64, False, 1), (64, True, 0)):
+        before = forward.calls
+        with torch.set_grad_enabled(recorded):
+            assert opt.model(x(tokens)).requires_grad == recorded
+        assert forward.calls - before == rewritten, (tokens, recorded)
+    notes = [n.split(" are left")[0] for n in opt.report.notes if "own code" in n]
+    assert notes == [
+        "calls of 2 to 16 tokens under torch.no_grad()", "calls of 17 to 128 tokens outside of torch.no_grad()"
+    ]  # fmt: skip
+
+
+def test_without_a_parameter_that_wants_a_gradient_nothing_is_recorded(slower_at):
+    slower_at(8, recorded=(64,))
+    opt = optimized(model().requires_grad_(False))
+    own = rewritten_forward(opt.model).own_code
+    assert own.recorded == own.sizes == {D * tokens for tokens in range(2, 17)}
+    assert [n.split(" are left")[0] for n in opt.report.notes] == ["calls of 2 to 16 tokens"]
 
 
 def test_the_note_names_every_range(slower_at):
@@ -161,7 +184,7 @@ def test_calls_of_the_own_code_are_looked_at_once_in_a_while(slower_at, monkeypa
 def test_a_call_that_is_not_left_to_the_own_code_is_no_answer(monkeypatch):
     opt = optimized()
     monkeypatch.setattr(own_code, "fastest", lambda question, ways, *rest, **more: ways() and "own")
-    assert own_code._slower(rewritten_forward(opt.model), ((x(24),), {}), OwnCode("x", D + 1)) == []
+    assert own_code._slower(rewritten_forward(opt.model), ((x(24),), {}), OwnCode("x", D + 1), False) == []
 
 
 def test_of_what_the_rewritten_code_would_refuse_calls_of_the_own_code_tell_too(slower_at):
@@ -206,7 +229,17 @@ def test_a_guard_that_was_changed_is_compiled_as_it_is(slower_at):
     assert torch.allclose(got, model()(x(5)), atol=1e-5) and forward._usual_of != forward.program.guard.changes
 
 
-def test_both_ways_are_timed_on_the_same_call(monkeypatch):
+def test_a_limit_of_tokens_is_compiled_with_sizes_that_are_free():
+    opt = optimized()
+    rewritten_forward(opt.model).program.guard.most = 100
+    compiled = torch.compile(opt.model, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for tokens in (5, 9):
+            assert torch.allclose(compiled(x(tokens)), model()(x(tokens)), atol=1e-5)
+
+
+@pytest.mark.parametrize("recorded", (False, True))
+def test_both_ways_are_timed_on_the_same_call(monkeypatch, recorded):
     took = {}
 
     def fastest(question, ways, default, advantage):
@@ -215,6 +248,7 @@ def test_both_ways_are_timed_on_the_same_call(monkeypatch):
             before = forward.calls
             way()
             took[question.split()[-2], name] = forward.calls - before
+            assert ("recorded, on" in question) == recorded
         assert default == "rewritten" and advantage == own_code.GAIN
         return default
 
@@ -222,7 +256,7 @@ def test_both_ways_are_timed_on_the_same_call(monkeypatch):
     question_of = [rewritten_forward(opt.model)]
     monkeypatch.setattr(own_code, "fastest", fastest)
     call = ((x(24),), {})
-    assert own_code._slower(question_of[0], call, OwnCode("x", D)) == []
+    assert own_code._slower(question_of[0], call, OwnCode("x", D), recorded) == []
     for tokens in map(str, own_code.NEAR):
         assert 1 <= took[tokens, "rewritten"] <= own_code.CALLS and took[tokens, "own"] == 0
     assert not question_of[0].silent
@@ -246,4 +280,4 @@ def test_a_call_that_the_rewritten_code_refuses_is_no_answer(monkeypatch):
     forward.program.guard.most = 10  # as many tokens as were verified
     asked = []
     monkeypatch.setattr(own_code, "fastest", lambda question, ways, *rest, **more: asked.append(ways()) or "own")
-    assert own_code._slower(forward, ((x(24),), {}), OwnCode("x", D)) == [1, 8] and len(asked) == 2
+    assert own_code._slower(forward, ((x(24),), {}), OwnCode("x", D), False) == [1, 8] and len(asked) == 2
