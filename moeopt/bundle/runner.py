@@ -19,6 +19,7 @@ from moeopt.errors import BundleError, LimitError, UsageError
 from moeopt.ir.bank_format import BankFormat
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.limits import DEFAULT, LoadLimits, TimeLimit
+from moeopt.ops.fixed_experts import FixedExperts
 from moeopt.untrusted import shown
 from moeopt.value_types import FxArg, FxTarget, PyObject
 
@@ -40,10 +41,11 @@ class ValueRef:
 class OpCall:
     """One call: the op, what is called for it, with what, where the result goes, and what is not needed after it.
 
-    ``op`` is None for arithmetic on numbers, which takes no memory.
+    ``op`` is None for arithmetic on numbers, which takes no memory. ``ready`` is what is called with the first three
+    arguments in the place of all, where the others are weights; None where there is none.
     """
 
-    __slots__ = ("op", "function", "args", "kwargs", "out", "drop", "fixed")
+    __slots__ = ("op", "function", "args", "kwargs", "out", "drop", "fixed", "ready")
 
     def __init__(
         self, op: FxTarget, function: Callable[..., Any], args: list[Any], kwargs: dict[str, Any], out: str
@@ -51,6 +53,7 @@ class OpCall:
         self.op, self.function, self.args, self.kwargs, self.out = op, function, args, kwargs, out
         self.drop: tuple[str, ...] = ()
         self.fixed = not _refs(kwargs)
+        self.ready: FixedExperts | None = None
 
 
 class GraphRunner:
@@ -112,6 +115,23 @@ class GraphRunner:
         self.write_back = [(ref(w["from"]).name, ref(w["into"]).name) for w in graph["write_back"]]
         self._steady = not any(s.op is not None and hangs_on_values(s.op, s.args) for s in self.steps)
         self._plan_drops()
+        written = {into for _, into in self.write_back}
+        for step in self.steps:
+            step.ready = self._ready(step, written)
+
+    def _ready(self, step: OpCall, written: set[str]) -> FixedExperts | None:
+        """The experts of a call whose weights are all in the file, and stay what they are."""
+        if step.op is not torch.ops.moeopt.experts.default or len(step.args) != 9 or step.kwargs:
+            return None
+        named = _refs(step.args[3:8])
+        if any(ref.name not in self.weights or ref.name in written for ref in named):
+            return None
+        if not all(isinstance(ref, ValueRef) for ref in step.args[:3]):
+            return None
+        try:
+            return FixedExperts([part or [] for part in _fill(step.args[3:8], self.weights)], step.args[8])
+        except Exception:  # a list that is no bank: the op says so at the call, as of any other
+            return None
 
     def expert_layers(self) -> list[tuple[list[torch.Tensor], int]]:
         """The matrices of each call of the experts' op that reads weights as they are in the file, and E; numbers those
@@ -172,6 +192,9 @@ class GraphRunner:
         return build(self.out_tree, iter(_fill(self.outputs, env)))
 
     def _run(self, step: OpCall, env: dict[str, Any], meter: Meter | None) -> None:
+        if meter is None and step.ready is not None:
+            self._run_ready(step, step.ready, env)
+            return
         args = [env[a.name] if type(a) is ValueRef else _fill(a, env) if type(a) is list else a for a in step.args]
         kwargs = step.kwargs if step.fixed else _fill(step.kwargs, env)
         if meter is not None:
@@ -190,6 +213,14 @@ class GraphRunner:
             gone = env.pop(name)
             if meter is not None:
                 meter.drop(gone)
+
+    def _run_ready(self, step: OpCall, ready: FixedExperts, env: dict[str, Any]) -> None:
+        x, ids, weights = (env[a.name] for a in step.args[:3])
+        if self.before_experts is not None and step.out in self.experts:
+            self.before_experts(self.experts[step.out], ids)
+        env[step.out] = ready(x, ids, weights)
+        for name in step.drop:
+            del env[name]
 
     def _meter(self, inputs: dict[str, Any]) -> tuple[Meter | None, Any]:
         """What measures this call, None where a call of these sizes was measured; and the key of the sizes."""

@@ -78,13 +78,13 @@ def experts(
     if (run := getattr(bank, "run", None)) is not None:  # its experts are not all here
         elsewhere_TH: Tensor = run(x_TH, ids_TK, weights_TK, spec, skip_idle)
         return elsewhere_TH
-    traced = _traced(x_TH)
+    traced = is_traced(x_TH)
     if isinstance(spec, RowFunction):
         return row_function(x_TH, ids_TK, weights_TK, bank, spec, traced, skip_idle)
     if isinstance(bank, QuantizedExpertWeights):
         return quantized_experts(x_TH, ids_TK, weights_TK, bank, spec, traced)
     if not traced and not _needs_grad(x_TH, weights_TK, bank):
-        return _run(x_TH, ids_TK, weights_TK, bank, spec)
+        return run_kernel(x_TH, ids_TK, weights_TK, bank, spec)
     if traced or transformed():
         traced_TH: Tensor = torch.ops.moeopt.experts(x_TH, ids_TK, weights_TK, *flatten(bank, spec), spec.text)
         return traced_TH
@@ -124,7 +124,7 @@ def _recorded(
     x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec, skip_idle: bool
 ) -> Tensor:
     """The kernel on the bank as it is, and its gradient."""
-    run = functools.partial(_run, x, ids, weights, bank, spec)
+    run = functools.partial(run_kernel, x, ids, weights, bank, spec)
     stacked = bank.stacked()
     if stacked is None:
         held, rebuild = separate_experts(bank, ids, weights, skip_idle)
@@ -147,7 +147,8 @@ def _present(parts: Sequence[Tensor | None]) -> list[Tensor]:
     return [] if some is None else [some.new_empty(0) if p is None else p for p in parts]
 
 
-def _traced(x: Tensor) -> bool:
+def is_traced(x: Tensor) -> bool:
+    """Whether somebody looks on who has to see one op."""
     return (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
@@ -173,7 +174,8 @@ def _needs_grad(x: Tensor, weights: Tensor, bank: ExpertWeights) -> bool:
     return False
 
 
-def _run(x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
+def run_kernel(x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
+    """The kernel of the device; nothing is recorded."""
     device = "cpu" if x.is_cpu else x.device.type
     kernel = _KERNELS.get(device, experts_reference)
     if torch.is_autocast_enabled(device):
@@ -196,7 +198,7 @@ def _experts(
 ) -> Tensor:  # fmt: skip
     known = decode(spec)
     with torch.no_grad():
-        return _run(x, ids, weights, unflatten((w_in, w_out, b_in, b_out, norm), known), known)
+        return run_kernel(x, ids, weights, unflatten((w_in, w_out, b_in, b_out, norm), known), known)
 
 
 def _experts_fake(
