@@ -19,10 +19,15 @@ from moeopt.errors import BundleError, LimitError, UsageError
 from moeopt.ir.bank_format import BankFormat
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.limits import DEFAULT, LoadLimits, TimeLimit
-from moeopt.ops.fixed_experts import FixedExperts
+from moeopt.ops.fixed_experts import FixedExperts, FixedQuantizedExperts
 from moeopt.untrusted import shown
 from moeopt.value_types import FxArg, FxTarget, PyObject
 
+ReadyExperts = FixedExperts | FixedQuantizedExperts
+_READY: dict[FxTarget, Callable[..., ReadyExperts]] = {
+    torch.ops.moeopt.experts.default: FixedExperts,
+    torch.ops.moeopt.quantized_experts.default: FixedQuantizedExperts,
+}
 REMEMBERED = 256
 """Sets of sizes that a runner remembers as measured."""
 _KINDS: dict[str, type] = {"ScalarType": torch.dtype, "Layout": torch.layout, "MemoryFormat": torch.memory_format}
@@ -53,7 +58,7 @@ class OpCall:
         self.op, self.function, self.args, self.kwargs, self.out = op, function, args, kwargs, out
         self.drop: tuple[str, ...] = ()
         self.fixed = not _refs(kwargs)
-        self.ready: FixedExperts | None = None
+        self.ready: ReadyExperts | None = None
 
 
 class GraphRunner:
@@ -119,9 +124,10 @@ class GraphRunner:
         for step in self.steps:
             step.ready = self._ready(step, written)
 
-    def _ready(self, step: OpCall, written: set[str]) -> FixedExperts | None:
+    def _ready(self, step: OpCall, written: set[str]) -> ReadyExperts | None:
         """The experts of a call whose weights are all in the file, and stay what they are."""
-        if step.op is not torch.ops.moeopt.experts.default or len(step.args) != 9 or step.kwargs:
+        ready = _READY.get(step.op)
+        if ready is None or len(step.args) != len(step.op._schema.arguments) or step.kwargs:
             return None
         named = _refs(step.args[3:8])
         if any(ref.name not in self.weights or ref.name in written for ref in named):
@@ -129,7 +135,7 @@ class GraphRunner:
         if not all(isinstance(ref, ValueRef) for ref in step.args[:3]):
             return None
         try:
-            return FixedExperts([part or [] for part in _fill(step.args[3:8], self.weights)], step.args[8])
+            return ready([part or [] for part in _fill(step.args[3:8], self.weights)], *step.args[8:])
         except Exception:  # a list that is no bank: the op says so at the call, as of any other
             return None
 
@@ -214,7 +220,7 @@ class GraphRunner:
             if meter is not None:
                 meter.drop(gone)
 
-    def _run_ready(self, step: OpCall, ready: FixedExperts, env: dict[str, Any]) -> None:
+    def _run_ready(self, step: OpCall, ready: ReadyExperts, env: dict[str, Any]) -> None:
         x, ids, weights = (env[a.name] for a in step.args[:3])
         if self.before_experts is not None and step.out in self.experts:
             self.before_experts(self.experts[step.out], ids)

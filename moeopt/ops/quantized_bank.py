@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moeopt.errors import UsageError
 from moeopt.ir.bank_format import BankFormat, MatrixFormat
+from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import Biases, ListedVectors
 from moeopt.ops.quantized_weight import QuantizedWeight
 
@@ -177,3 +178,17 @@ def from_tensors(
 
     w_in = [matrices(f"w_in_{i}", m) for i, m in enumerate(format.w_in)]
     return QuantizedExpertWeights(w_in, matrices("w_out", format.w_out), b_in, b_out, norm, format=format)
+
+
+def check_bank(bank: QuantizedExpertWeights, spec: ExpertsSpec) -> None:
+    """Raise a ``UsageError`` where the sizes of the matrices are not those of an expert of ``spec``."""
+    pairs, (_, I) = 2 if spec.rows == "separate" else 1, bank.w_out_q.matrix.shape
+    rows = 2 * I if spec.gated and pairs == 1 else I
+    shapes = [m.matrix.shape for m in bank.w_in_q]
+    for matrices in (*bank.w_in_q, bank.w_out_q):
+        matrices[0]  # its tensors have the sizes that its format says
+    if len(shapes) != pairs or any(shape != (rows, shapes[0][1]) for shape in shapes):
+        raise UsageError(
+            f"quantised experts with W_in {', '.join(map(str, shapes))} and W_out {bank.w_out_q.matrix.shape} do not "
+            f"compute {spec}: rows {spec.rows!r} need {pairs} W_in of {rows} rows, (out, in) whatever the layout is"
+        )

@@ -25,7 +25,7 @@ from moeopt.ops.expert_weights import Biases
 from moeopt.ops.forward_mode import refusing_tangents
 from moeopt.ops.native.call import transformed
 from moeopt.ops.native.dispatch import quantized_on_cpu
-from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
+from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices, check_bank
 from moeopt.ops.recorded import recorded
 from moeopt.ops.reference import dtypes, experts_reference
 from moeopt.value_types import PyObject
@@ -69,31 +69,20 @@ def _needs_grad(x: Tensor, weights: Tensor, bank: QuantizedExpertWeights) -> boo
 
 def run(x: Tensor, ids: Tensor, weights: Tensor, bank: QuantizedExpertWeights, spec: ExpertsSpec) -> Tensor:
     """The kernel for the device of ``x``, or the definition where there is none."""
+    device = "cpu" if x.is_cpu else x.device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return run(x, ids, weights, bank, spec)
+    bank = in_spec(bank, spec, dtypes(x, spec)[0])
+    if device == "cpu" and not transformed():
+        return quantized_on_cpu(x, ids, weights, bank, spec)
     check_bank(bank, spec)
-    with torch.autocast(x.device.type, enabled=False):
-        bank = in_spec(bank, spec, dtypes(x, spec)[0])
-        if x.device.type == "cpu" and not transformed():
-            return quantized_on_cpu(x, ids, weights, bank, spec)
-        return experts_reference(x, ids, weights, bank, spec)
+    return experts_reference(x, ids, weights, bank, spec)
 
 
 def in_spec(bank: QuantizedExpertWeights, spec: ExpertsSpec, dtype: torch.dtype) -> QuantizedExpertWeights:
     """``bank``, handing out matrices as ``spec`` has them, in ``dtype``."""
     return bank.handed_out((spec.w_in_layout, spec.w_out_layout), dtype)
-
-
-def check_bank(bank: QuantizedExpertWeights, spec: ExpertsSpec) -> None:
-    """Raise a ``UsageError`` where the sizes of the matrices are not those of an expert of ``spec``."""
-    pairs, (_, I) = 2 if spec.rows == "separate" else 1, bank.w_out_q.matrix.shape
-    rows = 2 * I if spec.gated and pairs == 1 else I
-    shapes = [m.matrix.shape for m in bank.w_in_q]
-    for matrices in (*bank.w_in_q, bank.w_out_q):
-        matrices[0]  # its tensors have the sizes that its format says
-    if len(shapes) != pairs or any(shape != (rows, shapes[0][1]) for shape in shapes):
-        raise UsageError(
-            f"quantised experts with W_in {', '.join(map(str, shapes))} and W_out {bank.w_out_q.matrix.shape} do not "
-            f"compute {spec}: rows {spec.rows!r} need {pairs} W_in of {rows} rows, (out, in) whatever the layout is"
-        )
 
 
 def flatten(bank: QuantizedExpertWeights) -> tuple[list[Tensor], ...]:

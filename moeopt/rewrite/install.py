@@ -27,9 +27,10 @@ from moeopt.ops.experts import experts
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.call_guard import OPAQUE, TENSOR, CallGuard, bind, by_position
+from moeopt.rewrite.floats_gone import check_dtypes
 from moeopt.rewrite.id_range import IdOutOfRange
 from moeopt.rewrite.live_bank import watched_bank
-from moeopt.rewrite.live_codes import LiveCodes, check_dtypes, dequantized
+from moeopt.rewrite.live_codes import LiveCodes, dequantized
 from moeopt.rewrite.live_weights import Stale
 from moeopt.rewrite.own_code import LOOK, OwnCode
 from moeopt.rewrite.prepared_attribute import PreparedAttribute

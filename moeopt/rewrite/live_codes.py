@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from moeopt.errors import UsageError
 from moeopt.ir.bank_format import BankFormat, MatrixFormat
@@ -27,13 +26,18 @@ from moeopt.ir.weight_refs import ExpertRef, tensor_at
 from moeopt.ops.expert_weights import Biases
 from moeopt.ops.quantize import quantize
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices, from_tensors
+from moeopt.rewrite.as_it_lay import Remembered
 from moeopt.rewrite.block_graph import GivenCodes
+from moeopt.rewrite.floats_gone import floats_of
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place
 from moeopt.rewrite.weight_regions import region
 from moeopt.value_types import PyObject
 
 PREFIX = "moeopt_experts"
 """Of the buffers' names: ``moeopt_experts_0_w_in_0_codes`` on the module of the block."""
+
+
+_PLAIN = {Tensor, nn.Parameter}
 
 
 class LiveCodes(QuantizedExpertWeights):
@@ -63,6 +67,8 @@ class LiveCodes(QuantizedExpertWeights):
         self.names = [f"{self.prefix}{words}_{part}" for words, m in matrices for part in m.parts]
         self._biases = _Biases(module, experts)
         self._bank: tuple[tuple[int, ...], QuantizedExpertWeights] | None = None
+        self._known: tuple[Any, dict[Any, Any], tuple[Tensor, ...]] | None = None
+        self._handed: dict[Any, LiveCodes] = {}
         stored = all(name in module._buffers for name in self.names)
         self.held: dict[str, Any] = module._buffers
         if not stored and given is not None:
@@ -116,9 +122,27 @@ class LiveCodes(QuantizedExpertWeights):
         """As the base class has it, and read live as well: an export asks while tensors have no values."""
         if (layouts, dtype) == (self.layouts, self.dtype):
             return self
-        other = copy.copy(self)
-        other.layouts, other.dtype, other._bank = layouts, dtype, None
+        other = self._handed.get((layouts, dtype))
+        if other is None:
+            other = copy.copy(self)
+            other.layouts, other.dtype, other._bank, other._known, other._handed = layouts, dtype, None, None, {}
+            self._handed[layouts, dtype] = other
         return other
+
+    def remembered(self, rows: int) -> Remembered | None:
+        """What a kernel has worked out of the codes as they lie now, for it to fill, and all tensors, to be kept.
+
+        None where one is no plain tensor.
+        """
+        del rows
+        tensors: list[Any] = [*map(self.held.get, self.names), *self._biases.read()]
+        if not _PLAIN.issuperset(map(type, tensors)):
+            return None
+        lie = [(id(t), t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
+        known = self._known  # looked up once: another thread may replace it
+        if known is None or known[0] != lie:
+            known = self._known = lie, {}, tuple(tensors)
+        return known[1], known[2]
 
     def now(self) -> QuantizedExpertWeights:
         """The bank as it is now, for one call.
@@ -156,7 +180,7 @@ class LiveCodes(QuantizedExpertWeights):
     def _itemsize(self) -> int:
         path = self.experts[0].w_out.path
         held = tensor_at(self.module, path)
-        return held.dtype.itemsize if isinstance(held, Tensor) else _floats_of(self.module)[path][1].itemsize
+        return held.dtype.itemsize if isinstance(held, Tensor) else floats_of(self.module)[path][1].itemsize
 
     def paths(self) -> set[str]:
         """Of the tensors that hold, or held, the floats of the matrices."""
@@ -210,31 +234,6 @@ def _has_biases(experts: list[ExpertRef]) -> bool:
     return any(b is not None for ref in experts for b in (*ref.b_in, ref.b_out))
 
 
-FLOATS = "_moeopt_floats"
-"""The attribute of a block that remembers the floats that were taken away: by path, (shape, dtype)."""
-
-
-def _floats_of(module: nn.Module) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = module.__dict__.get(FLOATS, {})
-    return found
-
-
-def check_dtypes(module: nn.Module, call: PyObject, error: RuntimeError) -> None:
-    """``UsageError`` from ``error`` where a cast gave the inputs of quantised experts another dtype than theirs."""
-    held = {dtype for _, dtype in _floats_of(module).values()}
-    given = {t.dtype for t in tree_leaves(call) if isinstance(t, Tensor) and t.is_floating_point()}
-    if held and given and not held & given:
-        raise UsageError(
-            f"{type(module).__name__} was called with {_shown(given)}, and its quantised experts stand for "
-            f"{_shown(held)} ({error}): codes and scales keep their own dtypes, so cast the model before it is "
-            "optimised, with dtype="
-        ) from error
-
-
-def _shown(dtypes: Iterable[torch.dtype]) -> str:
-    return ", ".join(sorted(str(dtype) for dtype in dtypes))
-
-
 @contextlib.contextmanager
 def dequantized(module: nn.Module, banks: Iterable[object]) -> Iterator[None]:
     """While open, the experts' weights of ``module`` are the floats that the codes among ``banks`` stand for.
@@ -253,7 +252,7 @@ def dequantized(module: nn.Module, banks: Iterable[object]) -> Iterator[None]:
             if isinstance(old, Tensor):
                 new = old.detach().clone()
             else:
-                shape, dtype = _floats_of(codes[0].module)[path]
+                shape, dtype = floats_of(codes[0].module)[path]
                 new = torch.zeros(shape, dtype=dtype, device=codes[0].tensors()["w_out_codes"].device)
             place: dict[str, Any] = registry
             place[key] = nn.Parameter(new, requires_grad=False) if registry is home._parameters else new

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops import experts_reference
+from moeopt.ops import experts_reference, quantized_experts
 from moeopt.ops.experts import flatten
-from moeopt.ops.fixed_experts import FixedExperts
+from moeopt.ops.fixed_experts import FixedExperts, FixedQuantizedExperts
 from moeopt.ops.native import again
 from moeopt.ops.native.library import library
 from tests.ops.cases import make
+from tests.ops.test_quantized_experts import INT8_CHANNEL, SPEC, made
 
 SPECS = (
     ExpertsSpec(rows="separate"), ExpertsSpec(rows="plain", activation="gelu"), ExpertsSpec(out_norm_eps=1e-6),
@@ -68,3 +69,18 @@ def test_tracers_and_gradients_see_the_op():
     torch.testing.assert_close(got, want)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
         ready(torch.autograd.forward_ad.make_dual(x.detach(), x.detach()), case.ids, case.weights)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_quantised_ones_are_their_op(dtype, monkeypatch):
+    x, ids, weights, bank = made((INT8_CHANNEL, INT8_CHANNEL))
+    x, weights = x.to(dtype), weights.to(dtype)
+    lists, texts = quantized_experts.flatten(bank), (SPEC.text, bank.format.text)
+    ready = FixedQuantizedExperts(lists, *texts)
+    with torch.no_grad():
+        for _ in range(2):
+            got = ready(x, ids, weights)
+            assert torch.equal(got, torch.ops.moeopt.quantized_experts(x, ids, weights, *lists, *texts))
+        if library() is not None:
+            monkeypatch.setattr(again, "prepared_call", lambda *args: pytest.fail("prepared anew"))
+            assert torch.equal(ready(x, ids, weights), got)

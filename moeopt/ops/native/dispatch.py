@@ -20,7 +20,7 @@ from moeopt.ops.measured import Way, fastest
 from moeopt.ops.native.again import again, call
 from moeopt.ops.native.call import transformed
 from moeopt.ops.native.library import Library, library
-from moeopt.ops.quantized_bank import QuantizedExpertWeights
+from moeopt.ops.quantized_bank import QuantizedExpertWeights, check_bank
 from moeopt.ops.reference import check, experts_reference
 from moeopt.ops.unfit import Unfit
 
@@ -78,11 +78,20 @@ def quantized_on_cpu(
     That is not measured first: torch's matmuls would make every expert that is hit float at each call.
     """
     if ids_TK.numel() and (native := library()) is not None:
+        remembered = getattr(bank, "remembered", None)
+        # its second entry are the tensors, which live until the kernel has read them
+        held = None if remembered is None else remembered(ids_TK.numel())
+        known = None if held is None else held[0]
+        done_TH = again(known, native.run, x_TH, ids_TK, weights_TK, spec, bank.num_experts) if known else None
+        if done_TH is not None:
+            return done_TH
+        check_bank(bank, spec)
         check(x_TH, ids_TK, weights_TK, bank, spec)
         try:
-            return call(native.run, x_TH, ids_TK, weights_TK, bank, spec, native.bit)
+            return call(native.run, x_TH, ids_TK, weights_TK, bank, spec, native.bit, known)
         except Unfit:
             pass
+    check_bank(bank, spec)
     return experts_cpu(x_TH, ids_TK, weights_TK, bank, spec)
 
 

@@ -1,0 +1,114 @@
+"""A quantised block's call is done again by its words as long as its codes lie where they lay."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import moeopt
+from moeopt.errors import UsageError
+from moeopt.ops.native import again
+from moeopt.ops.native.library import library
+from moeopt.rewrite.install import rewritten_forward
+from tests.toy_moe import Block, H
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no native kernel here")
+
+
+@pytest.fixture(params=(torch.float32, torch.bfloat16), ids=str)
+def model(request):
+    torch.manual_seed(0)
+    block = Block().to(request.param).eval()
+    x = torch.randn(1, 24, H).to(request.param)
+    made = moeopt.optimize(block, x, quantize="int8", verify="off").model
+    return made, x
+
+
+def bank_of(model):
+    ((bank, _),) = rewritten_forward(model).banks
+    return bank
+
+
+def codes(model):
+    return [bank_of(model).held[name] for name in bank_of(model).names]
+
+
+@pytest.mark.parametrize("recorded", (False, True))
+def test_the_second_call_prepares_nothing(model, recorded, monkeypatch):
+    model, x = model
+    with torch.set_grad_enabled(recorded):
+        want = model(x)
+        monkeypatch.setattr(again, "prepared_call", lambda *args: pytest.fail("prepared anew"))
+        assert torch.equal(model(x), want) and want.requires_grad == recorded
+
+
+def in_place(bank, codes):
+    for t in codes:
+        t.copy_(t.flip(0))
+
+
+def moved(bank, codes):
+    for t in codes:
+        t.data = t.flip(0)
+
+
+def replaced(bank, codes):
+    for name, t in zip(bank.names, codes, strict=True):
+        bank.held[name] = t.flip(0)
+
+
+def other_strides(bank, codes):
+    for name, t in zip(bank.names, codes, strict=True):
+        bank.held[name] = t.flip(0).transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@pytest.mark.parametrize("change", (in_place, moved, replaced, other_strides))
+def test_codes_that_change_are_followed(model, change):
+    model, x = model
+    with torch.no_grad():
+        before = model(x)
+        model(x)
+        change(bank_of(model), codes(model))
+        got = model(x)
+        fresh = copy.deepcopy(model)  # knows no call
+        assert torch.equal(got, fresh(x)) and not torch.equal(got, before)
+
+
+def test_codes_that_were_cast_are_told(model):
+    model, x = model
+    with torch.no_grad():
+        model(x)
+        bank = bank_of(model)
+        scales = next(name for name in bank.names if name.endswith("scales"))
+        bank.held[scales] = bank.held[scales].to(torch.int32)
+        with pytest.raises(UsageError, match="are no longer what they were"):
+            model(x)
+
+
+def test_a_bias_that_changes_is_followed():
+    torch.manual_seed(0)
+
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = nn.Linear(H, 4)
+            self.experts = nn.ModuleList(nn.Sequential(nn.Linear(H, 32), nn.GELU(), nn.Linear(32, H)) for _ in range(4))
+
+        def forward(self, x):
+            logits, ids = self.router(x).topk(2)
+            weights = logits.softmax(-1)
+            y = torch.zeros_like(x)
+            for e, expert in enumerate(self.experts):
+                token, slot = torch.where(ids == e)
+                if token.numel():
+                    y.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+            return y
+
+    x = torch.randn(24, H)
+    model = moeopt.optimize(Biased().eval(), x, quantize="int8", verify="off").model
+    with torch.no_grad():
+        before = model(x)
+        for expert in model.experts:
+            expert[2].bias = nn.Parameter(expert[2].bias + 1)
+        assert torch.allclose(model(x), before + 1, atol=1e-5)
