@@ -5,13 +5,22 @@ The schema is told in :mod:`moeopt.ops.experts`, which calls it.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from moeopt.ops.experts import decode, run_kernel, unflatten
+from moeopt.ops.experts import Lists, decode, run_kernel, unflatten
 from moeopt.ops.forward_mode import refusing_tangents
 from moeopt.ops.reference import experts_reference
 from moeopt.value_types import PyObject
+
+MOST_WEIGHTS = 32
+"""Weights of a call of which it is known how they lie: compiled code calls the op with the same ones each time."""
+MOST_BANKS = 256
+"""Ways in which the weights of calls lie that are known."""
+
+_calls: dict[PyObject, dict[PyObject, PyObject]] = {}  # addresses and no tensor: what lies otherwise is another entry
 
 _WEIGHTS = "Tensor[] w_in, Tensor[] w_out, Tensor[]? b_in, Tensor[]? b_out, Tensor[]? norm"
 # optional, though an absent part is an empty list here: AOTInductor hands an empty list over as None
@@ -25,9 +34,31 @@ def _experts(
     x: Tensor, ids: Tensor, weights: Tensor,
     w_in: list[Tensor], w_out: list[Tensor], b_in: list[Tensor], b_out: list[Tensor], norm: list[Tensor], spec: str,
 ) -> Tensor:  # fmt: skip
-    known = decode(spec)
+    known, lists = decode(spec), (w_in, w_out, b_in, b_out, norm)
     with torch.no_grad():
-        return run_kernel(x, ids, weights, unflatten((w_in, w_out, b_in, b_out, norm), known), known)
+        bank: PyObject = unflatten(lists, known)
+        if x.is_cpu:
+            bank.remembered = functools.partial(_remembered, lists, spec)
+        return run_kernel(x, ids, weights, bank, known)
+
+
+def _remembered(lists: Lists, spec: str, rows: int) -> tuple[dict[PyObject, PyObject], list[Tensor]] | None:
+    """What a kernel has worked out of weights that lie as these do, for it to fill, and the weights.
+
+    None of many, where it is sooner to look at the experts that the ids name.
+    """
+    del rows
+    tensors = [t for part in lists for t in part or ()]
+    if len(tensors) > MOST_WEIGHTS:
+        return None
+    # the dispatcher hands over no view that is marked as negative
+    lie = spec, *[(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
+    calls = _calls.get(lie)
+    if calls is None:
+        if len(_calls) >= MOST_BANKS:
+            _calls.clear()
+        calls = _calls[lie] = {}
+    return calls, tensors
 
 
 def _experts_fake(
