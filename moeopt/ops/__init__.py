@@ -1,5 +1,6 @@
 """The vocabulary: two ops, ``experts`` and ``route``, each with an eager definition and fast kernels."""
 
+from moeopt.ops import experts_op as _registered  # noqa: F401  # torch.ops.moeopt.experts
 from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights
 from moeopt.ops.experts import experts, flatten, unflatten
 from moeopt.ops.quantize import quantize

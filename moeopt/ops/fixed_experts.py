@@ -27,16 +27,16 @@ class _Kept:
     _tensors: tuple[Tensor, ...]
 
     def keep(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors, self._lie, self._calls = (
-            tuple(tensors),
-            [t.data_ptr() for t in tensors],
-            dict[PyObject, PyObject](),
-        )
+        self._tensors, self._calls = tuple(tensors), dict[PyObject, PyObject]()
+        self._lie = self._lies()
+
+    def _lies(self) -> list[object]:
+        return [(t.data_ptr(), t.stride(), t.is_neg()) for t in self._tensors]
 
     def remembered(self, rows: int) -> tuple[dict[PyObject, PyObject], tuple[Tensor, ...]] | None:
         """What a kernel has worked out of them, for it to fill, and all of them; None where one was moved."""
         del rows
-        return (self._calls, self._tensors) if [t.data_ptr() for t in self._tensors] == self._lie else None
+        return (self._calls, self._tensors) if self._lies() == self._lie else None
 
 
 class _KeptStack(_Kept, StackedExpertWeights):
