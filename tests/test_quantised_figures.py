@@ -19,3 +19,18 @@ def test_the_page_says_what_the_benchmark_wrote():
         *(f"{one[name]:.1f}" for name in ("int8", "int4", "float32")),
         *(f"{many[name]:.0f}" for name in ("int8", "int4", "float32")),
     ]
+
+
+def test_the_table_of_methods_is_what_the_benchmark_wrote():
+    losses = json.loads((ROOT / "benchmarks/results/quantise-methods.json").read_text())["losses"]
+    rows = []
+    for kind, words in (("moe", "MoE"), ("dense", "dense, 4 groups")):
+        for format, by in losses[kind].items():
+            plain = " | ".join(f"{by[method]['kl_mean']:.2e}" for method in ("nearest", "search", "gptq"))
+            rows.append(f"| {words} | {format} | {plain} ({by['gptq']['least']:.2e} to {by['gptq']['most']:.2e}) |")
+    assert "\n".join(rows) in (ROOT / "docs/quantised.md").read_text()
+    for kind in losses:  # what the page says of them in words
+        for format in ("int4", "int4-block128", "mxfp4"):
+            by = losses[kind][format]
+            assert by["gptq"]["most"] < 0.65 * by["nearest"]["kl_mean"]
+            assert by["search"]["kl_mean"] < by["nearest"]["kl_mean"]
