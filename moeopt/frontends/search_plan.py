@@ -56,7 +56,7 @@ def search(
     given = [made_up(source, options.seed)] if data is None else batches(data, "measure")
     calls = [in_order(source, without_cache(source, one)) for one in given]
     check_limit(source, calls, None if key == "bytes" else {key: most})
-    rounding = method, calibration_of(source, asked_options.calibration)
+    rounding = method, calibration_of(source, asked_options)
     bench = _Bench(source, calls, options, tuple(dict.fromkeys(formats)), rounding)
     line = bench.line()
     chosen = bench.within(line, most) if key == "bytes" else bench.keeping(line, key, most)

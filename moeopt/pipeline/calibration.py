@@ -26,6 +26,7 @@ from moeopt.find.example_inputs import in_order, without_cache
 from moeopt.ops.override import override_experts_impl
 from moeopt.options import Options
 from moeopt.passes.quantize_experts import BankRows
+from moeopt.pipeline.accept import moved
 from moeopt.pipeline.run import run
 from moeopt.rewrite.expert_rows import ExpertRows
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
@@ -52,19 +53,20 @@ class Calibrated(NamedTuple):
 def calibrate(source: nn.Module, call: ArgsKwargs, options: Options) -> Calibrated:
     """What the method of ``options.quantize`` weighs by; raises as :func:`calibration_of` and
     :func:`calibration_rows`."""
-    calls = calibration_of(source, options.calibration)
+    calls = calibration_of(source, options)
     return Calibrated(calls, calibration_rows(source, call, calls, options))
 
 
-def calibration_of(model: nn.Module, given: PyObject) -> list[ArgsKwargs]:
-    """The calls of ``calibration=``; none for None.
+def calibration_of(model: nn.Module, options: Options) -> list[ArgsKwargs]:
+    """The calls of ``calibration=``, as the model was moved and cast; none where none are given.
 
     Raises:
         UsageError: it is no data.
     """
-    if given is None:
+    if options.calibration is None:
         return []
-    return [in_order(model, without_cache(model, one)) for one in batches(given, "calibrate with", "calibration")]
+    given = batches(options.calibration, "calibrate with", "calibration")
+    return [moved(in_order(model, without_cache(model, one)), options) for one in given]
 
 
 def calibration_rows(source: nn.Module, call: ArgsKwargs, calls: Sequence[ArgsKwargs], options: Options) -> BankRows:

@@ -25,6 +25,7 @@ from moeopt.ir.weight_format import INT8_CHANNEL, WeightFormat
 from moeopt.options import Options
 from moeopt.options.loss_limits import LANGUAGE, OUTPUTS
 from moeopt.options.quant_plan import NEAREST
+from moeopt.pipeline.accept import moved
 from moeopt.pipeline.loss_meter import ALL, Bank, Ids, LossMeter
 from moeopt.pipeline.quantized_products import QuantizedProduct, QuantizedProducts
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
@@ -47,7 +48,7 @@ def data_of(model: nn.Module, call: ArgsKwargs, options: Options) -> list[ArgsKw
         return []
     calls = [call]
     if options.data is not None:
-        calls = [in_order(model, without_cache(model, one)) for one in batches(options.data, "measure")]
+        calls = [moved(in_order(model, without_cache(model, one)), options) for one in batches(options.data, "measure")]
     if options.data is not None or options.limit is not None:
         check_limit(model, calls, options.limit)
     return calls

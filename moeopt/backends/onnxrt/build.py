@@ -28,7 +28,6 @@ from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, data_of
 from moeopt.backends.onnxrt.size_guards import guard_sizes
 from moeopt.bundle.io_names import name_ends
 from moeopt.bundle.temp_folder import TemporaryFolder
-from moeopt.capture.tree import ArgsKwargs
 from moeopt.causal_lm.attention import cache_left_in_place
 from moeopt.causal_lm.flat_signature import add_conditions, flat_signature
 from moeopt.causal_lm.lm import export_causal_lm, is_causal_lm, without_wrapper
@@ -63,7 +62,7 @@ class BuiltGraph:
     operator, {} where there is none. ``float64``: by op, the model's line of a node that reads float64.
     ``products``: the lowering of quantised experts that each quantised product outside of them is like, by its name.
     ``variables``: those of the process that changed its numbers as it was verified (``process_variables``).
-    ``calibration``: the calls that its codes were found with, to find them again.
+    ``options``: those that it was built with, to quantise the original in the same way again.
     """
 
     folder: TemporaryFolder
@@ -78,7 +77,7 @@ class BuiltGraph:
     float64: dict[str, str] = field(default_factory=dict)
     products: dict[str, str] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
-    calibration: list[ArgsKwargs] = field(default_factory=list)
+    options: Options = field(default_factory=Options)
 
     @property
     def directory(self) -> Path:

@@ -83,7 +83,7 @@ class GraphBackend(Backend):
 
         def make(options: Options, plan: PyObject) -> Made:
             made = self._of_copy(source, call, options, plan, data, calibrated.rows)
-            self._graph_of(made.built).calibration = calibrated.calls
+            self._graph_of(made.built).options = dataclasses.replace(options, calibration=calibrated.calls or None)
             made.certificate.notes += calibrated.notes(data)
             return made
 
@@ -235,7 +235,7 @@ class GraphBackend(Backend):
 
     def judge(self, original: nn.Module, made: Made, call: ArgsKwargs) -> nn.Module:
         """``original`` is rewritten and quantised again: an engine has no modules to read codes from."""
-        return quantized_again(original, call, made.certificate, self._graph_of(made.built).calibration)
+        return quantized_again(original, call, made.certificate, self._graph_of(made.built).options)
 
     def runner(self, model: PyObject) -> tuple[GraphEngine, bool]:
         return (model.replay(), False) if isinstance(model, OfflineEngine) else (model, True)
