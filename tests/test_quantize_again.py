@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import moeopt
+from moeopt.errors import UsageError
 from tests.toy_moe import build
 
 X = torch.randn(30, 16, generator=torch.Generator().manual_seed(3))
@@ -52,3 +53,32 @@ def test_data_and_calibration_are_cast_as_the_model_is(backend):
     )
     assert opt.certificate.passed is True
     assert opt.certificate.loss["error_mean"] == pytest.approx(plain.certificate.loss["error_mean"], rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_a_model_that_is_codes_already_is_told(backend):
+    if backend == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+    opt = moeopt.optimize(build(), X, quantize="int4", verify="fast")
+    for quantize in ("int8", None):
+        with pytest.raises(
+            UsageError, match="the experts of Block are codes already: this model was quantised by moeopt"
+        ):
+            moeopt.optimize(opt.model, X, backend=backend, quantize=quantize)
+    with pytest.raises(UsageError, match="codes already.*optimise the original model instead"):
+        moeopt.explain(opt.model, X)
+
+
+def test_rows_that_overflow_stop_it_and_leave_no_float_block_behind():
+    plan = moeopt.QuantPlan(default="int4", method="gptq")
+    with pytest.raises(
+        UsageError, match=r"hold or become NaN, infinity or numbers too large to square where they reach"
+    ):
+        moeopt.optimize(build(), X, quantize=plan, calibration=ROWS * 1e30, verify="fast")
+
+
+def test_a_cache_that_is_asked_for_in_few_bits_is_told():
+    pytest.importorskip("onnxruntime")
+    plan = moeopt.QuantPlan(default="int4", products={"past_key_values": "int8"})
+    with pytest.raises(UsageError, match="the products are none; key/value caches of engines stay floats: no operator"):
+        moeopt.optimize(build(), X, backend="onnxruntime", quantize=plan, verify="fast")

@@ -166,6 +166,7 @@ def quantize_products(
     return products
 
 
+_NO_CACHE = "; key/value caches of engines stay floats: no operator that engines use reads them as codes"
 Modules = dict[int, tuple[nn.Module, ModuleProduct, list[str]]]
 Inside = Callable[[str], bool]
 
@@ -239,9 +240,10 @@ def _check_patterns(plan: QuantPlan, paths: list[str]) -> None:
     assert isinstance(plan.products, Mapping)
     for pattern in plan.products:
         if not fnmatch.filter(paths, pattern) and (paths or pattern != EVERY):
+            cache = any(word in pattern.lower() for word in ("cache", "past_key", "kv"))
             raise UsageError(
                 f"QuantPlan(products=) names {pattern!r}, which matches no product outside of MoE blocks and of no "
-                f"rewritten one; the products are {listed(paths, 8) or 'none'}"
+                f"rewritten one; the products are {listed(paths, 8) or 'none'}" + _NO_CACHE * cache
             )
 
 
