@@ -2,11 +2,12 @@
 
 Mean KL and top-1 agreement on 1536 characters of docstrings that neither training nor calibration saw; ``gptq`` is
 calibrated on 32 sequences of 96 characters of the training text, three draws, of which the mean, the least and the most
-are told. Give a file's name to save the figures there.
+are told. Give a file's name to save the figures there, or ``seconds`` to time the methods on matrices instead.
 """
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 import moeopt
 from examples.train_tiny_lm import docstrings, encode
+from moeopt.ir.weight_format import INT4_BLOCK32
+from moeopt.ops.gptq import gptq
+from moeopt.ops.quantize import quantize
 from moeopt.options.quant_plan import METHODS
 from tests.trained_lm import KINDS, load, text
 
@@ -43,8 +47,26 @@ def losses(kind: str, format: str, method: str) -> list[tuple[float, float]]:
     return found
 
 
+def seconds() -> None:
+    """CPU seconds a million weights, one thread, of which ``gptq`` has the Hessian already."""
+    for rows, columns in ((7168, 1024), (1024, 3584)):
+        w, x = torch.randn(rows, columns), torch.randn(1000, columns).double()
+        hessian = x.T @ x
+        for method in METHODS:
+            started = time.process_time()
+            if method == "gptq":
+                gptq(w, INT4_BLOCK32, hessian)
+            else:
+                quantize(w, INT4_BLOCK32, search=method == "search")
+            taken = time.process_time() - started
+            print(f"{rows} x {columns} {method}: {1e6 * taken / w.numel():.3f} s a million weights")
+
+
 def main(out: str = "") -> None:
     torch.set_num_threads(1)
+    if out == "seconds":
+        seconds()
+        return
     table: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for kind in KINDS:
         for format in FORMATS:
