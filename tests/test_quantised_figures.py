@@ -19,3 +19,33 @@ def test_the_page_says_what_the_benchmark_wrote():
         *(f"{one[name]:.1f}" for name in ("int8", "int4", "float32")),
         *(f"{many[name]:.0f}" for name in ("int8", "int4", "float32")),
     ]
+
+
+def test_the_table_of_methods_is_what_the_benchmark_wrote():
+    losses = json.loads((ROOT / "benchmarks/results/quantise-methods.json").read_text())["losses"]
+    rows = []
+    for kind, words in (("moe", "MoE"), ("dense", "dense, 4 groups")):
+        for format, by in losses[kind].items():
+            plain = " | ".join(f"{by[method]['kl_mean']:.2e}" for method in ("nearest", "search", "gptq"))
+            rows.append(f"| {words} | {format} | {plain} ({by['gptq']['least']:.2e} to {by['gptq']['most']:.2e}) |")
+    assert "\n".join(rows) in (ROOT / "docs/quantised.md").read_text()
+    for kind in losses:  # what the page says of them in words
+        for format in ("int4", "int4-block128", "mxfp4"):
+            by = losses[kind][format]
+            assert by["gptq"]["most"] < 0.65 * by["nearest"]["kl_mean"]
+            assert by["search"]["kl_mean"] < by["nearest"]["kl_mean"]
+
+
+def test_what_a_cache_of_codes_is_worth_is_what_the_benchmark_wrote():
+    steps = json.loads((ROOT / "benchmarks/results/cache-codes-1t.json").read_text())["steps"]
+    plain = {step["past"]: step["ms"] for step in steps if step["cache"] == "float32"}
+    told = []
+    for bits in ("8", "4"):
+        mine = [step for step in steps if step["cache"].startswith(bits)]
+        times, moved = [step["ms"] / plain[step["past"]] for step in mine], [step["of_floats"] for step in mine]
+        told.append((f"{min(times):.2f} to {max(times):.2f}", f"{min(moved):.1e} to {max(moved):.1e}"))
+        assert max(step["of_codes"] for step in mine) < 2e-6
+    (eight, far), (four, farther) = told
+    page = (ROOT / "docs/quantised.md").read_text()
+    assert f"8 bits take {eight} of the float cache's time, 4 bits {four}; on random numbers" in page
+    assert f"8 bits move the result by {far}, 4 bits by {farther} (" in page

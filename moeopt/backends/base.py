@@ -199,8 +199,8 @@ class Backend(ABC):
             loss = whole_loss(original, opened.engine, self.comparable(opened.engine, call), loss.get("limit", {}))
         end = self._golden(manifest, opened, notes, limits)
         return Certificate(
-            saved.blocks, end, saved.level, opened.executed, opened.device, saved.dtype, notes=notes,
-            quantized=saved.quantized, products=saved.products, activations=saved.activations, loss=loss,
+            saved.blocks, end, saved.level, opened.executed, opened.device, saved.dtype, notes=notes, loss=loss,
+            quantized=saved.quantized, products=saved.products, activations=saved.activations, method=saved.method,
         )  # fmt: skip
 
     def _golden(self, manifest: Manifest, opened: Opened, notes: list[str], limits: LoadLimits) -> EndToEnd:

@@ -44,6 +44,7 @@ def verify_optimized(subject: Optimized, original: PyObject, inputs: PyObject) -
         device=before.device,
         quantized=before.quantized,
         products=before.products,
+        method=before.method,
         activations=before.activations,
         loss=loss,
     )

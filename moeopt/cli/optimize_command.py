@@ -13,14 +13,17 @@ from moeopt.cli.opened_target import check_page, opened_target
 from moeopt.cli.preflight import check_choice, check_out, chosen_backend
 from moeopt.cli.printing import api, exit_unless, names_in, print_json, progress, say_unless, show
 from moeopt.cli.quantize_words import as_quantize
-from moeopt.cli.target import find_target
+from moeopt.cli.target import find_target, load_data
 from moeopt.cli.words import (
     Activations,
     AsJson,
     BackendName,
     BuiltFor,
+    Calibration,
     Html,
     LimitTo,
+    Overwrite,
+    QuantizeMethod,
     QuantizeProducts,
     QuantizeTo,
     Quiet,
@@ -51,10 +54,10 @@ def optimize_command(
     quantize: QuantizeTo = None,
     quantize_products: QuantizeProducts = None,
     activations: Activations = None,
+    quantize_method: QuantizeMethod = None,
+    calibration: Calibration = None,
     limit: LimitTo = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="let --out replace a verified bundle unverified")
-    ] = False,
+    overwrite: Overwrite = False,
     task: Task = None,
     seed: Seed = 0,
     trust_remote_code: Trust = False,
@@ -69,8 +72,9 @@ def optimize_command(
         "verify": verify, "device": device, "target": built_for, "dtype": dtype, "tune": tune, "seed": seed,
         "skip_passes": skip_passes and names_in(skip_passes), "only_passes": only_passes and names_in(only_passes),
         "print_passes": print_passes or None, "portable": portable or None,
-        "quantize": as_quantize(quantize, quantize_products or (), activations),
+        "quantize": as_quantize(quantize, quantize_products or (), activations, quantize_method),
         "limit": as_limits(limit or ()) or None,
+        "calibration": load_data(calibration, "--calibration") if calibration is not None else None,
     }  # fmt: skip
     fields = {name: value for name, value in given.items() if value is not None}
     check_choice(backend, fields)

@@ -1,4 +1,4 @@
-"""``--quantize``, ``--quantize-products`` and ``--activations`` as what ``optimize`` takes."""
+"""``--quantize``, ``--quantize-products``, ``--activations`` and ``--quantize-method`` as what ``optimize`` takes."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from moeopt.errors import UsageError
 from moeopt.value_types import PyObject
 
 
-def as_quantize(experts: str | None, products: Sequence[str], activations: str | None) -> PyObject:
+def as_quantize(
+    experts: str | None, products: Sequence[str], activations: str | None, method: str | None = None
+) -> PyObject:
     """The name of a format, or a ``QuantPlan`` where more than the experts is asked for; None for neither.
 
     Args:
         experts: a format.
         products: each a format, for all products, or ``pattern=format``.
-        activations: as ``QuantPlan`` has it.
+        activations, method: as ``QuantPlan`` has them.
 
     Raises:
         UsageError: there is no such format, or a word of ``products`` is not one of the two, or says twice what holds
-            for one pattern.
+            for one pattern, or there is a method and nothing to round.
     """
-    if not products and activations is None:
+    if method is not None and experts is None and not products:
+        raise UsageError(f"--quantize-method {method} says how weights are rounded: give --quantize int4 as well")
+    if not products and activations is None and method is None:
         return experts
     from moeopt.options import QuantPlan  # it loads torch
+    from moeopt.options.quant_plan import NEAREST
 
     asked: dict[str, str] = {}
     for word in products:
@@ -41,4 +46,6 @@ def as_quantize(experts: str | None, products: Sequence[str], activations: str |
         asked[name] = format
     everything = asked.pop("*", None)  # the first pattern that matches decides
     given = asked if everything is None else {**asked, "*": everything}
-    return QuantPlan(default=experts or "float", products=given, activations=activations or "float")
+    return QuantPlan(
+        default=experts or "float", products=given, activations=activations or "float", method=method or NEAREST
+    )

@@ -126,21 +126,21 @@ def load_target(
     return (model.eval() if isinstance(model, torch.nn.Module) else model), inputs
 
 
-def check_data(target: str) -> tuple[str, str]:
-    """The file or module and the name that ``--data`` gives; ``UsageError`` where there is no such code."""
+def check_data(target: str, option: str = "--data") -> tuple[str, str]:
+    """The file or module and the name that ``option`` gives; ``UsageError`` where there is no such code."""
     where, colon, name = target.rpartition(":")
     if not colon or not name.isidentifier():
-        raise UsageError(f"--data {target}: give module:function or file.py:function")
-    check_code(where, f"--data {target}")
+        raise UsageError(f"{option} {target}: give module:function or file.py:function")
+    check_code(where, f"{option} {target}")
     return where, name
 
 
-def load_data(target: str) -> PyObject:
+def load_data(target: str, option: str = "--data") -> PyObject:
     """What the function of ``module:function`` or ``file.py:function`` returns: batches, or one call's inputs.
 
     ``UsageError`` says what is wrong with the target, the file and line in the user's code included.
     """
-    where, name = check_data(target)
+    where, name = check_data(target, option)
     return _call(_factory(where, name, target), target)
 
 

@@ -21,6 +21,13 @@ BuiltFor = Annotated[
     str | None, typer.Option("--target", help="what an engine is built for: a provider, or sm_89 for tensorrt")
 ]
 QuantizeTo = Annotated[str | None, typer.Option(help="round the experts' weights: int8, int4, fp8 or mxfp4")]
+QuantizeMethod = Annotated[
+    str | None, typer.Option(help="how they are rounded: nearest, search, or gptq, which needs --calibration")
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="what --quantize-method weighs by: module:function or file.py:function that returns calls"),
+]
 QuantizeProducts = Annotated[
     list[str] | None,
     typer.Option(
@@ -34,5 +41,6 @@ Activations = Annotated[
 LimitTo = Annotated[
     list[str] | None, typer.Option(help="the most that quantising may lose, like kl_mean=0.01; may be given again")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="let --out replace a verified bundle unverified")]
 BackendName = Annotated[str | None, typer.Option(help="torch, onnxruntime (an ONNX file's without it) or tensorrt")]
 Seed = Annotated[int, typer.Option(help="of every random input, and of random weights")]

@@ -21,12 +21,13 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.find.batches import batches
 from moeopt.find.example_inputs import in_order, made_up, without_cache
-from moeopt.ir.weight_format import FORMATS
 from moeopt.options import Options, QuantPlan
 from moeopt.options.loss_limits import FIGURES, as_limit, missed
-from moeopt.options.quant_plan import FLOAT, check_format
-from moeopt.passes.quantize_experts import why_not
+from moeopt.options.quant_plan import CHECKPOINT, FLOAT, check_format
+from moeopt.options.quant_plan import FORMATS as NAMES
+from moeopt.passes.quantize_experts import BankRows, QuantizeExperts, why_not
 from moeopt.pipeline.accept import as_model, without_rewrites
+from moeopt.pipeline.calibration import calibration_of, gathered
 from moeopt.pipeline.loss_meter import ALL, Bank, LossMeter
 from moeopt.pipeline.measure_loss import changed_share, check_limit
 from moeopt.pipeline.run import run
@@ -40,23 +41,28 @@ Choice = dict[str, str]
 
 
 def search(
-    model: PyObject, data: PyObject, budget: Mapping[str, float], formats: Sequence[str], fields: Mapping[str, Any]
-) -> QuantPlan:
+    model: PyObject, data: PyObject, budget: Mapping[str, float], formats: Sequence[str], method: str,
+    fields: Mapping[str, Any],
+) -> QuantPlan:  # fmt: skip
     """See :meth:`moeopt.QuantPlan.search`."""
     key, most = _budget(budget)
     for name in formats:
-        check_format(name, "formats")
+        check_format(name, "formats", [one for one in NAMES if one != CHECKPOINT])
+    asked = QuantPlan(default=formats[0] if formats else FLOAT, method=method)
     # a plan is only proposed here: what optimize makes of it is verified
-    options = dataclasses.replace(Options.from_fields(None, {"verify": "off", **fields}), quantize=None, inplace=False)
+    asked_options = Options.from_fields(None, {"verify": "off", **fields, "quantize": asked})
+    options = dataclasses.replace(asked_options, quantize=None, inplace=False, calibration=None)
     source = without_rewrites(as_model(model), False)
     given = [made_up(source, options.seed)] if data is None else batches(data, "measure")
     calls = [in_order(source, without_cache(source, one)) for one in given]
     check_limit(source, calls, None if key == "bytes" else {key: most})
-    bench = _Bench(source, calls, options, tuple(dict.fromkeys(formats)))
+    rounding = method, calibration_of(source, asked_options)
+    bench = _Bench(source, calls, options, tuple(dict.fromkeys(formats)), rounding)
     line = bench.line()
     chosen = bench.within(line, most) if key == "bytes" else bench.keeping(line, key, most)
     blocks = {glob.escape(bench.name(path)): name for path, name in chosen.items()}
-    return QuantPlan(blocks, FLOAT, {bench.name(path): costs for path, costs in bench.costs.items()})
+    costs = {bench.name(path): costs for path, costs in bench.costs.items()}
+    return QuantPlan(blocks, FLOAT, costs, method=method)
 
 
 def _budget(budget: PyObject) -> tuple[str, float]:
@@ -78,12 +84,17 @@ def _budget(budget: PyObject) -> tuple[str, float]:
 class _Bench:
     """The rewritten model, its blocks in every format, and what each costs."""
 
-    def __init__(self, source: nn.Module, calls: list[ArgsKwargs], options: Options, formats: tuple[str, ...]) -> None:
+    def __init__(
+        self, source: nn.Module, calls: list[ArgsKwargs], options: Options, formats: tuple[str, ...],
+        rounding: tuple[str, list[ArgsKwargs]],
+    ) -> None:  # fmt: skip
         self.source, self.calls, self.options = source, calls, options
         self.twin = shared_copy(source)
         outcome = run(self.twin, calls[0], options)
         found = {p: f for p, m in self.twin.named_modules() if (f := rewritten_forward(m)) is not None}
-        self.banks = {path: made for path, f in found.items() if (made := _in_each_format(f, formats))}
+        method, calibration = rounding
+        rows = gathered(self.twin, found, calibration, options)
+        self.banks = {path: made for path, f in found.items() if (made := _in_each_format(f, formats, method, rows))}
         if not self.banks:
             reasons = "; ".join(b.reason for b in outcome.blocks if b.status == "declined")
             raise UsageError(f"no block of the model can be quantised{f': {reasons}' if reasons else ''}")
@@ -165,20 +176,25 @@ class _Bench:
         return meter.figures[ALL].figures().get(key, float("nan"))
 
 
-def _in_each_format(forward: RewrittenForward, formats: Sequence[str]) -> dict[str, list[Bank]]:
+def _in_each_format(
+    forward: RewrittenForward, formats: Sequence[str], method: str, rows: BankRows
+) -> dict[str, list[Bank]]:
     """The banks of a block by the name of the format that those which can be quantised have."""
     block = forward.program.block.copy()
     block.root = forward.module
-    able = {number for number, held in enumerate(block.weights) if not why_not(block, held)}
-    if not able:
+    if all(why_not(block, held) for held in block.weights):
         return {}
-    return {
-        name: [
-            (LiveCodes(forward.module, number, bank_refs, spec, FORMATS[name]), spec) if number in able else held
-            for number, (held, (bank_refs, spec)) in enumerate(zip(forward.banks, block.weights, strict=True))
+    found = {}
+    for name in formats:
+        lossy = block.copy()
+        QuantizeExperts(QuantPlan(default=name, method=method), rows=rows).apply(lossy)
+        found[name] = [
+            (LiveCodes(forward.module, n, refs, spec, lossy.formats[n], lossy.codes.get(n)), spec)
+            if n in lossy.formats
+            else held
+            for n, (held, (refs, spec)) in enumerate(zip(forward.banks, block.weights, strict=True))
         ]
-        for name in formats
-    }
+    return found
 
 
 def _bytes(forms: Mapping[str, list[Bank]]) -> dict[str, int]:

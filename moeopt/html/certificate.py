@@ -32,12 +32,14 @@ def certificate_view(certificate: Mapping[str, Any]) -> dict[str, Any]:
 def loss_view(certificate: Mapping[str, Any]) -> dict[str, Any]:
     """``figures`` and ``costs`` of a certificate's loss: words and numbers as text; empty where nothing was lost."""
     loss = certificate.get("loss") or {}
-    errors, reference, limit = (loss.get(part, {}) for part in ("standard_errors", "reference", "limit"))
+    parts = ("standard_errors", "nearest", "reference", "limit")
+    errors, nearest, reference, limit = (loss.get(part, {}) for part in parts)
     figures = [
         {
             "words": words,
             "value": _number(loss[key]),
             "error": _number(errors.get(key)),
+            "nearest": _number(nearest.get(key)),
             "reference": _number(reference.get(key)),
             "limit": _number(limit.get(key)),
             "missed": key in certificate["limits_missed"],

@@ -51,10 +51,12 @@ def certificate_table(blocks: Iterable[Any], verdict: str) -> str:
 def loss_table(certificate: Mapping[str, Any]) -> str:
     """``Certificate.to_dict()`` of quantised experts: one row a figure."""
     rows = [
-        (f["words"], f["value"] + (" (limit missed)" if f["missed"] else ""), f["error"], f["reference"], f["limit"])
+        (f["words"], f["value"] + (" (limit missed)" if f["missed"] else ""),
+         *(f[part] for part in ("error", "nearest", "reference", "limit")))
         for f in loss_view(certificate)["figures"]
-    ]
-    return table("what quantising lost", ("figure", "value", "standard error", "int8 per channel", "limit"), rows)
+    ]  # fmt: skip
+    heads = ("figure", "value", "standard error", "to nearest", "int8 per channel", "limit")
+    return table("what quantising lost", heads, rows)
 
 
 def load_table(profile: Mapping[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""Weights that a quantiser holds as a class of its own (``Int8Tensor``, ``Params4bit``): what they mean for a graph.
+"""Weights that a quantiser holds as a class of its own (``Int8Tensor``, ``Params4bit``), or in a dtype of PyTorch's
+own quantisation (``qint8``): what they mean for a graph.
 
 Exporters fail on such a tensor in many ways, deep in their own code, or in the quantiser's, and name neither the weight
 nor the quantiser.
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from moeopt.errors import NotSaveableError
-from moeopt.rewrite.legality import PLAIN, package_of
+from moeopt.rewrite.legality import is_plain, package_of
 
 
 @contextlib.contextmanager
@@ -24,16 +25,17 @@ def wrapped_weights_named(model: nn.Module) -> Iterator[None]:
     """
     try:
         yield
-    except (NotSaveableError, RuntimeError, TypeError, NotImplementedError, AssertionError) as err:
+    except (NotSaveableError, RuntimeError, TypeError, NotImplementedError, AssertionError, IndexError) as err:
         weights = (*model.named_parameters(), *model.named_buffers())
-        wrapped = [(name, held) for name, held in weights if type(held) not in PLAIN]
+        wrapped = [(name, held) for name, held in weights if not is_plain(held)]
         if not wrapped:
             raise
         name, held = wrapped[0]
         more = f" (and {len(wrapped) - 1} more)" if wrapped[1:] else ""
         of = f" of {package_of(held)}" if package_of(held) else ""
+        what = f"tensor of {held.dtype}" if held.is_quantized else f"{type(held).__name__}{of}"
         raise NotSaveableError(
-            f"{type(model).__name__} cannot become an engine: {name}{more} is a {type(held).__name__}{of}, which no "
+            f"{type(model).__name__} cannot become an engine: {name}{more} is a {what}, which no "
             "graph holds. Make plain tensors of them, for instance module.weight = torch.nn.Parameter("
             "module.weight.dequantize(), requires_grad=False), with the quantiser's own function where it has another, "
             "and optimise again; quantize='int8' then keeps experts as small as they are here"

@@ -86,6 +86,8 @@ class Options:
             ``certificate.passed`` is False.
         data: the calls on which the loss is measured: one call's inputs, or an iterable of such; None means the
             example inputs.
+        calibration: the calls whose rows ``QuantPlan(method=)`` weighs by, in the forms of ``data``; none of them is
+            needed to measure a loss, and one that is also in ``data`` makes the loss look smaller than it is.
     """
 
     device: Any = None
@@ -126,6 +128,7 @@ class Options:
     quantize: Any = None
     limit: Mapping[str, float] | None = field(default=None, hash=False)
     data: Any = field(default=None, hash=False, compare=False, repr=False)
+    calibration: Any = field(default=None, hash=False, compare=False, repr=False)
 
     def __new__(cls, **given: PyObject) -> Options:
         """Remember which fields were given, so that ``from_fields`` can tell one that is given twice."""

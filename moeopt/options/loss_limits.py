@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from moeopt.errors import UsageError
+from moeopt.options.quant_plan import GPTQ, NEAREST
 from moeopt.value_types import PyObject
 
 if TYPE_CHECKING:
@@ -71,13 +72,29 @@ def as_limit(value: PyObject) -> dict[str, float] | None:
 
 def check_quantize(options: Options) -> None:
     """``UsageError`` for choices that mean something only with ``quantize``, and for a gate that nothing measures."""
-    for name in ("limit", "data"):
+    for name in ("limit", "data", "calibration"):
         if getattr(options, name) is not None and options.quantize is None:
             raise UsageError(
                 f"{name} is about what quantising loses, and nothing is quantised: give quantize='int8' (or another "
                 "format) as well"
             )
+    if options.quantize is not None:
+        _check_calibration(options)
     if options.limit is not None and options.verify == "off":
         raise UsageError("limit is a gate, and verify='off' measures nothing: leave one of them out")
     if options.quantize is not None and "quantize_experts" in options.skip_passes:
         raise UsageError("quantize asks for the pass quantize_experts, and skip_passes leaves it out: drop one of them")
+
+
+def _check_calibration(options: Options) -> None:
+    method = options.quantize.method
+    if method == GPTQ and options.calibration is None:
+        raise UsageError(
+            "method='gptq' rounds by the rows that reach each expert, and there are none: give calibration=, calls of "
+            "your own text (a few thousand tokens, others than data=), or method='search', which needs none"
+        )
+    if method == NEAREST and options.calibration is not None:
+        raise UsageError(
+            "calibration is what the methods 'gptq' and 'search' weigh by, and this plan rounds to nearest: give "
+            "quantize=QuantPlan(default='int4', method='gptq'), or leave out calibration="
+        )

@@ -152,6 +152,8 @@ class PassManager:
                     times = one.apply(after)
                     if times:
                         _keep_the_law(one, block, after, differ)
+                except UsageError:
+                    raise  # what the user gave is no pass's fault
                 except Exception as err:
                     if block.captured is not None:
                         raise  # without its first graph a block stays the user's own code

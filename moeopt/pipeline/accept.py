@@ -10,6 +10,7 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.options import Options
 from moeopt.pipeline.no_model import model_hint
+from moeopt.rewrite.floats_gone import floats_of
 from moeopt.rewrite.install import rewritten_forward, uninstall
 from moeopt.value_types import PyObject
 
@@ -52,7 +53,17 @@ def _sharded(model: nn.Module) -> str:
 
 
 def without_rewrites(model: nn.Module, inplace: bool) -> nn.Module:
-    """``model`` if it was not optimised before; else itself or a copy on the same weights, with its original code."""
+    """``model`` if it was not optimised before; else itself or a copy on the same weights, with its original code.
+
+    Raises:
+        UsageError: its experts were quantised, so that the floats which its original code computes with are gone.
+    """
+    coded = next((name for name, m in model.named_modules() if floats_of(m)), None)
+    if coded is not None:
+        raise UsageError(
+            f"the experts of {coded or type(model).__name__} are codes already: this model was quantised by moeopt, "
+            "and their floats are gone; optimise the original model instead, with the format and backend that you want"
+        )
     if not any(rewritten_forward(m) is not None for m in model.modules()):
         return model
     twin = model if inplace else shared_copy(model)

@@ -11,20 +11,26 @@ from moeopt.options import Options, QuantPlan
 from moeopt.passes.base import Pass
 from moeopt.passes.manager import PassManager, check_names
 from moeopt.passes.pipeline import PIPELINE
-from moeopt.passes.quantize_experts import QuantizeExperts
+from moeopt.passes.quantize_experts import BankRows, QuantizeExperts
 from moeopt.published.experts import PublishedExperts
 from moeopt.published.file_codes import FileExperts
 
 
-def pass_manager(options: Options, runtime: object, model: nn.Module | None = None) -> PassManager:
-    """The manager that ``options`` ask for; ``model``: what they are for, where a plan takes codes of its checkpoint.
+def pass_manager(
+    options: Options, runtime: object, model: nn.Module | None = None, rows: BankRows | None = None
+) -> PassManager:
+    """The manager that ``options`` ask for.
+
+    Args:
+        model: what they are for, where a plan takes codes of its checkpoint.
+        rows: what a plan's method weighs by.
 
     Raises:
         UsageError: they name a pass that is not there, or codes of a checkpoint and the model is from none.
     """
     plan = options.quantize
     published = _codes_for(model) if model is not None and plan is not None and plan.takes_checkpoint else None
-    passes = with_plan(PIPELINE if options.passes is None else options.passes, plan, published)
+    passes = with_plan(PIPELINE if options.passes is None else options.passes, plan, published, rows)
     check_names(options.skip_passes, (*passes, *PIPELINE), "skip_passes")
     if not isinstance(options.print_passes, bool):
         check_names(options.print_passes, (*passes, *PIPELINE), "print_passes")
@@ -46,12 +52,13 @@ def _codes_for(model: nn.Module) -> PublishedExperts | FileExperts:
 
 
 def with_plan(
-    passes: Sequence[Pass], plan: QuantPlan | None, published: PublishedExperts | FileExperts | None = None
-) -> tuple[Pass, ...]:
+    passes: Sequence[Pass], plan: QuantPlan | None, published: PublishedExperts | FileExperts | None = None,
+    rows: BankRows | None = None,
+) -> tuple[Pass, ...]:  # fmt: skip
     """``passes`` with the one that quantises as ``plan`` says, if there is one; at the end where it is missing."""
     if plan is None:
         return tuple(passes)
-    asked = QuantizeExperts(plan, published)
+    asked = QuantizeExperts(plan, published, rows)
     if not any(one.name == asked.name for one in passes):
         return (*passes, asked)
     return tuple([asked if one.name == asked.name else one for one in passes])

@@ -24,6 +24,7 @@ ALL = "all of them"
 """The variant whose choices of experts are compared with those of the floats; no module path has spaces."""
 Bank = tuple[Any, Any]
 _NONE: Mapping[str, Collection[str]] = MappingProxyType({})
+_OWN: Mapping[str, str] = MappingProxyType({})
 Ids = dict[tuple[str, int], list[Tensor]]
 """By block and bank, the experts that each call chose, (T, K)."""
 
@@ -43,16 +44,17 @@ class LossMeter:
     Args:
         variants: by name, the banks that are codes in it, by block; all other banks are floats.
         products: those of the twin outside of its blocks; ``groups`` has, by a variant's name, the groups of them that
-            are codes in it, and ``reference`` names the variant in which they are int8 per channel.
+            are codes in it, and ``schemes`` those in which the codes are other than the plan's.
     """
 
     def __init__(
         self, source: nn.Module, twin: nn.Module, blocks: dict[str, RewrittenForward],
         routed: Mapping[str, Sequence[bool]], variants: Mapping[str, Mapping[str, list[Bank]]], language: bool,
-        products: QuantizedProducts | None = None, groups: Mapping[str, Collection[str]] = _NONE, reference: str = "",
+        products: QuantizedProducts | None = None, groups: Mapping[str, Collection[str]] = _NONE,
+        schemes: Mapping[str, str] = _OWN,
     ) -> None:  # fmt: skip
         self.products = QuantizedProducts() if products is None else products
-        self.groups, self.reference = groups, reference
+        self.groups, self.schemes = groups, schemes
         self.source, self.twin, self.blocks, self.routed, self.variants = source, twin, blocks, routed, variants
         self.floats = {path: float_banks(forward) for path, forward in blocks.items()}
         self.figures = {name: LossFigures(language) for name in variants}
@@ -68,7 +70,7 @@ class LossMeter:
         with self._banks({}), self.products.only(self.twin, ()), self._noted(self.base_ids):
             run_plain(self.twin, *call)
         for name, quantized in self.variants.items():
-            chosen = self.products.only(self.twin, self.groups.get(name, ()), name == self.reference)
+            chosen = self.products.only(self.twin, self.groups.get(name, ()), self.schemes.get(name, ""))
             noted = self._noted(self.ids) if name == ALL else contextlib.nullcontext()
             with self._banks(quantized), chosen, noted:
                 got = run_plain(self.twin, *call)

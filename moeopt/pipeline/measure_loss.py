@@ -5,6 +5,7 @@
     block b     the twin with the codes of block b alone         what that block costs
     all         the twin with all codes                          ``certificate.loss``
     reference   the twin with all of these blocks in int8 per channel, a scheme that everybody knows
+nearest     where codes were found by another method: the twin with the same formats rounded to nearest
 
 One call of the data at a time: the outputs of one call are all that is held.
 """
@@ -20,9 +21,11 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.find.batches import batches
 from moeopt.find.example_inputs import in_order, without_cache
-from moeopt.ir.weight_format import INT8_CHANNEL
+from moeopt.ir.weight_format import INT8_CHANNEL, WeightFormat
 from moeopt.options import Options
 from moeopt.options.loss_limits import LANGUAGE, OUTPUTS
+from moeopt.options.quant_plan import NEAREST
+from moeopt.pipeline.accept import moved
 from moeopt.pipeline.loss_meter import ALL, Bank, Ids, LossMeter
 from moeopt.pipeline.quantized_products import QuantizedProduct, QuantizedProducts
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
@@ -32,7 +35,7 @@ from moeopt.verification.loss import BlockLoss, Loss, LossFigures, is_language
 from moeopt.verification.loss_text import judged
 from moeopt.verification.model import run_plain
 
-_REFERENCE = "all of them in int8 per channel"  # no module path has spaces
+_REFERENCE, _NEAREST = "all of them in int8 per channel", "all of them to nearest"  # no module path has spaces
 
 
 def data_of(model: nn.Module, call: ArgsKwargs, options: Options) -> list[ArgsKwargs]:
@@ -45,7 +48,7 @@ def data_of(model: nn.Module, call: ArgsKwargs, options: Options) -> list[ArgsKw
         return []
     calls = [call]
     if options.data is not None:
-        calls = [in_order(model, without_cache(model, one)) for one in batches(options.data, "measure")]
+        calls = [moved(in_order(model, without_cache(model, one)), options) for one in batches(options.data, "measure")]
     if options.data is not None or options.limit is not None:
         check_limit(model, calls, options.limit)
     return calls
@@ -93,11 +96,16 @@ def measure_loss(
     blocks = {p: f for p, m in twin.named_modules() if (f := rewritten_forward(m)) is not None and _codes(f)}
     variants = {path: {path: list(f.banks)} for path, f in blocks.items()}
     variants[ALL] = {path: list(f.banks) for path, f in blocks.items()}
-    variants[_REFERENCE] = {path: _in_int8(f) for path, f in blocks.items()}
-    groups = {name: [name] for name in products.groups} | {ALL: [*products.groups], _REFERENCE: [*products.groups]}
+    schemes = {_REFERENCE: "int8"}
+    variants[_REFERENCE] = {path: _rounded_to_nearest(f, INT8_CHANNEL) for path, f in blocks.items()}
+    if options.quantize is not None and options.quantize.method != NEAREST:
+        schemes[_NEAREST] = "nearest"
+        variants[_NEAREST] = {path: _rounded_to_nearest(f) for path, f in blocks.items()}
+    groups = {name: [name] for name in products.groups}
+    groups |= {name: [*products.groups] for name in (ALL, *schemes)}
     variants |= {name: {} for name in products.groups}
     language = check_limit(source, calls, None)
-    meter = LossMeter(source, twin, blocks, routed, variants, language, products, groups, _REFERENCE)
+    meter = LossMeter(source, twin, blocks, routed, variants, language, products, groups, schemes)
     for number, call in enumerate(calls):
         options.say(f"measuring what quantising loses, call {number + 1} of {len(calls)}")
         meter.run(call, engine)
@@ -112,6 +120,8 @@ def measure_loss(
             *(_products_loss(name, held, meter.figures[name]) for name, held in products.groups.items()),
         ],
     )  # fmt: skip
+    if _NEAREST in meter.figures:
+        loss["nearest"] = meter.figures[_NEAREST].figures()
     loss["ids_changed"] = changed_share(ids, meter.base_ids)
     loss["limit"] = dict(options.limit or {})
     loss["missed"] = judged(loss, loss["limit"])
@@ -122,12 +132,15 @@ def _codes(forward: RewrittenForward) -> list[LiveCodes]:
     return [bank for bank, _ in forward.banks if isinstance(bank, LiveCodes)]
 
 
-def _in_int8(forward: RewrittenForward) -> list[Bank]:
-    """The reference scheme for the banks that are quantised."""
+def _rounded_to_nearest(forward: RewrittenForward, format: WeightFormat | None = None) -> list[Bank]:
+    """The banks that are quantised, rounded to nearest in ``format``; None: in the formats that they have.
+
+    Codes of a checkpoint stay: nothing rounded them.
+    """
     module = forward.module
     return [
-        (LiveCodes(module, number, bank.experts, spec, INT8_CHANNEL), spec)
-        if isinstance(bank, LiveCodes)
+        (LiveCodes(module, number, bank.experts, spec, format or bank.format), spec)
+        if isinstance(bank, LiveCodes) and not (format is None and bank.exact)
         else (bank, spec)
         for number, (bank, spec) in enumerate(forward.banks)
     ]

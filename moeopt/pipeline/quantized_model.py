@@ -12,6 +12,7 @@ from moeopt.errors import UsageError
 from moeopt.listed import listed
 from moeopt.onnx_in.coded import coded_weights
 from moeopt.options import Options, QuantPlan
+from moeopt.options.quant_plan import NEAREST
 from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.pipeline.block_capture import original_forward
 from moeopt.pipeline.block_reports import PipelineResult
@@ -21,7 +22,7 @@ from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.rewrite.live_codes import DequantizedForward, LiveCodes
 from moeopt.rewrite.store_codes import codes_of
 from moeopt.verification.certificate import Certificate
-from moeopt.verification.loss_text import published_note, quantized_note
+from moeopt.verification.loss_text import few_rows_note, published_note, quantized_note
 
 
 def quantized_blocks(twin: nn.Module) -> dict[str, tuple[RewrittenForward, list[LiveCodes]]]:
@@ -62,13 +63,21 @@ def formats_of(twin: nn.Module) -> dict[str, str]:
     }
 
 
+def method_of(certificate: Certificate, options: Options) -> str:
+    """``certificate.method``: how the floats of what was quantised became codes; "" where nothing was."""
+    rounded = options.quantize is not None and (certificate.quantized or certificate.products)
+    return str(options.quantize.method) if rounded else ""
+
+
 def plan_of(certificate: Certificate) -> QuantPlan:
-    """The plan that gives each block and product the format that a certificate says it has."""
+    """The plan that gives each block and product the format that a certificate says it has, by the same method."""
 
     def patterns(formats: Mapping[str, str]) -> dict[str, str]:
         return {glob.escape(name): format.partition(" ")[0] for name, format in formats.items()}
 
-    return QuantPlan(patterns(certificate.quantized), products=patterns(certificate.products))
+    return QuantPlan(
+        patterns(certificate.quantized), products=patterns(certificate.products), method=certificate.method or NEAREST
+    )
 
 
 def routed_banks(outcome: PipelineResult, twin: nn.Module) -> dict[str, list[bool]]:
@@ -117,4 +126,11 @@ def notes_of(
         sizes.setdefault((path or type(twin).__name__) in lossy, []).append(size)
     home = "file" if coded_weights(twin) else "checkpoint"
     kept = [published_note(sizes[False], home)] if False in sizes else []
-    return kept + quantized_note(lossy, sizes.get(True, []), left)
+    return kept + quantized_note(lossy, sizes.get(True, []), left) + _few_rows(twin)
+
+
+def _few_rows(twin: nn.Module) -> list[str]:
+    """A sentence on experts that were to be rounded by rows that did not reach them."""
+    blocks = {path or type(twin).__name__: codes for path, (_, codes) in quantized_blocks(twin).items()}
+    few = {name: count for name, codes in blocks.items() if (count := sum(one.few for one in codes))}
+    return few_rows_note(few, sum(one.num_experts for codes in blocks.values() for one in codes))

@@ -23,7 +23,7 @@ from moeopt.find.choosing_products import choosing_products
 from moeopt.ir.weight_format import FORMATS, INT8_CHANNEL
 from moeopt.listed import listed
 from moeopt.options import Options, QuantPlan
-from moeopt.options.quant_plan import EVERY, FLOAT
+from moeopt.options.quant_plan import EVERY, FLOAT, NEAREST
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.enclosing import with_router
 from moeopt.pipeline.real_calls import real_calls
@@ -56,7 +56,7 @@ class QuantizedProducts:
 
     def __init__(self, found: Iterable[QuantizedProduct] = (), left: Iterable[str] = ()) -> None:
         self.found, self.left = list(found), list(left)
-        self._int8: dict[str, CodesProduct] = {}
+        self._others: dict[tuple[str, str], CodesProduct] = {}
 
     @property
     def formats(self) -> dict[str, str]:
@@ -71,16 +71,19 @@ class QuantizedProducts:
             groups.setdefault(one.group, []).append(one)
         return groups
 
-    def put(self, model: nn.Module, codes: Collection[str] | None = None, int8: bool = False) -> None:
-        """Give a copy of the model the products on codes, all or those of the groups ``codes``; the others floats."""
+    def put(self, model: nn.Module, codes: Collection[str] | None = None, scheme: str = "") -> None:
+        """Give a copy of the model the products on codes, all or those of the groups ``codes``; the others floats.
+
+        ``scheme``: ``"int8"`` per channel or ``"nearest"`` instead of the codes that the plan's format and method give.
+        """
         for one in self.found:
             wanted = codes is None or one.group in codes
-            _place(model, one.paths, self._in_int8(one) if wanted and int8 else one.codes if wanted else one.module)
+            _place(model, one.paths, self._codes(one, scheme) if wanted else one.module)
 
     @contextlib.contextmanager
-    def only(self, model: nn.Module, codes: Collection[str], int8: bool = False) -> Iterator[None]:
-        """While open, the products of the groups ``codes`` alone are on codes."""
-        self.put(model, codes, int8)
+    def only(self, model: nn.Module, codes: Collection[str], scheme: str = "") -> Iterator[None]:
+        """While open, the products of the groups ``codes`` alone are on codes; ``scheme`` as :meth:`put` has it."""
+        self.put(model, codes, scheme)
         try:
             yield
         finally:
@@ -91,11 +94,14 @@ class QuantizedProducts:
         for one in self.found:
             _place(model, one.paths, on_floats(model.get_submodule(one.paths[0]), one.product, one.codes))
 
-    def _in_int8(self, one: QuantizedProduct) -> CodesProduct:
-        path = one.paths[0]
-        if path not in self._int8:
-            self._int8[path] = CodesProduct(one.module, one.product, INT8_CHANNEL, path)
-        return self._int8[path]
+    def _codes(self, one: QuantizedProduct, scheme: str) -> CodesProduct:
+        if not scheme:
+            return one.codes
+        key = one.paths[0], scheme
+        if key not in self._others:
+            format = INT8_CHANNEL if scheme == "int8" else one.codes.format
+            self._others[key] = CodesProduct(one.module, one.product, format, one.paths[0])
+        return self._others[key]
 
     def note(self) -> list[str]:
         """Sentences for the report: the memory, and what stays float."""
@@ -150,9 +156,8 @@ def quantize_products(
                 f"'float' in QuantPlan(products=), before other patterns: {{{paths[0]!r}: 'float', ...}}"
             )
         else:
-            found.append(
-                QuantizedProduct(paths, module, product, CodesProduct(module, product, FORMATS[name], paths[0]))
-            )
+            codes = CodesProduct(module, product, FORMATS[name], paths[0], search=plan.method != NEAREST)
+            found.append(QuantizedProduct(paths, module, product, codes))
     if not places:
         left.append("products: the model has none outside of MoE blocks and rewritten ones")
     left += [*_tied(twin, found), *taken, *_no_products(twin, inside, modules, plan)]
@@ -161,6 +166,7 @@ def quantize_products(
     return products
 
 
+_NO_CACHE = "; key/value caches of engines stay floats: no operator that engines use reads them as codes"
 Modules = dict[int, tuple[nn.Module, ModuleProduct, list[str]]]
 Inside = Callable[[str], bool]
 
@@ -234,9 +240,10 @@ def _check_patterns(plan: QuantPlan, paths: list[str]) -> None:
     assert isinstance(plan.products, Mapping)
     for pattern in plan.products:
         if not fnmatch.filter(paths, pattern) and (paths or pattern != EVERY):
+            cache = any(word in pattern.lower() for word in ("cache", "past_key", "kv"))
             raise UsageError(
                 f"QuantPlan(products=) names {pattern!r}, which matches no product outside of MoE blocks and of no "
-                f"rewritten one; the products are {listed(paths, 8) or 'none'}"
+                f"rewritten one; the products are {listed(paths, 8) or 'none'}" + _NO_CACHE * cache
             )
 
 

@@ -33,6 +33,7 @@ from moeopt.options import Options
 from moeopt.passes.base import PassRecord
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.passes.manager import PassManager
+from moeopt.passes.quantize_experts import BankRows
 from moeopt.patches import fewer_collections
 from moeopt.pipeline.attempts import LEVELS, BlockAttempts, levels_of, part_of_another
 from moeopt.pipeline.beside_checkpoint import beside_checkpoint
@@ -48,15 +49,23 @@ from moeopt.rewrite.legality import absent_reason
 
 
 @fewer_collections()
-def run(model: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime | None = None) -> PipelineResult:
+def run(
+    model: nn.Module,
+    call: ArgsKwargs,
+    options: Options,
+    runtime: Runtime | None = None,
+    rows: BankRows | None = None,
+) -> PipelineResult:
     """Rewrite every block of ``model`` that can be, in place, and say what became of each.
+
+    ``rows``: of the experts on the user's calibration data (``pipeline/calibration``).
 
     Raises:
         CaptureError: the model does not run on the example inputs.
         UsageError: a hint that matches no block, a pass that is none.
     """
     started = time.perf_counter()
-    manager = pass_manager(options, runtime, model)
+    manager = pass_manager(options, runtime, model, rows)
     options.say("looking for feed-forward and mixture-of-experts blocks")
     dump = Dump(options.dump) if options.dump is not None else None
     absent = absent_reason(model)

@@ -82,11 +82,13 @@ class Captured:
 class GivenCodes:
     """Codes, scales and zero points of a bank, by the names of :meth:`QuantizedExpertWeights.tensors`.
 
-    ``exact``: whether they stand for the floats that the module holds, to the bit.
+    ``exact``: whether they stand for the floats that the module holds, to the bit. ``few``: of experts that were to be
+    rounded by the rows that reach them, how many were reached by too few.
     """
 
     tensors: dict[str, torch.Tensor]
     exact: bool
+    few: int = 0
 
 
 @dataclass

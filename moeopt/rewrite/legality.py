@@ -31,7 +31,7 @@ def check_module(module: nn.Module) -> None:
     """Parameters that cannot be probed at all.
 
     Raises:
-        Declined: meta tensors, DTensors or other tensor subclasses, a scripted module.
+        Declined: meta tensors, DTensors or other tensor subclasses, PyTorch's quantised tensors, a scripted module.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise Declined(
@@ -46,6 +46,18 @@ def check_module(module: nn.Module) -> None:
                 f"(for example dequantize() or full_tensor()) and optimise again{_maker(tensor)}",
                 rank=Rank.FORBIDS,
             )
+        if tensor.is_quantized:
+            raise Declined(
+                f"{path} is a tensor of {tensor.dtype}, one of PyTorch's own quantised tensors, which neither the op "
+                "nor an engine reads; give the float model, or make floats of it (dequantize()), and optimise again: "
+                "quantize='int8' keeps experts as small",
+                rank=Rank.FORBIDS,
+            )
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds its own numbers: no quantiser's class, nor PyTorch's quantised dtypes."""
+    return type(tensor) in PLAIN and not tensor.is_quantized
 
 
 def non_finite_reason(module: nn.Module, infinite_too: bool = True) -> str:

@@ -58,7 +58,7 @@ class LiveCodes(QuantizedExpertWeights):
         self.module, self.experts, self.spec = module, experts, spec
         self.layouts, self.dtype, self.num_experts = ("oi", "oi"), torch.float32, len(experts)
         self.prefix = f"{PREFIX}_{index}_"
-        self.exact = given is not None and given.exact
+        self.exact, self.few = (given.exact, given.few) if given is not None else (False, 0)
         if isinstance(format, WeightFormat):
             *ins, out = [MatrixFormat(format, shape, True) for shape in shapes_of(experts[0])]
             format = BankFormat(len(experts), tuple(ins), out)

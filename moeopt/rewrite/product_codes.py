@@ -125,6 +125,7 @@ class CodesProduct(nn.Module):
         module, product: whose product, and where it holds what.
         format: what the weight is rounded to.
         name: what messages call it.
+        search: whether the scales are searched (``ops/searched_scales``).
 
     Raises:
         UsageError: the weight holds NaN or infinity.
@@ -134,11 +135,13 @@ class CodesProduct(nn.Module):
     scales: Tensor
     bias: Tensor | None
 
-    def __init__(self, module: nn.Module, product: ModuleProduct, format: WeightFormat, name: str) -> None:
+    def __init__(
+        self, module: nn.Module, product: ModuleProduct, format: WeightFormat, name: str, search: bool = False
+    ) -> None:
         super().__init__()
         held = getattr(module, product.weight)
         w_NK = held.detach().t() if product.turned else held.detach()
-        made = quantize(w_NK, format, f"the weight of {name}")
+        made = quantize(w_NK, format, f"the weight of {name}", search)
         assert made.scales is not None and made.zeros is None, "formats of products are symmetric and have scales"
         self.register_buffer("codes", made.codes)
         self.register_buffer("scales", made.scales)

@@ -50,7 +50,8 @@ class Certificate:
     """See the module's docstring. ``notes`` are sentences for the reader, ``level`` the Options.verify value.
 
     ``quantized``: the format of each block whose experts were quantised; ``products``: that of each product outside of
-    the blocks, by its module's path; ``loss``: what that lost, empty where nothing was quantised or measured.
+    the blocks, by its module's path; ``method``: how floats became codes, "" where none did; ``loss``: what that lost,
+    empty where nothing was quantised or measured.
     ``activations``: of an engine whose products of codes round what they read to int8, after it was verified with
     floats: how many ``products`` of how many ``kinds`` do, how many eps a kind's answer is from what rounding gives
     (``error_eps``), and how far rounding moves a ``product`` and the ``outputs``, worst token; {} where none does.
@@ -68,6 +69,7 @@ class Certificate:
     loss: Loss = field(default_factory=Loss)
     products: dict[str, str] = field(default_factory=dict)
     activations: dict[str, float] = field(default_factory=dict)
+    method: str = ""
 
     @property
     def lossy(self) -> bool:
@@ -185,7 +187,8 @@ class Certificate:
         if self.end_to_end is not None:
             lines += ["", *(part for line in self.end_to_end.lines() for part in _wrap(line, ""))]
         if self.lossy:
-            told = [*loss_lines(self.quantized, self.loss, self.products), *activation_lines(self.activations)]
+            told = [*loss_lines(self.quantized, self.loss, self.products, self.method)]
+            told += activation_lines(self.activations)
             lines += ["", *(part for line in told for part in _wrap(line, ""))]
         for note in self.notes:
             lines += _wrap(f"note: {note}", "")

@@ -67,6 +67,7 @@ class Loss(TypedDict, total=False):
     blocks: list[BlockLoss]
     reference: dict[str, float]
     reference_errors: dict[str, float]
+    nearest: dict[str, float]
     limit: dict[str, float]
     missed: list[str]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from moeopt.errors import BundleError
+from moeopt.listed import listed
 from moeopt.options.loss_limits import AT_LEAST, FIGURES, missed
 from moeopt.value_types import JsonValue
 from moeopt.verification.loss import BlockLoss, Loss
@@ -56,6 +57,17 @@ def quantized_note(quantized: Mapping[str, str], sizes: Sequence[tuple[int, int]
     return told + [f"not quantised: {sentence}" for sentence in left]
 
 
+def few_rows_note(few: Mapping[str, int], experts: int) -> list[str]:
+    """A sentence on how many experts of blocks, by name, too few rows reached, of all ``experts``."""
+    if not few:
+        return []
+    where = listed([f"{name}: {count}" for name, count in few.items()], 4)
+    return [
+        f"method='gptq': too few rows of calibration= reach {sum(few.values())} of {experts} experts ({where}), whose "
+        "scales were searched instead: give more calls"
+    ]
+
+
 def published_note(sizes: Sequence[tuple[int, int]], home: str) -> str:
     """A sentence on experts that have the codes of their ``home``, by (codes, floats) bytes of each block."""
     codes, floats = (sum(size[i] for size in sizes) / 1e6 for i in (0, 1))
@@ -75,14 +87,17 @@ def _costliest(loss: Loss, key: str) -> str:
     return f"; the blocks that cost most: {named}"
 
 
-def loss_lines(quantized: Mapping[str, str], loss: Loss, products: Mapping[str, str] = _NONE) -> Iterator[str]:
-    """The loss as text, one statement a line."""
+def loss_lines(
+    quantized: Mapping[str, str], loss: Loss, products: Mapping[str, str] = _NONE, method: str = ""
+) -> Iterator[str]:
+    """The loss as text, one statement a line; ``method``: how floats became codes."""
     parts: list[str] = []
     for word, formats in (("block", quantized), ("product", products)):
         if formats:
             schemes = ", ".join(dict.fromkeys(formats.values()))
             parts.append(f"{len(formats)} {word}{'s' * (len(formats) > 1)} to {schemes}")
     what = ", ".join(parts) or "no weight, activations alone"
+    what += f" by {method}" if parts and method not in ("", "nearest") else ""
     if not loss:
         yield f"quantised: {what}; what that lost was not measured"
         return
@@ -90,11 +105,13 @@ def loss_lines(quantized: Mapping[str, str], loss: Loss, products: Mapping[str, 
     if not loss["tokens"]:
         yield f"  not measured: {_no_token(loss)}"
     errors, reference, limit = loss.get("standard_errors", {}), loss.get("reference", {}), loss.get("limit", {})
+    nearest = loss.get("nearest", {})
     for key in FIGURES:
         if key not in loss:
             continue
         value = f"{loss[key]:.4g}" + (f" +- {errors[key]:.1g}" if key in errors else "")  # type: ignore[literal-required]
-        beside = f"; int8 per channel {reference[key]:.4g}" if key in reference else ""
+        beside = f"; to nearest {nearest[key]:.4g}" if key in nearest else ""
+        beside += f"; int8 per channel {reference[key]:.4g}" if key in reference else ""
         bound = f"; limit {limit[key]:.4g}" if key in limit else ""
         yield f"  {key}: {value}{beside}{bound}"
     for block in sorted(loss.get("blocks", ()), key=cost_of, reverse=True):
@@ -136,7 +153,7 @@ def revived_loss(body: dict[str, JsonValue]) -> dict[str, JsonValue]:
             return {key: number(one) for key, one in value.items()}
         return float(value) if isinstance(value, str) and value in _WORDS else value
 
-    tables = ("standard_errors", "reference", "reference_errors", "limit")
+    tables = ("standard_errors", "reference", "reference_errors", "nearest", "limit")
     out = {key: number(value) if key in FIGURES or key in tables else value for key, value in body.items()}
     for block in out["blocks"] if isinstance(out.get("blocks"), list) else ():
         if isinstance(block, dict) and isinstance(block.get("figures"), dict):

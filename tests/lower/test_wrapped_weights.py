@@ -112,3 +112,40 @@ class Odd(nn.Module):
 
     def forward(self, w):
         return w * 2 if w.sum().item() > 1e9 else w
+
+
+class Dequantised(nn.Module):
+    """A product whose weight is one of PyTorch's own quantised tensors."""
+
+    def __init__(self, weight, how):
+        super().__init__()
+        top = weight.abs().amax(1) / 127
+        if how == "channel":
+            codes = torch.quantize_per_channel(weight, top, torch.zeros(len(weight), dtype=torch.int64), 0, torch.qint8)
+        else:
+            codes = torch.quantize_per_tensor(weight, float(top.max()), 0, torch.qint8)
+        if how == "parameter":
+            self.weight = nn.Parameter(codes, requires_grad=False)
+        else:
+            self.register_buffer("weight", codes)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.dequantize())
+
+
+@pytest.mark.parametrize("how", ["channel", "tensor", "parameter"])
+def test_quantised_tensors_of_pytorch(how):
+    model = build()
+    for expert in model.experts:
+        for name in ("w1", "w2", "w3"):
+            setattr(expert, name, Dequantised(getattr(expert, name).weight.detach(), how))
+    model.eval()
+    opt = moeopt.optimize(model, X)
+    (block,) = opt.report.blocks
+    assert block.status == "declined" and torch.equal(opt(X), model(X))
+    assert "experts.0.w1.weight is a tensor of torch.qint8, one of PyTorch's own quantised tensors" in block.reason
+    assert "give the float model, or make floats of it (dequantize()), and optimise again" in block.reason
+    with pytest.raises(
+        NotSaveableError, match=r"experts.0.w1.weight \(and 11 more\) is a tensor of torch.qint8, which"
+    ):
+        moeopt.optimize(model, X, backend="onnxruntime", verify="fast")

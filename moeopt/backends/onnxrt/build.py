@@ -62,6 +62,7 @@ class BuiltGraph:
     operator, {} where there is none. ``float64``: by op, the model's line of a node that reads float64.
     ``products``: the lowering of quantised experts that each quantised product outside of them is like, by its name.
     ``variables``: those of the process that changed its numbers as it was verified (``process_variables``).
+    ``options``: those that it was built with, to quantise the original in the same way again.
     """
 
     folder: TemporaryFolder
@@ -76,6 +77,7 @@ class BuiltGraph:
     float64: dict[str, str] = field(default_factory=dict)
     products: dict[str, str] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
 
     @property
     def directory(self) -> Path:

@@ -36,16 +36,19 @@ from moeopt.lower.plain import open_dataclasses
 from moeopt.lower.wrapped_weights import wrapped_weights_named
 from moeopt.onnx_in.coded import coded_weights
 from moeopt.options import Options
+from moeopt.passes.quantize_experts import BankRows
 from moeopt.patches import fewer_collections
 from moeopt.pipeline.block import OwnForward
 from moeopt.pipeline.block_reports import PipelineResult
+from moeopt.pipeline.calibration import calibrate
 from moeopt.pipeline.enclosing import with_router
 from moeopt.pipeline.measure_loss import data_of, measure_loss
+from moeopt.pipeline.quantized_again import quantized_again
 from moeopt.pipeline.quantized_model import (
     check_patterns,
     formats_of,
+    method_of,
     notes_of,
-    plan_of,
     quantized_original,
     routed_banks,
 )
@@ -76,28 +79,32 @@ class GraphBackend(Backend):
         self._settle, self._origin = settle, origin
 
     def _optimize_impl(self, source: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject) -> Made:
-        data = data_of(source, call, options)
+        data, calibrated = data_of(source, call, options), calibrate(source, call, options)
 
         def make(options: Options, plan: PyObject) -> Made:
-            return self._of_copy(source, call, options, plan, data)
+            made = self._of_copy(source, call, options, plan, data, calibrated.rows)
+            self._graph_of(made.built).options = dataclasses.replace(options, calibration=calibrated.calls or None)
+            made.certificate.notes += calibrated.notes(data)
+            return made
 
         return attempts(make, options, plan, self.plan)
 
     def _of_copy(
-        self, source: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject, data: list[ArgsKwargs]
-    ) -> Made:
+        self, source: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject, data: list[ArgsKwargs],
+        rows: BankRows,
+    ) -> Made:  # fmt: skip
         shared: list[str] = []
         twin = shared_copy(source, shared)
         with open_dataclasses(call), wrapped_weights_named(twin):
-            made = self._engine(source, twin, call, options, plan, data)
+            made = self._engine(source, twin, call, options, plan, data, rows)
         made.report = dataclasses.replace(made.report, notes=(*made.report.notes, *shared))
         return made
 
     def _engine(
         self, source: nn.Module, twin: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject,
-        data: list[ArgsKwargs],
+        data: list[ArgsKwargs], rows: BankRows,
     ) -> Made:  # fmt: skip
-        outcome = self._settled(twin, self._run_impl(twin, call, options, plan))
+        outcome = self._settled(twin, self._run_impl(twin, call, options, plan, rows))
         check_patterns(outcome, options)
         products = quantize_products(source, twin, outcome, call, options)
         judge = quantized_original(source, twin, products)
@@ -142,6 +149,7 @@ class GraphBackend(Backend):
             runner = engine
         certificate = self._certificate(source, twin, engine, runner, executed, form, call, outcome, end, plan, notes)
         certificate.products, certificate.activations, certificate.level = products.formats, activations, options.verify
+        certificate.method = method_of(certificate, options)
         if judge is not source and options.verify != "off" and not coded_weights(source):  # a file loses nothing
             runs = called_plainly(runner, self.comparable) if activations else None
             certificate.loss = measure_loss(source, twin, data, routed_banks(outcome, twin), options, products, runs)
@@ -227,12 +235,7 @@ class GraphBackend(Backend):
 
     def judge(self, original: nn.Module, made: Made, call: ArgsKwargs) -> nn.Module:
         """``original`` is rewritten and quantised again: an engine has no modules to read codes from."""
-        certificate = made.certificate
-        if not certificate.lossy:
-            return original
-        twin, options = shared_copy(original), Options(verify="off", quantize=plan_of(certificate))
-        products = quantize_products(original, twin, run(twin, call, options), call, options)
-        return quantized_original(original, twin, products)
+        return quantized_again(original, call, made.certificate, self._graph_of(made.built).options)
 
     def runner(self, model: PyObject) -> tuple[GraphEngine, bool]:
         return (model.replay(), False) if isinstance(model, OfflineEngine) else (model, True)
@@ -263,9 +266,11 @@ class GraphBackend(Backend):
 
     # what a subclass writes
 
-    def _run_impl(self, twin: nn.Module, call: ArgsKwargs, options: Options, plan: BlockPlan) -> PipelineResult:
-        """The pipeline over the model's copy ``twin``."""
-        return run(twin, call, options, plan)
+    def _run_impl(
+        self, twin: nn.Module, call: ArgsKwargs, options: Options, plan: BlockPlan, rows: BankRows
+    ) -> PipelineResult:
+        """The pipeline over the model's copy ``twin``; ``rows``: what a plan's method weighs by."""
+        return run(twin, call, options, plan, rows)
 
     @abstractmethod
     def _build_impl(self, twin: nn.Module, call: ArgsKwargs, plan: PyObject, options: Options) -> PyObject:

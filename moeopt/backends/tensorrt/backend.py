@@ -28,6 +28,7 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.limits import LoadLimits
 from moeopt.options import Options
+from moeopt.passes.quantize_experts import BankRows
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.untrusted import checked
 from moeopt.value_types import JsonValue, PyObject
@@ -45,9 +46,11 @@ class TensorRTBackend(GraphBackend):
     def runs_on_gpu(self, plan: EnginePlan) -> bool:
         return plan.target == local_target()
 
-    def _run_impl(self, twin: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject) -> PipelineResult:
+    def _run_impl(
+        self, twin: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject, rows: BankRows
+    ) -> PipelineResult:
         plan.max_tokens = max_tokens_of(call, options)
-        outcome = super()._run_impl(twin, call, options, plan)
+        outcome = super()._run_impl(twin, call, options, plan, rows)
         if plan.refusals:
             refused = next((b.name for b in outcome.blocks if b.kind == "moe" and b.status == "declined"), None)
             if refused is not None:

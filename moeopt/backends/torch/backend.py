@@ -25,6 +25,7 @@ from moeopt.ops.native.library import missing
 from moeopt.ops.override import default_impl
 from moeopt.options import Options
 from moeopt.pipeline.block_reports import PipelineResult
+from moeopt.pipeline.calibration import calibrate
 from moeopt.pipeline.check_copy import check_copy
 from moeopt.pipeline.check_gradients import check_gradients
 from moeopt.pipeline.measure_loss import data_of, measure_loss
@@ -32,6 +33,7 @@ from moeopt.pipeline.own_code import choose_own_code
 from moeopt.pipeline.quantized_model import (
     check_patterns,
     formats_of,
+    method_of,
     notes_of,
     quantized_original,
     routed_banks,
@@ -64,7 +66,8 @@ class TorchBackend(Backend):
         shared: list[str] = []
         data = data_of(source, call, options)
         twin = shared_copy(source, shared)
-        outcome = run(twin, call, options)
+        calibrated = calibrate(source, call, options)
+        outcome = run(twin, call, options, rows=calibrated.rows)
         outcome.notes += [*shared, *how_to_save(outcome)]
         check_patterns(outcome, options)
         if options.verify != "off":
@@ -77,8 +80,10 @@ class TorchBackend(Backend):
         if options.verify != "off" and not outcome.rewrites:
             check_copy(source, twin, call)
         outcome.notes += notes_of(outcome, twin, options)
-        if formats_of(twin) and options.verify != "off":
+        certificate.method = method_of(certificate, options)
+        if certificate.quantized and options.verify != "off":
             certificate.loss = measure_loss(source, twin, data, routed_banks(outcome, twin), options)
+            certificate.notes += calibrated.notes(data)
         if options.inplace and outcome.rewrites:
             for path, rewrite in outcome.rewrites.items():
                 install(source.get_submodule(path), rewrite.program)
