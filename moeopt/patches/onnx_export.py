@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from moeopt.patches.patch import InForce, Mine, Patch, Undo, nothing, replace
+from moeopt.patches.tracing import composites_listed_once
 from moeopt.value_types import FxArg, PyObject
 
 
@@ -210,6 +211,20 @@ promotion_from_known_values = Patch(_promote_from_known_values)
 """torch.onnx runs each program once more on fake tensors, only to see the dtypes that its nodes' values have: each
 node says so in its ``meta``. A node that gets casts is run by the pass itself, and its ``meta`` set anew.
 """
+
+
+@contextlib.contextmanager
+def quicker_export() -> Iterator[None]:
+    """While open, torch.onnx and onnxscript make the same graph sooner."""
+    with (
+        rules_by_their_last_op(),
+        one_registry(),
+        no_idle_decomposition(),
+        composites_listed_once(),
+        promotion_from_known_values(),
+    ):
+        yield
+
 
 _finish = Mine()
 
