@@ -28,6 +28,10 @@ PY_COMPAT := $(VENV_COMPAT)/bin/python
 READY_COMPAT := $(VENV_COMPAT)/.ready
 endif
 
+# Bytecode is kept, whatever the shell says: else each worker compiles and pytest rewrites every file anew, and each
+# process that a test starts compiles the package.
+export PYTHONDONTWRITEBYTECODE :=
+
 # one torch thread in each test worker: workers share the cores
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # worksteal: each worker goes through a half of the suite, so that what a module shares is made once, not in each worker

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 from moeopt.errors import Declined
 from moeopt.lower.onnx.complex import through_real_views
+from moeopt.lower.onnx.composites import composites_written_out
 from moeopt.lower.onnx.float64 import attributes_written_out
 from moeopt.lower.onnx.scalars import numbers_as_read
+from moeopt.lower.onnx.written_values import writes_as_results
 from moeopt.lower.stamps import Stamps
 from moeopt.value_types import PyObject
 
@@ -34,7 +36,8 @@ def with_real_views(exporter: PyObject) -> PyObject:
     from transformers.exporters.exporter_dynamo import DynamoExporter
 
     def ready(program: PyObject) -> PyObject:
-        return attributes_written_out(numbers_as_read(through_real_views(program)))
+        program = attributes_written_out(numbers_as_read(through_real_views(program)))
+        return composites_written_out(writes_as_results(program))
 
     class Traced(DynamoExporter):  # type: ignore[misc]
         """Its ``super()`` has the first method since transformers 5.23, the second before."""

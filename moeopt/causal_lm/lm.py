@@ -47,7 +47,7 @@ from moeopt.lower.onnx.export import emitting
 from moeopt.lower.onnx.sites import Sites
 from moeopt.lower.stamps import Stamps
 from moeopt.lower.written_state import written_by
-from moeopt.patches import no_results_kept, one_registry, one_trace, quiet, rules_by_their_last_op
+from moeopt.patches import no_results_kept, one_trace, quicker_export, quiet
 from moeopt.value_types import PyObject
 from moeopt.verification.model import run_plain
 from moeopt.verification.state import RestoreState
@@ -128,9 +128,8 @@ def export_causal_lm(
         emitting(model) as sites,
         quiet(),
         _sdpa_or_eager(model),
-        rules_by_their_last_op(),
+        quicker_export(),
         exact_rules() as exact,
-        one_registry(),
         own_translations(exporter),
         in_place,
         stepping(mixers),

@@ -9,6 +9,7 @@ A patch is counted and locked: in force while a caller is inside, taken back by 
     tracing       idle_moves               nn.Module.to, the caller's thread
     tracing       no_export_dump           the print of torch.export, all threads
     tracing       tables_of_weights        torch.export's note of weights, all threads (the same notes, sooner)
+    tracing       composites_listed_once   torch's look-up of its composite ops, all threads (the same ops, sooner)
     tracing       no_results_kept          FakeTensorMode.__init__, the caller's thread
     onnx_export   rules_by_their_last_op   onnxscript's pattern matcher, all threads (the same matches, sooner)
     onnx_export   one_registry             torch's table of ONNX translations, all threads (the same table, made once)
@@ -16,6 +17,7 @@ A patch is counted and locked: in force while a caller is inside, taken back by 
                                            translation)
     onnx_export   promotion_from_known_values
                                            torch's pass of type promotion, all threads (the same casts, sooner)
+    onnx_export   quicker_export           the four before it, and composites_listed_once
     onnx_export   after_decomposition      torch's preparation before ONNX, the caller's thread
     attention     sdpa_of                  transformers' attention function "sdpa", the caller's thread
     load_report   kept_load_report         transformers' report of what it loaded, the caller's thread
@@ -35,6 +37,7 @@ from moeopt.patches.onnx_export import after_decomposition as after_decompositio
 from moeopt.patches.onnx_export import no_idle_decomposition as no_idle_decomposition
 from moeopt.patches.onnx_export import one_registry as one_registry
 from moeopt.patches.onnx_export import promotion_from_known_values as promotion_from_known_values
+from moeopt.patches.onnx_export import quicker_export as quicker_export
 from moeopt.patches.onnx_export import rules_by_their_last_op as rules_by_their_last_op
 from moeopt.patches.output import no_fake_tensor_errors as no_fake_tensor_errors
 from moeopt.patches.output import quiet as quiet
@@ -42,6 +45,7 @@ from moeopt.patches.patch import InForce as InForce
 from moeopt.patches.patch import Patch as Patch
 from moeopt.patches.patch import Undo as Undo
 from moeopt.patches.patch import replace as replace
+from moeopt.patches.tracing import composites_listed_once as composites_listed_once
 from moeopt.patches.tracing import idle_moves as idle_moves
 from moeopt.patches.tracing import module_calls as module_calls
 from moeopt.patches.tracing import no_export_dump as no_export_dump

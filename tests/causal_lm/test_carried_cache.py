@@ -16,10 +16,11 @@ from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_mo
 
 from moeopt.causal_lm.carried_cache import CarriedCache
 from moeopt.causal_lm.layers import sample_cache
-from moeopt.lower.functional import _run
+from moeopt.lower.functional import _run, without_writes
 from moeopt.lower.layer_calls import NotStampable
 from moeopt.lower.stamp_graph import write_out
 from moeopt.lower.stamps import Stamps
+from moeopt.patches import no_results_kept
 
 H = 8
 
@@ -76,9 +77,10 @@ def traced(model, left_alone=frozenset()):
     shapes = ({0: Dim.AUTO, 1: Dim.AUTO}, {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}, free)
     stamps = Stamps(model, left_alone, carrier=CarriedCache())
     try:
-        with torch.no_grad(), stamps.during():
+        with torch.no_grad(), no_results_kept(), stamps.during():
             program = torch.export.export(model, (x, mask, cache), dynamic_shapes=shapes, strict=False)
-        program = program.run_decompositions({})
+        with no_results_kept():
+            program = without_writes(program)
         write_out(program, stamps)
     except NotStampable as err:
         return traced(model, left_alone | {err.kind})

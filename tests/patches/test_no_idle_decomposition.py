@@ -56,14 +56,14 @@ def traced(monkeypatch):
 
 
 def ran(model, *args):
-    """What ONNX Runtime computes with an ``onnx_ir.Model``, and the model's ops."""
+    """What ONNX Runtime computes with an ``onnx_ir.Model``, and the model's ops with their attributes."""
     import onnx_ir as ir
     import onnxruntime
 
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_inputs()]
     results = session.run(None, dict(zip(names, [a.numpy() for a in args], strict=True)))
-    return [torch.from_numpy(r) for r in results], [n.op_type for n in model.graph]
+    return [torch.from_numpy(r) for r in results], [(n.op_type, str(n.attributes)) for n in model.graph]
 
 
 def test_a_functional_program_of_translated_ops_is_not_traced_again_and_is_the_same_graph(traced, monkeypatch):

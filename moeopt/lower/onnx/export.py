@@ -28,14 +28,7 @@ from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.lower.onnx.sites import Sites
 from moeopt.lower.signature import functional
 from moeopt.ops.override import override_experts_impl
-from moeopt.patches import (
-    no_idle_decomposition,
-    one_registry,
-    one_trace,
-    promotion_from_known_values,
-    quiet,
-    rules_by_their_last_op,
-)
+from moeopt.patches import one_trace, quicker_export, quiet
 from moeopt.rewrite.whole_model import exported
 from moeopt.value_types import OnnxGraph, OnnxValue
 
@@ -78,10 +71,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> OnnxValue:
     program = attributes_written_out(numbers_as_read(through_real_views(_tensors_only(program))))
     _settle_layouts(program.graph)
     refuse_negative_indices(program.graph)
-    quicker = (rules_by_their_last_op(), one_registry(), no_idle_decomposition(), promotion_from_known_values())
-    with one_trace, quiet(), contextlib.ExitStack() as patches, exact_rules() as exact:
-        for patch in quicker:
-            patches.enter_context(patch)
+    with one_trace, quiet(), quicker_export(), exact_rules() as exact:
         try:
             exported = torch.onnx.export(
                 program,
