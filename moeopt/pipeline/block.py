@@ -39,6 +39,7 @@ from moeopt.rewrite.equal_rows import equal_rows_reason
 from moeopt.rewrite.install import BlockProgram, RewrittenForward
 from moeopt.rewrite.legality import check_module, non_finite_reason
 from moeopt.rewrite.live_codes import dequantized
+from moeopt.rewrite.no_news import no_news
 from moeopt.value_types import PyObject
 from moeopt.verification.block import verify_block
 from moeopt.verification.cases import adversarial_cases
@@ -95,8 +96,9 @@ def rewrite_block(
     try:
         manager = manager or pass_manager(options, runtime)
         check_module(module)
-        bound = None if alike is None else _rebind(name, module, call, options, runtime, alike, manager)
-        return bound or _rewrite(name, module, call, options, runtime, reader or Mixture(), manager, alike)
+        with no_news(module):
+            bound = None if alike is None else _rebind(name, module, call, options, runtime, alike, manager)
+            return bound or _rewrite(name, module, call, options, runtime, reader or Mixture(), manager, alike)
     except Declined as err:
         reason = ""
         if err.rank < Rank.FORBIDS:
@@ -242,6 +244,7 @@ def _verify(
     program = capture.program(block)
     original = capture.branches.watched(OwnForward(module), module)
     rewritten = RewrittenForward(module, program, original_forward(module))
+    rewritten.silent = True  # a case that it refuses is told in the verdict
     experts = max(len(f.experts) for f in found)
     rows = [call_spec.rows(n) for n in call_spec.indices("tokens")]
     aimed = None
