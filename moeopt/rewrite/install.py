@@ -86,7 +86,7 @@ class RewrittenForward:
         program, block = self.program, self.program.block
         self.watch = watch = program.watch(self.module)
         self.change = _change_of(self)
-        self.constants = block.constants
+        self.constants, self._undoing = block.constants, program.undoing(self.module)
         self._plain = isinstance(block.output, Slot) and not block.mutations and not block.attributes
         self._run = compiled(block.graph)
         self._names = by_position(program.signature)
@@ -169,7 +169,7 @@ class RewrittenForward:
                     if left:
                         self._unlooked = LOOK - 1
                         return self.own()(*args, **kwargs)
-                    return self._forward(tensors)
+                    return self._forward(tensors) if (undo := self._undoing) is None else undo(self._forward, tensors)
                 self._changed = True
             except IdOutOfRange as outside:
                 refusal = str(outside)
@@ -251,7 +251,7 @@ class RewrittenForward:
         return {k: getattr(self, k) for k in keep} | {"calls": 0, "fallbacks": 0, "last_refusal": "", "_stale": False}
 
 
-for _name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names", "_usual", "_usual_of"):
+for _name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names", "_usual", "_usual_of", "_undoing"):
     setattr(RewrittenForward, _name, PreparedAttribute(_name))
 
 
