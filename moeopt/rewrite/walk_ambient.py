@@ -31,6 +31,11 @@ _ASKED: dict[PyObject, tuple[str, ...]] = {
 }  # fmt: skip
 """Functions without arguments by which code asks for a mode, or where it runs. Gradient mode and autocast are the call
 guard's."""
+_BACKENDS = {
+    "torch.backends.mkldnn": torch.backends.mkldnn, "torch.backends.cudnn": torch.backends.cudnn,
+    "torch.backends.cuda.matmul": torch.backends.cuda.matmul,
+}  # fmt: skip
+_FLAGS = frozenset(("enabled", "deterministic", "benchmark", "allow_tf32"))
 _UNSET = object()
 
 
@@ -51,13 +56,18 @@ def read_modes(walk: Walk) -> None:
     """PyTorch's default dtype, which tensors made without a dtype have, and the modes that the code asks for."""
     named = [(holder, name) for holder, names in _ASKED.items() for name in names if name in walk.names]
     for holder, name in ((torch, _DTYPE), *named):
-        ask = getattr(holder, name, None)
         try:
+            ask = getattr(holder, name)
             value = ask()
         except Exception:  # not in this build, or of a group of processes that there is not
             continue
         walk.probe.add("{0}() == {1}", ask, value)
         walk.visit(f"{holder.__name__}.{name}()", value.name if isinstance(value, threading.Thread) else value)
+    for place, holder in _BACKENDS.items() if "backends" in walk.names else ():
+        for name in walk.names & _FLAGS:
+            if hasattr(holder, name):
+                walk.probe.attribute(holder, name, getattr(holder, name))
+                walk.visit(f"{place}.{name}", getattr(holder, name))
 
 
 def read_variables(walk: Walk) -> None:

@@ -1,6 +1,7 @@
 """A function without arguments that tells where code runs, or in which mode: another answer is told."""
 
 import contextlib
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -43,12 +44,32 @@ def group():
     torch.distributed.destroy_process_group()
 
 
+def flag(holder, name):
+    @contextlib.contextmanager
+    def changed():
+        before = getattr(holder, name)
+        setattr(holder, name, not before)
+        yield
+        setattr(holder, name, before)
+
+    return changed
+
+
 ASKED = {
+    "torch.backends.cudnn.deterministic": (
+        lambda: torch.backends.cudnn.deterministic, flag(torch.backends.cudnn, "deterministic"),
+    ),
+    "torch.backends.cuda.matmul.allow_tf32": (
+        lambda: torch.backends.cuda.matmul.allow_tf32, flag(torch.backends.cuda.matmul, "allow_tf32"),
+    ),
+    "torch.backends.mkldnn.enabled": (
+        lambda: not torch.backends.mkldnn.enabled, lambda: torch.backends.mkldnn.flags(enabled=False),
+    ),
     "torch.get_num_threads()": (lambda: torch.get_num_threads(), threads),
     "torch.initial_seed()": (lambda: torch.initial_seed() % 7, seed),
     "torch.is_anomaly_enabled()": (lambda: torch.is_anomaly_enabled(), anomalies),
     "torch.distributed.is_initialized()": (lambda: torch.distributed.is_initialized(), group),
-}
+}  # fmt: skip
 IN_A_THREAD = {
     "threading.current_thread()": lambda: threading.current_thread() is not threading.main_thread(),
     "threading.get_ident()": lambda: threading.get_ident() != threading.main_thread().ident,
@@ -71,7 +92,7 @@ def test_another_answer_is_told_and_the_original_answers(name):
     fast = optimized(model)
     before = fast(X)
     assert not fast.model.forward.fallbacks
-    with change(), pytest.warns(StaleModelWarning, match=name.replace("()", r"\(\), which its code reads")):
+    with change(), pytest.warns(StaleModelWarning, match=re.escape(f"{name}, which its code reads")):
         got, want = fast(X), model(X)
     close(got, want)
     assert not torch.equal(got, before)
