@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.capture.tree import ArgsKwargs, tree_map
+from moeopt.pipeline.asks_requires_grad import requires_grad_decides
 from moeopt.rewrite.reads import Reads
 from moeopt.value_types import PyObject
 from moeopt.verification.few_tokens import unlike
 from moeopt.verification.results import Case
 
-Make = Callable[[Tensor], Tensor]
+MakeSpecial = Callable[[Tensor], Tensor]
 
 
 def _further_on(t: Tensor) -> Tensor:
@@ -40,13 +41,18 @@ def _of_inference(t: Tensor) -> Tensor:
 
 
 _LIES = ("storage_offset", "data_ptr", "untyped_storage", "storage", "nbytes", "_base", "_is_view")
-_QUESTIONS: tuple[tuple[tuple[str, ...], Make], ...] = (
+_QUESTIONS: tuple[tuple[tuple[str, ...], MakeSpecial], ...] = (
     (_LIES, _further_on),
     (("Parameter", "type", "__class__"), lambda t: nn.Parameter(t.clone(), requires_grad=False)),
     (("_version",), _written),
     (("is_inference",), _of_inference),
     (("is_shared",), lambda t: t.clone().share_memory_()),
 )
+
+
+def question_decides(module: nn.Module, original: Callable[..., Any], call: ArgsKwargs, reads: Reads | None) -> str:
+    """Why the code of ``module`` has other outputs by what it asks of its tensors; "" where it has not."""
+    return requires_grad_decides(module, original, call, reads) or argument_decides(module, original, call, reads)
 
 
 def argument_decides(module: nn.Module, original: Callable[..., Any], call: ArgsKwargs, reads: Reads | None) -> str:
@@ -61,7 +67,7 @@ def argument_decides(module: nn.Module, original: Callable[..., Any], call: Args
     return ""
 
 
-def _differs(original: Callable[..., Any], module: nn.Module, call: ArgsKwargs, make: Make) -> bool:
+def _differs(original: Callable[..., Any], module: nn.Module, call: ArgsKwargs, make: MakeSpecial) -> bool:
     """Whether ``original`` gives other numbers for what ``make`` makes of the tensors of ``call``."""
     return bool(list(unlike(original, _Special(original, module, make), [Case("the given inputs", *call)])))
 
@@ -69,7 +75,7 @@ def _differs(original: Callable[..., Any], module: nn.Module, call: ArgsKwargs, 
 class _Special:
     """``original``, a call of ``module``, on what ``make`` makes of its tensors; where it takes no such, on these."""
 
-    def __init__(self, original: Callable[..., Any], module: nn.Module, make: Make) -> None:
+    def __init__(self, original: Callable[..., Any], module: nn.Module, make: MakeSpecial) -> None:
         self.original, self.module, self.make = original, module, make
 
     def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:

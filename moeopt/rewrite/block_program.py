@@ -13,7 +13,7 @@ from moeopt.ir.specs import RouterSpec
 from moeopt.ir.weight_refs import expert_paths
 from moeopt.rewrite.block_graph import BlockGraph
 from moeopt.rewrite.call_guard import BoundArguments, CallGuard, overlap
-from moeopt.rewrite.kept_effects import KeptEffects, Undoing
+from moeopt.rewrite.kept_effects import KeptEffects, RunUndoing
 from moeopt.rewrite.live_weights import own_code_of
 from moeopt.rewrite.module_facts import Fact, take_facts
 from moeopt.rewrite.module_guard import Watch
@@ -67,8 +67,8 @@ class BlockProgram:
             return "it writes to tensors in place, which the rewritten code does not differentiate"
         return ""
 
-    def undoing(self, module: nn.Module) -> Undoing | None:
-        """What undoes the effects of the submodules that are kept, bound to ``module``; None where they have none."""
+    def undoing(self, module: nn.Module) -> RunUndoing:
+        """What runs a call and undoes the effects of the kept submodules of ``module`` where it is refused."""
         return self.effects.inside(self.block.kept_modules).undoing(module)
 
     def watch(self, module: nn.Module) -> Watch:

@@ -169,7 +169,7 @@ class RewrittenForward:
                     if left:
                         self._unlooked = LOOK - 1
                         return self.own()(*args, **kwargs)
-                    return self._forward(tensors) if (undo := self._undoing) is None else undo(self._forward, tensors)
+                    return self._undoing(self._forward, tensors)
                 self._changed = True
             except IdOutOfRange as outside:
                 refusal = str(outside)
@@ -275,8 +275,7 @@ def install(module: nn.Module, program: BlockProgram) -> RewrittenForward:
         return forward
     if "_old_forward" in module.__dict__ and "_hf_hook" in module.__dict__:  # accelerate wraps forward
         inner = module.__dict__["_old_forward"]
-        original = inner if getattr(inner, "__self__", None) is not module else None
-        forward = RewrittenForward(module, program, original)
+        forward = RewrittenForward(module, program, inner if getattr(inner, "__self__", None) is not module else None)
         module.__dict__["_old_forward"] = forward
         return forward
     raise Declined(

@@ -26,8 +26,9 @@ from moeopt.value_types import PyObject
 
 _ABSENT = object()
 _TABLES = ("_buffers", "_parameters")
-Place = tuple[str, str]
+WrittenAt = tuple[str, str]
 """A path and a name there."""
+RunUndoing = Callable[[Callable[[Sequence[Tensor]], Any], Sequence[Tensor]], Any]
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,21 @@ class KeptEffects:
         attributes: what is assigned, and containers that are written into.
     """
 
-    contents: frozenset[Place] = frozenset()
-    attributes: frozenset[Place] = frozenset()
+    contents: frozenset[WrittenAt] = frozenset()
+    attributes: frozenset[WrittenAt] = frozenset()
 
     def inside(self, paths: Iterable[str]) -> KeptEffects:
         """Those of them in the modules at ``paths``."""
         kept = tuple(paths)
 
-        def within(places: frozenset[Place]) -> frozenset[Place]:
+        def within(places: frozenset[WrittenAt]) -> frozenset[WrittenAt]:
             return frozenset(p for p in places if any(p[0] == k or p[0].startswith(f"{k}.") for k in kept))
 
         return KeptEffects(within(self.contents), within(self.attributes))
 
-    def undoing(self, root: nn.Module) -> Undoing | None:
-        """What undoes them in ``root``; None where there are none."""
-        return Undoing(root, self) if self.contents or self.attributes else None
+    def undoing(self, root: nn.Module) -> RunUndoing:
+        """What runs a call and undoes them in ``root`` where it is refused."""
+        return Undoing(root, self) if self.contents or self.attributes else just_run
 
 
 def effects_of(tapes: Sequence[Tape]) -> KeptEffects:
@@ -69,6 +70,11 @@ def _statistics(tape: Tape) -> Iterator[fx.Node]:
     for node in tape.nodes:
         if "batch_norm" in op_name(node):
             yield from (n for n in node.args[3:5] if isinstance(n, fx.Node))
+
+
+def just_run(run: Callable[[Sequence[Tensor]], Any], tensors: Sequence[Tensor]) -> PyObject:
+    """What :class:`Undoing` does where there is nothing to undo."""
+    return run(tensors)
 
 
 class Undoing:
