@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -241,17 +241,22 @@ def _ids(count: int, slots: int, experts: int, generator: torch.Generator) -> to
     return ids
 
 
-def aimed_at_router(module: nn.Module, call_spec: CallSpec) -> torch.Tensor | None:
+def aimed_at_router(module: nn.Module, call_spec: CallSpec, experts: Collection[str] = ()) -> torch.Tensor | None:
     """:func:`aimed_rows` for a block that is called with rows of tokens (T, H); None where there are none."""
     first = call_spec.rows(call_spec.indices("tokens")[0]) if call_spec.indices("tokens") else None
-    return aimed_rows(module, first.shape[-1]) if first is not None and first.dim() == 2 else None
+    return aimed_rows(module, first.shape[-1], experts) if first is not None and first.dim() == 2 else None
 
 
-def aimed_rows(module: nn.Module, width: int, limit: int = 4096) -> torch.Tensor | None:
-    """Rows of the block's small matrices with ``width`` columns: likely router rows."""
+def aimed_rows(module: nn.Module, width: int, experts: Collection[str] = (), limit: int = 4096) -> torch.Tensor | None:
+    """Rows of the block's small matrices with ``width`` columns: likely router rows.
+
+    Args:
+        experts: paths of Parameters that are known as the experts', of whatever shape a router has.
+    """
     found = []
-    alike = Counter(p.shape for p in module.parameters())  # experts come in numbers, a router is alone
-    for parameter in module.parameters():
+    others = [parameter for path, parameter in module.named_parameters() if path not in experts]
+    alike = Counter(p.shape for p in others)  # experts come in numbers, a router is alone
+    for parameter in others:
         if (
             alike[parameter.shape] <= 2
             and parameter.dim() == 2

@@ -61,7 +61,8 @@ class Bound:
 
     def program(self, block: BlockGraph) -> BlockProgram:
         """``block`` as it is installed: what it watches for is taken from the block that was recorded."""
-        return BlockProgram(block, self.known.program.signature, self.known.program.facts, self.known.program.reads)
+        known = self.known.program
+        return BlockProgram(block, known.signature, known.facts, known.reads, effects=known.effects)
 
 
 @dataclass

@@ -23,7 +23,7 @@ from moeopt.options import Options
 from moeopt.passes.manager import PassManager, Result
 from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.pipeline.alike_blocks import AlikeBlocks, Bound, Known, bound_result
-from moeopt.pipeline.asks_requires_grad import requires_grad_decides
+from moeopt.pipeline.asks_of_arguments import question_decides
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.chosen_passes import pass_manager
 from moeopt.pipeline.coverage import Mixture, Reader
@@ -39,6 +39,7 @@ from moeopt.rewrite.equal_rows import equal_rows_reason
 from moeopt.rewrite.install import BlockProgram, RewrittenForward
 from moeopt.rewrite.legality import check_module, non_finite_reason
 from moeopt.rewrite.live_codes import dequantized
+from moeopt.rewrite.no_news import no_news
 from moeopt.value_types import PyObject
 from moeopt.verification.block import verify_block
 from moeopt.verification.cases import adversarial_cases
@@ -95,8 +96,9 @@ def rewrite_block(
     try:
         manager = manager or pass_manager(options, runtime)
         check_module(module)
-        bound = None if alike is None else _rebind(name, module, call, options, runtime, alike, manager)
-        return bound or _rewrite(name, module, call, options, runtime, reader or Mixture(), manager, alike)
+        with no_news(module):
+            bound = None if alike is None else _rebind(name, module, call, options, runtime, alike, manager)
+            return bound or _rewrite(name, module, call, options, runtime, reader or Mixture(), manager, alike)
     except Declined as err:
         reason = ""
         if err.rank < Rank.FORBIDS:
@@ -164,7 +166,7 @@ def _rewrite(
         if (failed := check_few_tokens(capture, program, OwnForward(module), options)) is not None:
             raise _reverted(capture, failed, capture.branches.line)
         result.block.root = None  # a program is bound to a module when it is installed
-        if asked := requires_grad_decides(module, OwnForward(module), call, program.reads):
+        if asked := question_decides(module, OwnForward(module), call, program.reads):
             raise Declined(asked)
         if alike is not None:
             alike.add(Known(module, call_spec, program, capture.found, capture.routers, result))
@@ -242,6 +244,7 @@ def _verify(
     program = capture.program(block)
     original = capture.branches.watched(OwnForward(module), module)
     rewritten = RewrittenForward(module, program, original_forward(module))
+    rewritten.silent = True  # a case that it refuses is told in the verdict
     experts = max(len(f.experts) for f in found)
     rows = [call_spec.rows(n) for n in call_spec.indices("tokens")]
     aimed = None

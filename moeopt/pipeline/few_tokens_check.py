@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from moeopt.capture.probe_inputs import aimed_at_router
+from moeopt.ir.weight_refs import expert_paths
 from moeopt.ops.override import default_impl
 from moeopt.options import Options
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
@@ -54,7 +56,8 @@ def check_few_tokens(
     numbers = computed_numbers(module) | (program.reads.numbers() if program.reads is not None else set())
     weights = sum(p.numel() for p in module.parameters())
     count = min(_CALLS[options.verify], max(_WEIGHTS // max(weights, 1), _FEWEST), max(_EXPERTS // experts, _FEWEST))
-    aimed, chosen = aimed_at_router(module, spec), max(f.routing.per_token or 1 for f in capture.found)
+    known = set().union(*(expert_paths(f.experts) for f in capture.found))
+    aimed, chosen = aimed_at_router(module, spec, known), max(f.routing.per_token or 1 for f in capture.found)
     calls = FewTokens(spec, experts, numbers, aimed, chosen, count, options.seed)
     rewritten = _TellsIds(module, program, original_forward(module))
     rewritten.silent = True
@@ -62,7 +65,8 @@ def check_few_tokens(
         everyone = calls.all_rows
         with contextlib.suppress(Exception):  # a block that does not take so many
             record_selections(rewritten, everyone.args, everyone.kwargs)
-        for case in unlike(original, rewritten, calls.cases(rewritten.ids)):
+        ids = rewritten.ids
+        for case in unlike(original, rewritten, itertools.chain(calls.cases(ids), calls.alone(ids))):
             check = verify_block(capture.name, original, rewritten, [case], level=options.verify)
             if any(result.status == "failed" for result in check.cases):
                 check.reason = f"{check.reason}; {_LEFT_OUT}"

@@ -59,6 +59,7 @@ class TestsTaken:
         self.answers: dict[TestPlace, set[bool]] = {}
         self.returned: dict[TestPlace, Any] = {}
         self._look, self._only = look, only
+        self._freeing: set[types.CodeType] = set()
 
     def watching(self, run: Callable[..., Any], *args: PyObject, **kwargs: PyObject) -> PyObject:
         """``run(*args, **kwargs)``, watched."""
@@ -73,11 +74,27 @@ class TestsTaken:
 
     def _enter(self, frame: types.FrameType, event: str, _: object) -> Callable[..., Any] | None:
         code = frame.f_code
-        if not of_a_model(code.co_filename) or not (jumps := _jumps(code)) or _of_the_collector(frame):
+        if not of_a_model(code.co_filename):
+            return None
+        if _frees(frame):
+            self._freeing.add(code)
+        if not (jumps := _jumps(code)) or self._of_the_collector(frame):
             return None
         inside = frame.f_trace = _InFrame(self, jumps)  # before the next line: Python 3.13 asks for it there
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return inside
+
+    def _of_the_collector(self, frame: types.FrameType) -> bool:
+        """Whether Python called it when memory was freed: a finalizer, what a weak reference calls, or what a library
+        (hypothesis, a profiler) has the collector call. None of them is code of the model."""
+        callbacks = {getattr(getattr(one, "__func__", one), "__code__", None) for one in gc.callbacks}
+        callbacks |= {weakref.finalize.__call__.__code__, *self._freeing}
+        at: types.FrameType | None = frame
+        while at is not None and not isinstance(at.f_trace, _InFrame):
+            if at.f_code in callbacks:
+                return True
+            at = at.f_back
+        return False
 
     def reached(self, place: TestPlace, frame: types.FrameType) -> None:
         """Tell of a test that is about to be decided."""
@@ -94,17 +111,16 @@ class TestsTaken:
             self.returned[caller.f_code, _positions(caller.f_code).get(caller.f_lasti, ())] = value
 
 
-def _of_the_collector(frame: types.FrameType) -> bool:
-    """Whether Python called it when memory was freed, as it may at any instruction of a model: a finalizer, or what a
-    library (hypothesis, a profiler) has the collector call. Neither is code of the model."""
-    callbacks = {getattr(getattr(one, "__func__", one), "__code__", None) for one in gc.callbacks}
-    callbacks.add(weakref.finalize.__call__.__code__)
-    at: types.FrameType | None = frame
-    while at is not None and not isinstance(at.f_trace, _InFrame):
-        if at.f_code.co_name == "__del__" or at.f_code in callbacks:
-            return True
-        at = at.f_back
-    return False
+def _frees(frame: types.FrameType) -> bool:
+    """Whether a frame that was just entered frees memory, as Python may at any instruction of a model: its function is
+    the finalizer of its first argument's class, under any name (``__del__ = close``), or was given a weak reference
+    whose object is gone, as the callback of one is."""
+    code = frame.f_code
+    if code.co_name == "__del__":
+        return True
+    given = [frame.f_locals.get(name) for name in code.co_varnames[: code.co_argcount]]
+    last = getattr(type(given[0]), "__del__", None) if given else None
+    return getattr(last, "__code__", None) is code or any(type(one) is weakref.ref and one() is None for one in given)
 
 
 @dataclass(frozen=True, eq=False)

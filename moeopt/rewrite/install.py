@@ -86,7 +86,7 @@ class RewrittenForward:
         program, block = self.program, self.program.block
         self.watch = watch = program.watch(self.module)
         self.change = _change_of(self)
-        self.constants = block.constants
+        self.constants, self._undoing = block.constants, program.undoing(self.module)
         self._plain = isinstance(block.output, Slot) and not block.mutations and not block.attributes
         self._run = compiled(block.graph)
         self._names = by_position(program.signature)
@@ -169,7 +169,7 @@ class RewrittenForward:
                     if left:
                         self._unlooked = LOOK - 1
                         return self.own()(*args, **kwargs)
-                    return self._forward(tensors)
+                    return self._undoing(self._forward, tensors)
                 self._changed = True
             except IdOutOfRange as outside:
                 refusal = str(outside)
@@ -251,7 +251,7 @@ class RewrittenForward:
         return {k: getattr(self, k) for k in keep} | {"calls": 0, "fallbacks": 0, "last_refusal": "", "_stale": False}
 
 
-for _name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names", "_usual", "_usual_of"):
+for _name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names", "_usual", "_usual_of", "_undoing"):
     setattr(RewrittenForward, _name, PreparedAttribute(_name))
 
 
@@ -275,8 +275,7 @@ def install(module: nn.Module, program: BlockProgram) -> RewrittenForward:
         return forward
     if "_old_forward" in module.__dict__ and "_hf_hook" in module.__dict__:  # accelerate wraps forward
         inner = module.__dict__["_old_forward"]
-        original = inner if getattr(inner, "__self__", None) is not module else None
-        forward = RewrittenForward(module, program, original)
+        forward = RewrittenForward(module, program, inner if getattr(inner, "__self__", None) is not module else None)
         module.__dict__["_old_forward"] = forward
         return forward
     raise Declined(

@@ -45,18 +45,17 @@ class _Watched:
 
     Args:
         weights: the names of its Parameters and buffers that are weights of experts.
-        leads: whether it is of one expert, and may hold a module that has such weights.
     """
 
     __slots__ = ("children", "fact", "module", "tables", "weights")
 
-    def __init__(self, fact: Fact, module: nn.Module, weights: Collection[str], leads: bool) -> None:
+    def __init__(self, fact: Fact, module: nn.Module, weights: Collection[str]) -> None:
         self.fact, self.module, self.weights = fact, module, weights
         self.children = tuple(module._modules.get(n) for n in fact.children)
-        # where a weight is looked up; of another table in its place nothing would be noticed
-        d = module.__dict__
-        tables = ["_modules"] * leads + [t for t in ("_parameters", "_buffers") if not d[t].keys().isdisjoint(weights)]
-        self.tables = [(name, d[name]) for name in tables]
+        # where modules, weights and what is absent are looked up; of another table there nothing would be noticed
+        d, looked_up = module.__dict__, {*weights, *fact.absent}
+        tables = [t for t in ("_parameters", "_buffers") if not d[t].keys().isdisjoint(looked_up)]
+        self.tables = [(name, d[name]) for name in (["_modules"] if d["_modules"] else []) + tables]
 
     def compare(self, probe: GuardExpression) -> None:
         """Terms that hold as long as nothing that ``changed`` looks at is touched."""
@@ -185,7 +184,7 @@ class Watch:
         for fact in facts:
             keys = self._keys(fact.path)
             own = sorted(weights.get(fact.path, ()))
-            watched = _Watched(fact, modules[fact.path], own, bool(keys) and bool(fact.children))
+            watched = _Watched(fact, modules[fact.path], own)
             (self._of[keys[0]] if keys else self._shared).append(watched)
         self._look()
 

@@ -24,7 +24,7 @@ from moeopt.rewrite.module_facts import hook_count
 from moeopt.rewrite.reads import Reads
 from moeopt.value_types import PyObject
 
-_CALL, _PART, _LEAST, _CODE = 2350, 650, 300, 60
+_CALL, _PART, _LEAST, _CODE = 2400, 650, 300, 60
 """Nanoseconds that all comparisons of one call may take; those of a part of a source that does not fit beside a block's
 own, and at least; and those of the code of one module."""
 

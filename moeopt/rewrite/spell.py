@@ -26,6 +26,12 @@ _INERT = ("logging", "functools", "threading", "_thread", "contextlib", "abc")
 """Modules whose objects hold nothing that decides a number."""
 
 
+_ARRAYS = {
+    ("numpy", "ndarray"), ("array", "array"), ("_ctypes", "_SimpleCData"), ("_ctypes", "Array"),
+    ("_ctypes", "Structure"), ("_ctypes", "Union"),
+}  # fmt: skip
+
+
 def plain(value: PyObject) -> Spelled | None:
     """A value that has no parts, as (type, text); None for anything else."""
     cls = type(value)
@@ -39,7 +45,8 @@ def plain(value: PyObject) -> Spelled | None:
 
 
 def is_array(value: PyObject) -> bool:
-    return type(value).__module__ == "numpy" and type(value).__name__ == "ndarray"
+    """Whether it is numbers in memory: of NumPy, ``array`` or ``ctypes``."""
+    return any((cls.__module__, cls.__name__) in _ARRAYS for cls in type(value).__mro__)
 
 
 def tensor_text(value: torch.Tensor) -> str:

@@ -197,6 +197,7 @@ class Walk:
             self.probe.attribute(value, "__code__", code)
         if digest(code) not in self.ran.codes:
             return
+        self._named(place, value.__dict__)
         where = f"of {value.__qualname__}"
         if writable:
             self.probe.attribute(value, "__defaults__", value.__defaults__)

@@ -20,11 +20,22 @@ if TYPE_CHECKING:
     from moeopt.rewrite.walk import Walk
 
 _DTYPE = "get_default_dtype"
-_MODES = (
-    "is_inference_mode_enabled", "are_deterministic_algorithms_enabled", "get_float32_matmul_precision",
-    "get_default_device",
-)  # fmt: skip
-"""Functions of ``torch`` by which code asks for a mode. Gradient mode and autocast are the call guard's."""
+_ASKED: dict[PyObject, tuple[str, ...]] = {
+    torch: (
+        "is_inference_mode_enabled", "are_deterministic_algorithms_enabled", "get_deterministic_debug_mode",
+        "is_deterministic_algorithms_warn_only_enabled", "get_float32_matmul_precision", "get_default_device",
+        "get_num_threads", "get_num_interop_threads", "initial_seed", "is_anomaly_enabled",
+    ),
+    torch.distributed: ("is_initialized", "get_rank", "get_world_size"),
+    threading: ("current_thread", "get_ident"),
+}  # fmt: skip
+"""Functions without arguments by which code asks for a mode, or where it runs. Gradient mode and autocast are the call
+guard's."""
+_BACKENDS = {
+    "torch.backends.mkldnn": torch.backends.mkldnn, "torch.backends.cudnn": torch.backends.cudnn,
+    "torch.backends.cuda.matmul": torch.backends.cuda.matmul,
+}  # fmt: skip
+_FLAGS = frozenset(("enabled", "deterministic", "benchmark", "allow_tf32"))
 _UNSET = object()
 
 
@@ -43,11 +54,20 @@ def read_context(walk: Walk, place: str, value: ContextVar[PyObject]) -> None:
 
 def read_modes(walk: Walk) -> None:
     """PyTorch's default dtype, which tensors made without a dtype have, and the modes that the code asks for."""
-    for name in (_DTYPE, *(mode for mode in _MODES if mode in walk.names)):
-        ask = getattr(torch, name)
-        value = ask()
+    named = [(holder, name) for holder, names in _ASKED.items() for name in names if name in walk.names]
+    for holder, name in ((torch, _DTYPE), *named):
+        try:
+            ask = getattr(holder, name)
+            value = ask()
+        except Exception:  # not in this build, or of a group of processes that there is not
+            continue
         walk.probe.add("{0}() == {1}", ask, value)
-        walk.visit(f"torch.{name}()", value)
+        walk.visit(f"{holder.__name__}.{name}()", value.name if isinstance(value, threading.Thread) else value)
+    for place, holder in _BACKENDS.items() if "backends" in walk.names else ():
+        for name in walk.names & _FLAGS:
+            if hasattr(holder, name):
+                walk.probe.attribute(holder, name, getattr(holder, name))
+                walk.visit(f"{place}.{name}", getattr(holder, name))
 
 
 def read_variables(walk: Walk) -> None:

@@ -39,9 +39,17 @@ def read_tensor(walk: Walk, place: str, value: torch.Tensor) -> None:
 
 
 def read_array(walk: Walk, place: str, value: PyObject) -> None:
-    walk.note(place, "array", array_text(value))
-    if value.nbytes <= _BYTES and not value.dtype.hasobject:
+    numpy = hasattr(value, "tobytes") and hasattr(value, "nbytes")  # else of ``array`` or ``ctypes``
+    count = value.nbytes if numpy else memoryview(value).nbytes
+    small = count <= _BYTES and not (numpy and value.dtype.hasobject)
+    if numpy:
+        walk.note(place, "array", array_text(value))
+    else:
+        walk.note(place, type(value).__qualname__, bytes(value).hex() if small else str(count))
+    if small and numpy:
         walk.probe.add("{0}.tobytes() == {1}", value, value.tobytes())
+    elif small:
+        walk.probe.add("{0}({1}) == {2}", bytes, value, bytes(value))
     else:
         walk.opaque[place] = value
 

@@ -10,6 +10,7 @@ results are not close, the judge of the other cases decides.
     within a set   the first half of the experts, the last, two tokens' own; all but one expert
     balanced       every expert has as many tokens
     in order       ids that are sorted
+    alone          a token of each set of experts that the rows have, as in decoding
 
 Shape legend: R rows, T tokens, K experts of a token, E experts.
 """
@@ -83,7 +84,7 @@ class FewTokens:
         """
         kinds = [self._at_random(), self._repeated()]
         if ids_RK is not None and len(ids_RK) == ROWS:
-            named = [[e for e in ids if 0 <= e < self._experts] for ids in ids_RK.tolist()]  # others stand for none
+            named = self._named(ids_RK)
             own = [tuple(sorted(set(ids))) for ids in named]
             first_R = torch.tensor([ids[0] if ids else self._experts for ids in named])
             kinds += [self._within(own), self._balanced(own), self._in_order(first_R)]
@@ -98,6 +99,17 @@ class FewTokens:
                     yield self._case(*picked)
                 if given == self._count:
                     return
+
+    def alone(self, ids_RK: Tensor | None) -> Iterator[Case]:
+        """Calls of one token, up to twice as many as the others: one for each set of experts that a row has."""
+        if ids_RK is not None and len(ids_RK) == ROWS:
+            row_of = {tuple(sorted(set(ids))): row for row, ids in enumerate(self._named(ids_RK))}
+            for row in list(row_of.values())[: 2 * self._count]:
+                yield self._case("one token", [row])
+
+    def _named(self, ids_RK: Tensor) -> list[list[int]]:
+        """The experts of each row; other ids stand for none."""
+        return [[e for e in ids if 0 <= e < self._experts] for ids in ids_RK.tolist()]
 
     def _aim(self, rows: Tensor, aimed: Tensor) -> None:
         """Make half of ``rows`` such as neighbouring experts like best."""

@@ -83,6 +83,12 @@ def test_ids_cover_every_expert_and_no_row_names_one_twice(experts, slots):
         assert all(len(set(row)) == slots for row in ids.tolist())
 
 
+def test_a_router_of_the_experts_shape_is_told_by_what_the_experts_read():
+    module = torch.nn.ModuleDict({name: torch.nn.Linear(H, H, bias=False) for name in ("a", "b", "router")})
+    assert aimed_rows(module, H) is None
+    assert torch.equal(aimed_rows(module, H, {"a.weight", "b.weight"}), module["router"].weight)
+
+
 def test_aimed_rows_are_the_routers():
     module = seeded(MoE)
     rows = aimed_rows(module, H)

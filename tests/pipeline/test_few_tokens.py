@@ -76,3 +76,20 @@ def test_a_number_of_the_routing_that_no_case_changed_is_declined(name):
     if not block.reason.startswith("its forward branches on numbers"):
         assert block.reason.startswith("it was rewritten, verified and reverted: case '"), block.reason
         assert "its Python reads numbers or sizes that its routing gives" in block.reason
+
+
+class Rare(Block):
+    """Sixteen experts whose matrices have the router's shape; one pair of neighbours among them doubles the result."""
+
+    def __init__(self):
+        super().__init__(experts=16)
+
+    def forward(self, x):
+        ids, w = self.route(x)
+        return self.loop(x, ids, w) * (1 + {7, 8}.issuperset(ids.flatten().tolist()))
+
+
+def test_rows_are_aimed_at_a_router_of_the_experts_shape():
+    block = moeopt.explain(build(Rare), torch.randn(24, H)).blocks[0]
+    assert block.status == "declined" and "it was rewritten, verified and reverted" in block.reason
+    assert "its Python reads numbers or sizes that its routing gives" in block.reason

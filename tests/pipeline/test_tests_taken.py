@@ -110,10 +110,39 @@ class Held:
         if self is None:
             pass
         asks("freed")
+
+class Closed:
+    def close(self):
+        if self is None:
+            pass
+        asks("freed")
+
+    __del__ = close
+
+class Notes:
+    def gone(self, reference):
+        if self is None:
+            pass
+        asks("freed")
+
+def gone(reference, more=None):
+    if more is not None:
+        pass
+    asks("freed")
 """
 
 
-@pytest.mark.parametrize("freed", ["by the collector", "by the collector, a method", "at once", "finalized"])
+class Thing:
+    """What something weakly refers to."""
+
+
+@pytest.mark.parametrize(
+    "freed",
+    [
+        "by the collector", "by the collector, a method", "at once", "finalized", "closed", "a weak reference",
+        "a weak reference, a method",
+    ],
+)  # fmt: skip
 def test_what_python_calls_when_memory_is_freed_is_no_code_of_a_model(freed):
     tool = {}
     exec(compile(_TOOL, "/x/site-packages/tool/memory.py", "exec"), tool)
@@ -123,8 +152,15 @@ def test_what_python_calls_when_memory_is_freed_is_no_code_of_a_model(freed):
     taken = TestsTaken()
     if freed == "at once":
         taken.watching(lambda: tool["Held"]() and None)
+    elif freed == "closed":
+        taken.watching(lambda: tool["Closed"]() and None)
+    elif freed.startswith("a weak reference"):
+        held = [Thing()]
+        reference = weakref.ref(held[0], tool["Notes"]().gone if "method" in freed else tool["gone"])
+        taken.watching(held.clear)
+        assert reference() is None
     elif freed == "finalized":
-        held = [type("Thing", (), {})()]
+        held = [Thing()]
         weakref.finalize(held[0], tool["asks"], "freed")
         taken.watching(held.clear)
     else:

@@ -62,6 +62,12 @@ def test_nothing_changed():
             "_modules of experts.0 was replaced",
         ),
         (
+            lambda m: setattr(m.experts, "_modules", {str(n): ffn() for n in range(4)}),
+            None,
+            "_modules of experts was replaced",
+        ),
+        (lambda m: m.__dict__.update(seeded(MoE).__dict__), None, "_modules of the block was replaced"),
+        (
             lambda m: m.experts[3][2].__dict__.update(weight=torch.zeros(1)),
             3,
             "weight of experts.3.2 is an attribute of the instance, and was a Parameter or buffer alone",
@@ -91,6 +97,14 @@ def test_a_bias_that_was_absent():
     watch = Watch(module, take_facts(module, ("router",), (), False), EXPERTS)
     module.experts[2][0].bias = nn.Parameter(torch.ones(12))
     assert watch.expert(2) == "experts.2.0 has a bias, and had none"
+
+
+def test_a_bias_that_was_absent_in_another_table():
+    module = seeded(MoE)
+    module.norm = nn.LayerNorm(8, bias=False)
+    watch = Watch(module, take_facts(module, ("router",), (), False), EXPERTS)
+    module.norm._parameters = nn.LayerNorm(8)._parameters
+    assert watch.shared() == "_parameters of norm was replaced"
 
 
 def test_the_training_flag_counts_only_where_modes_differ():

@@ -92,3 +92,16 @@ def test_only_results_that_are_not_close_are_told():
 
     assert told(raises) == ["one", "two", "none"]
     assert list(unlike(raises, lambda t: t, cases)) == []
+
+
+def test_one_token_of_each_set_of_experts_is_called_alone():
+    block = build()
+    role = CallSpec((torch.randn(24, H),), {}, (ArgRole("tokens", 1),))
+    few = FewTokens(role, E, (), block.gate.weight.detach(), K, 48, 0)
+    ids = block.route(few.all_rows.args[0])[0]
+    alone = [block.route(case.args[0])[0] for case in few.alone(ids)]
+    assert all(len(own) == 1 for own in alone)
+    found = [frozenset(own[0].tolist()) for own in alone]
+    assert set(found) == {frozenset(row) for row in ids.tolist()} and len(found) == len(set(found)) > 4
+    assert len(list(FewTokens(role, E, (), None, K, 2, 0).alone(ids))) == 4
+    assert not list(few.alone(None)) and not list(few.alone(ids[:5]))

@@ -2,7 +2,7 @@
 
 ONNX Runtime's CPU has no bfloat16 MatMul, and runs float16 ops between casts. Widening every float16 or
 bfloat16 value to float32 keeps each weight's value exactly and rounds less at every step; inputs and
-outputs keep their dtype through one Cast each.
+outputs keep their dtype through one Cast each. Roundings that decide stay (``moeopt.lower.onnx.kept_roundings``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.lower.onnx.kept_roundings import kept_roundings, round_again
 from moeopt.lower.onnx.lowerings.row_graph import widened
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
 from moeopt.ops.quantized_bank import QuantizedExpertWeights
@@ -78,7 +79,7 @@ def upcast_graph(model: OnnxModel) -> bool:
     narrow = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
     graph = model.graph
     ends = {id(v): v.dtype for v in (*graph.inputs, *graph.outputs) if v.dtype in narrow}
-    touched = bool(ends)
+    touched, rounded = bool(ends), kept_roundings(model)
     for node in graph.all_nodes():
         touched |= _widen_attributes(node, narrow)
         inner = [
@@ -107,6 +108,7 @@ def upcast_graph(model: OnnxModel) -> bool:
             value.type = ir.TensorType(ir.DataType.FLOAT)
             graph.append(cast)
             graph.outputs[number] = cast.outputs[0]
+    round_again(rounded)
     return touched
 
 

@@ -1,0 +1,86 @@
+"""Code that asks of its tensors what no graph can ask: where they lie, whether they are Parameters, what made them.
+
+A call's values, dtypes and shapes are compared with what was verified; a factor that is 2 where ``x.storage_offset()``
+is none is in no graph. It is asked of blocks whose code names such a question, by running it on tensors of the same
+values for which the answer is another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeopt.capture.tree import ArgsKwargs, tree_map
+from moeopt.pipeline.asks_requires_grad import requires_grad_decides
+from moeopt.rewrite.reads import Reads
+from moeopt.value_types import PyObject
+from moeopt.verification.few_tokens import unlike
+from moeopt.verification.results import Case
+
+MakeSpecial = Callable[[Tensor], Tensor]
+
+
+def _further_on(t: Tensor) -> Tensor:
+    """A view of a larger memory, which begins in its midst."""
+    return torch.cat([torch.zeros(1, dtype=t.dtype, device=t.device), t.flatten(), t.flatten()])[
+        1 : t.numel() + 1
+    ].view(t.shape)
+
+
+def _written(t: Tensor) -> Tensor:
+    new = t.clone()
+    return new.copy_(t)
+
+
+def _of_inference(t: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return t.clone()
+
+
+_LIES = ("storage_offset", "data_ptr", "untyped_storage", "storage", "nbytes", "_base", "_is_view")
+_QUESTIONS: tuple[tuple[tuple[str, ...], MakeSpecial], ...] = (
+    (_LIES, _further_on),
+    (("Parameter", "type", "__class__"), lambda t: nn.Parameter(t.clone(), requires_grad=False)),
+    (("_version",), _written),
+    (("is_inference",), _of_inference),
+    (("is_shared",), lambda t: t.clone().share_memory_()),
+)
+
+
+def question_decides(module: nn.Module, original: Callable[..., Any], call: ArgsKwargs, reads: Reads | None) -> str:
+    """Why the code of ``module`` has other outputs by what it asks of its tensors; "" where it has not."""
+    return requires_grad_decides(module, original, call, reads) or argument_decides(module, original, call, reads)
+
+
+def argument_decides(module: nn.Module, original: Callable[..., Any], call: ArgsKwargs, reads: Reads | None) -> str:
+    """Why ``module`` has other outputs for other tensors of the same values, in a sentence; "" where it has not."""
+    for names, make in _QUESTIONS:
+        asked = [name for name in names if reads is not None and name in reads.names]
+        if asked and _differs(original, module, call, make):
+            return (
+                f"its forward asks more of its input than values and shape ({' or '.join(asked)}) and computes "
+                "something else where the answer is another, which the rewritten code would not follow; leave that out"
+            )
+    return ""
+
+
+def _differs(original: Callable[..., Any], module: nn.Module, call: ArgsKwargs, make: MakeSpecial) -> bool:
+    """Whether ``original`` gives other numbers for what ``make`` makes of the tensors of ``call``."""
+    return bool(list(unlike(original, _Special(original, module, make), [Case("the given inputs", *call)])))
+
+
+class _Special:
+    """``original``, a call of ``module``, on what ``make`` makes of its tensors; where it takes no such, on these."""
+
+    def __init__(self, original: Callable[..., Any], module: nn.Module, make: MakeSpecial) -> None:
+        self.original, self.module, self.make = original, module, make
+
+    def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
+        try:
+            special_args, special_kwargs = tree_map(Tensor, self.make, (args, kwargs))
+            return self.original(*special_args, **special_kwargs)
+        except Exception:
+            return self.original(*args, **kwargs)

@@ -1,0 +1,117 @@
+"""A function without arguments that tells where code runs, or in which mode: another answer is told."""
+
+import contextlib
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from moeopt.errors import StaleModelWarning
+from tests.toy_moe import Block, build, close, optimized, seeded
+
+X = seeded(2, 8, 16)
+
+
+@contextlib.contextmanager
+def threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def seed():
+    before = torch.initial_seed()
+    torch.manual_seed(before + 1)
+    yield
+    torch.manual_seed(before)
+
+
+@contextlib.contextmanager
+def anomalies():
+    with torch.autograd.set_detect_anomaly(True):
+        yield
+
+
+@contextlib.contextmanager
+def group():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def flag(holder, name):
+    @contextlib.contextmanager
+    def changed():
+        before = getattr(holder, name)
+        setattr(holder, name, not before)
+        yield
+        setattr(holder, name, before)
+
+    return changed
+
+
+ASKED = {
+    "torch.backends.cudnn.deterministic": (
+        lambda: torch.backends.cudnn.deterministic, flag(torch.backends.cudnn, "deterministic"),
+    ),
+    "torch.backends.cuda.matmul.allow_tf32": (
+        lambda: torch.backends.cuda.matmul.allow_tf32, flag(torch.backends.cuda.matmul, "allow_tf32"),
+    ),
+    "torch.backends.mkldnn.enabled": (
+        lambda: not torch.backends.mkldnn.enabled, lambda: torch.backends.mkldnn.flags(enabled=False),
+    ),
+    "torch.get_num_threads()": (lambda: torch.get_num_threads(), threads),
+    "torch.initial_seed()": (lambda: torch.initial_seed() % 7, seed),
+    "torch.is_anomaly_enabled()": (lambda: torch.is_anomaly_enabled(), anomalies),
+    "torch.distributed.is_initialized()": (lambda: torch.distributed.is_initialized(), group),
+}  # fmt: skip
+IN_A_THREAD = {
+    "threading.current_thread()": lambda: threading.current_thread() is not threading.main_thread(),
+    "threading.get_ident()": lambda: threading.get_ident() != threading.main_thread().ident,
+}
+
+
+class Asking(Block):
+    def __init__(self, ask):
+        super().__init__()
+        self.ask = ask
+
+    def forward(self, x):
+        return super().forward(x) * (1.0 + self.ask())
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_another_answer_is_told_and_the_original_answers(name):
+    ask, change = ASKED[name]
+    model = build(Asking, ask=ask)
+    fast = optimized(model)
+    before = fast(X)
+    assert not fast.model.forward.fallbacks
+    with change(), pytest.warns(StaleModelWarning, match=re.escape(f"{name}, which its code reads")):
+        got, want = fast(X), model(X)
+    close(got, want)
+    assert not torch.equal(got, before)
+    assert torch.equal(fast(X), before) and fast.model.forward.fallbacks == 1
+
+
+@pytest.mark.parametrize("name", IN_A_THREAD)
+def test_another_thread_is_told_where_the_code_asks_for_it(name):
+    model = build(Asking, ask=IN_A_THREAD[name])
+    fast = optimized(model)
+    before = fast(X)
+    with ThreadPoolExecutor(1) as pool, pytest.warns(StaleModelWarning, match=name.replace("()", r"\(\)")):
+        got = pool.submit(fast, X).result()
+    close(got, model(X) * 2)
+    assert not torch.equal(got, before) and torch.equal(fast(X), before)
+
+
+def test_what_the_code_does_not_ask_for_does_not_matter():
+    fast = optimized(build())
+    with threads(), seed(), ThreadPoolExecutor(1) as pool:
+        pool.submit(fast, X).result()
+    assert not fast.model.forward.fallbacks
