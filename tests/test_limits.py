@@ -8,7 +8,7 @@ import pytest
 from tests.limits import LIMITS, ROOT
 
 PAGE = ROOT / "docs" / "limits.md"
-for part in ("declined", "absent", "living", "unseen", "engines"):
+for part in ("declined", "living", "unseen", "engines"):
     importlib.import_module(f"tests.limits.{part}")
 PROGRAMS = [(words, i) for words, programs in LIMITS.items() for i in range(len(programs))]
 

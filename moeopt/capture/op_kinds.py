@@ -31,6 +31,8 @@ _FACTORIES = {"zeros", "ones", "full", "empty", "arange", "eye", "zeros_like", "
 
 GATES = ("_softmax", "softmax", "sigmoid")
 """What makes the weights of a mixture."""
+CHOICES_AMONG = ("topk", "argmax", "kthvalue", "sort", "argsort")
+"""What chooses among the things that its scores are of; a top-k of a file is the first of a sort."""
 WEIGH = ("mul", "bmm", "mm", "baddbmm", "addcmul")
 """What multiplies the results of experts by them."""
 

@@ -77,10 +77,11 @@ def closest(places: list[BlockCandidate]) -> list[BlockCandidate]:
 
 
 def each_once(places: list[BlockCandidate]) -> list[BlockCandidate]:
-    """The places without second readings of one call that share weights (three matmuls in a row are two candidates)."""
+    """The places without second readings of one call that share weights (three matmuls in a row are two candidates):
+    the one of most experts is kept, as a product that joins experts' results may be read as one of them."""
     seen: dict[int, set[int]] = {}
     found = []
-    for place in places:
+    for place in sorted(places, key=lambda p: -(p.experts or 0)):
         weights = seen.setdefault(place.call.index, set()) if place.kind == "moe" else set()
         if weights.isdisjoint(place.weights):
             found.append(place)

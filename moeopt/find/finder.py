@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from moeopt.capture.op_kinds import op_name, picks_rows
+from moeopt.capture.op_kinds import is_pointwise, moves_rows, op_name, picks_rows
 from moeopt.capture.tape import Call, Tape
 from moeopt.find.block_candidates import BlockCandidate, closest, each_once, identity_of, len_of_stack, numbered_tensors
 from moeopt.find.module_lists import results_meet, row_sources
@@ -91,7 +91,13 @@ class Finder:
                     if self._feed_forward(c, blocks)
                 ]
         places = closest(places)
-        unread = UnreadBlocks(self.tape, self.named)
+        places = each_once(closest(self._with_unread(places)))
+        self._mark_own_levels(places)
+        return sorted(places, key=lambda p: p.order)
+
+    def _with_unread(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
+        """The ``places``, and those that no candidate shows; without dense FFNs that are parts of these."""
+        unread, places = UnreadBlocks(self.tape, self.named), list(places)
         searches = (
             unread.by_structure, unread.by_stacks, unread.by_gate, unread.by_idle_lists, unread.by_tables,
             unread.by_computed_weights,
@@ -99,9 +105,8 @@ class Finder:
         for search in searches:
             places += search(places)
         places += single_products(unread, places)
-        places = each_once(closest(places))
-        self._mark_own_levels(places)
-        return sorted(places, key=lambda p: p.order)
+        parts = {w for p in places if p.kind == "moe" and not p.candidates for w in p.weights}
+        return [p for p in places if p.kind == "moe" or parts.isdisjoint(p.weights)]
 
     def _mark_own_levels(self, places: list[BlockCandidate]) -> None:
         """Up to the innermost call that holds a router: a choice, or a softmax; all where none does. A call that holds
@@ -176,7 +181,7 @@ class Finder:
         taken: set[FFNCandidate] = set()
         for group in group_candidates(self.tape, free):
             members = [c for c in group if c not in taken]
-            if not members:
+            if not members or all(_only_chooses(c.out.node) for c in members):
                 continue
             merged = members[0].merged or any(self.leaves[s][1] for c in members for s in (*c.ins, c.out))
             merged = merged or any(self._rest_is_idle(c) for c in members)
@@ -261,6 +266,21 @@ class Finder:
         gated = len(candidate.ins) == 2 or inner.m == 2 * outer.k
         shared = not blocks.isdisjoint(self.tape.stack(self.home[candidate]))
         return gated or shared or outer.k >= inner.k
+
+
+def _only_chooses(scores: fx.Node) -> bool:
+    """Whether whatever reads ``scores``, moved, weighed or not, is a choice among them: keys that a query meets."""
+    stack, seen, chooses = [scores], {scores}, False
+    while stack:
+        for user in stack.pop().users:
+            if op_name(user) in _CHOICES or op_name(user) in ("sort", "argsort"):
+                chooses = True
+            elif not (moves_rows(user) or is_pointwise(user)) or len(seen) > 64:
+                return False
+            elif user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return chooses
 
 
 def _within(indices: list[int], call: Call) -> int:

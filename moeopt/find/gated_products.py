@@ -1,6 +1,7 @@
 """Places of mixtures whose experts are one matrix each, which every row passes: a gate weighs them, and picks none.
 
     y = sum over e of gate(x)[e] * f(x W_e)        f is element-wise, or nothing
+    y = stack(f(x W_e))[ids(x)]                    all run, and a choice picks one result or a few
 
 Such are mixed adapters that share their matrix down, one-layer experts of recommenders, blended projections. Looked for
 from the gate, which has one number for each product and row: a softmax over heads or places weighs something else.
@@ -10,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator
 
 from torch import fx
 
-from moeopt.capture.op_kinds import GATES, WEIGH, is_matmul, is_pointwise, moves_rows, op_name
+from moeopt.capture.op_kinds import CHOICES_AMONG, GATES, WEIGH, is_matmul, is_pointwise, moves_rows, op_name
 from moeopt.find.block_candidates import BlockCandidate, identity_of, laid_out_flat, len_of_stack
 from moeopt.find.light_sites import leaf_of
 from moeopt.find.unread_blocks import UnreadBlocks
@@ -34,15 +36,14 @@ def gated_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
     """The mixtures that the gates in the run of ``unread`` weigh; those of one call that share products are one."""
     memo: dict[fx.Node, bool] = {}
     mixtures: list[tuple[int, dict[fx.Node, None]]] = []
+    chosen = set[fx.Node]()  # all run, and a choice leaves some out of the sum: a reader may take them
     for gate in unread.tape.nodes:
-        width, rows = _size_of(gate)
-        by_name: dict[str, list[fx.Node]] = {}
-        for product in _weighed(gate, memo) if width > 1 else ():
-            path = _path(unread, product, memo)
-            stack = path in unread.named and unread.named[path].dim() > 2
-            by_name.setdefault(path if stack else re.sub(r"\d+", "#", path), []).append(product)
-        together = [[p for same in by_name.values() for p in same]]  # some of its own, and some that others share
-        for products in [*by_name.values(), *(together if len(by_name) > 1 else [])]:
+        choice = _chooser(gate)
+        width, rows = _size_of(gate if choice is None else choice)
+        reached = _reached(gate, choice, memo) if width > 1 else []
+        if choice is not None or (reached and not _weighed(gate, memo)):
+            chosen.update(reached)
+        for products in _sets(unread, reached, memo):
             if not _one_each(products, width, rows) or any(
                 _path(unread, p, memo) not in unread.named for p in products
             ):
@@ -58,13 +59,51 @@ def gated_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
     for home, held in mixtures:
         weights = {id(unread.named[path]) for p in held if (path := _path(unread, p, memo)) in unread.named}
         place = unread.place(unread.tape.calls[home], min(p.meta["index"] for p in held), _count(held), weights)
-        yield dataclasses.replace(place, reason=_REASON)
+        open_to_reading = not chosen.isdisjoint(held) or _behind_own_products(list(held), memo)
+        yield place if open_to_reading else dataclasses.replace(place, reason=_REASON)
+
+
+def _sets(unread: UnreadBlocks, reached: list[fx.Node], memo: dict[fx.Node, bool]) -> list[list[fx.Node]]:
+    """The products of each stack, or of names that differ by a number; and all together, where there are several such:
+    some of a gate's own, and some that others share."""
+    by_name: dict[str, list[fx.Node]] = {}
+    for product in reached:
+        path = _path(unread, product, memo)
+        stack = path in unread.named and unread.named[path].dim() > 2
+        by_name.setdefault(path if stack else re.sub(r"\d+", "#", path), []).append(product)
+    together = [[p for same in by_name.values() for p in same]]
+    return [*by_name.values(), *(together if len(by_name) > 1 else [])]
+
+
+def _behind_own_products(products: list[fx.Node], memo: dict[fx.Node, bool]) -> bool:
+    """Whether the ``products`` are the last of experts that have more: each reads rows of a product of its own, or one
+    of a stack reads those of another stack of as many."""
+    behind = [_nearest_product(weight_and_operand(p, memo), memo) for p in products]
+    if None in behind:
+        return False
+    own = {identity_of(b) for b in behind if b is not None}
+    return _count(products) == (len(own) if len(products) > 1 else _count([b for b in behind if b is not None]))
+
+
+def _nearest_product(found: tuple[fx.Node, fx.Node, bool] | None, memo: dict[fx.Node, bool]) -> fx.Node | None:
+    """The first product with a weight on the way back from the rows of another."""
+    queue, seen = [found[1]] if found is not None else [], set[fx.Node]()
+    while queue and len(seen) < _STEPS:
+        node = queue.pop(0)
+        if is_matmul(node) and weight_and_operand(node, memo) is not None:
+            return node
+        if node not in seen:
+            seen.add(node)
+            queue.extend(node.all_input_nodes)
+    return None
 
 
 def _size_of(gate: fx.Node) -> tuple[int, int]:
     """Over how many things a softmax or sigmoid is, and for how many rows; (0, 0) of another call."""
-    shape = gate.meta.get("shape") or ()
     axis = -1 if op_name(gate) == "sigmoid" else gate.args[1] if op_name(gate) in GATES else None
+    shape = gate.meta.get("shape") or ()
+    if op_name(gate) in CHOICES_AMONG:
+        shape, axis = gate.all_input_nodes[0].meta["shape"], -1
     if not shape or not isinstance(axis, int) or not shape[axis]:
         return 0, 0
     return shape[axis], math.prod(shape) // shape[axis]
@@ -85,14 +124,42 @@ def _one_each(products: list[fx.Node], width: int, rows: int) -> bool:
     or of several for each of the gate's."""
     if not products or _count(products) != width or len({p.meta["shape"][-1] for p in products}) > 1:
         return False
+    if len({math.prod(p.meta["shape"]) for p in products}) > 1:  # of rows that a choice picked for each
+        return False
     weight, _, _ = weight_and_operand(products[0], {}) or (products[0], None, None)
     side_by_side = laid_out_flat(weight) > 1  # else a stack's rows lie one matrix behind the other
     each = math.prod(products[0].meta["shape"][:-1]) // (1 if side_by_side else len_of_stack(products[0]))
-    return rows > 0 and each % rows == 0
+    return rows > 0 and each > 0 and each % rows == 0
 
 
-def _weighed(gate: fx.Node, memo: dict[fx.Node, bool]) -> list[fx.Node]:
-    """The products whose results the ``gate``, moved and cast, is multiplied with."""
+def _reached(gate: fx.Node, choice: fx.Node | None, memo: dict[fx.Node, bool]) -> list[fx.Node]:
+    return _picked(gate, memo) if choice is not None else _weighed(gate, memo) or _weighed(gate, memo, choices=True)
+
+
+def _chooser(lookup: fx.Node) -> fx.Node | None:
+    """The choice by whose ids ``lookup`` picks, moved and cast on the way."""
+    if op_name(lookup) not in ("gather", "index", "index_select", "take_along_dim"):
+        return None
+    queue = lookup.all_input_nodes[1:]
+    for node in queue:  # it grows
+        if op_name(node) in CHOICES_AMONG:
+            return node
+        if len(queue) < _STEPS and (moves_rows(node) or is_pointwise(node)):
+            queue.extend(a for a in node.all_input_nodes if a not in queue)
+    return None
+
+
+def _picked(lookup: fx.Node, memo: dict[fx.Node, bool]) -> list[fx.Node]:
+    """The products whose results ``lookup`` picks from: joined, or given by one product of a stack."""
+    node = lookup.all_input_nodes[0]
+    while moves_rows(node) and op_name(node) not in ("cat", "stack") and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return _products_behind(node, memo) if op_name(node) in ("cat", "stack") or is_matmul(node) else []
+
+
+def _weighed(gate: fx.Node, memo: dict[fx.Node, bool], choices: bool = False) -> list[fx.Node]:
+    """The products whose results the ``gate``, moved and cast, is multiplied with; or with ``choices`` what a choice
+    left of it."""
     found: dict[fx.Node, None] = {}
     stack, seen = [gate], set[fx.Node]()
     while stack and len(seen) < _STEPS:
@@ -100,11 +167,14 @@ def _weighed(gate: fx.Node, memo: dict[fx.Node, bool]) -> list[fx.Node]:
         if node in seen:
             continue
         seen.add(node)
-        for user in node.users:
+        values = op_name(node) in CHOICES_AMONG  # these go on, and the ids do not
+        for user in (u for u in node.users if not (values and u.target is operator.getitem and u.args[1] == 1)):
             others = [a for a in user.all_input_nodes if a is not node]
             behind = [p for a in others for p in _products_behind(a, memo)] if op_name(user) in WEIGH else []
             found.update(dict.fromkeys(behind))
-            if not behind and (moves_rows(user) or is_pointwise(user)):
+            if not behind and (
+                moves_rows(user) or is_pointwise(user) or (choices and op_name(user) in ("topk", "sort"))
+            ):
                 stack.append(user)
     return list(found)
 

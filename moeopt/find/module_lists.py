@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections import deque
+from collections.abc import Collection
 from functools import reduce
 
 from torch import fx, nn
 
-from moeopt.capture.op_kinds import is_factory, is_pointwise, moves_rows, op_name
+from moeopt.capture.op_kinds import is_factory, is_matmul, is_pointwise, moves_rows, op_name
 from moeopt.capture.replay import descendants
 from moeopt.capture.tape import Tape
 
@@ -40,9 +42,24 @@ def feed_forward_lists(module: nn.Module) -> set[nn.Module]:
 
 
 def gate_width(node: fx.Node) -> int:
-    """Over how many things a softmax, sigmoid or top-k is."""
+    """Over how many things a softmax, sigmoid or top-k is: along its own axis, the last where it has none."""
     shape = node.args[0].meta.get("shape") if isinstance(node.args[0], fx.Node) else None
-    return int(shape[-1]) if shape else 0
+    at = {"softmax": 1, "_softmax": 1, "topk": 2}.get(op_name(node), len(node.args))
+    axis = node.args[at] if at < len(node.args) else node.kwargs.get("dim", -1)
+    return int(shape[axis if isinstance(axis, int) else -1]) if shape else 0
+
+
+def made_by(node: fx.Node, names: Collection[str], steps: int = 64) -> fx.Node | None:
+    """The nearest call of one of the ops ``names`` among what ``node`` is made of, by no matmul, in a few steps."""
+    queue, seen = deque([node]), {node}
+    while queue and len(seen) < steps:
+        node = queue.popleft()
+        if op_name(node) in names:
+            return node
+        fresh = [a for a in node.all_input_nodes if a not in seen and not is_matmul(node)]
+        seen.update(fresh)
+        queue.extend(fresh)
+    return None
 
 
 def results_meet(tape: Tape, results: list[fx.Node]) -> bool:

@@ -5,6 +5,8 @@
     numbers   y[b] = experts[int(ids[b])]  one of a list or a stack for each sample, named by a number that was chosen
     sums      y = x (sum of g_e W_e)       the matrices are weighed, and no expert runs by itself
     gates     y = sum(gate_e * f_e(x))     all run, and a gate weighs them (``find.gated_products``)
+    vectors   y = f(x) * (sum of g_e V_e)  no expert is a product (``find.mixed_vectors``)
+    neurons   y = (f(x W1) * mask) W2      groups of neurons, all computed, and masked (``find.neuron_groups``)
 
 Projections of an attention are experts so (SwitchHead), and kernels of a convolution. What every token passes is no
 mixture: something must choose, or weigh.
@@ -22,7 +24,9 @@ from moeopt.capture.replay import ancestors
 from moeopt.find.block_candidates import BlockCandidate, identity_of
 from moeopt.find.gated_products import gated_products
 from moeopt.find.light_sites import leaf_of
-from moeopt.find.module_lists import alike_lists
+from moeopt.find.mixed_vectors import mixed_vectors
+from moeopt.find.module_lists import alike_lists, made_by
+from moeopt.find.neuron_groups import neuron_groups
 from moeopt.find.unread_blocks import UnreadBlocks, calls_of_blocks, weights_of
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.weights_for_rows import summed_matrices
@@ -37,7 +41,11 @@ def single_products(unread: UnreadBlocks, places: list[BlockCandidate]) -> list[
         taken = calls_of_blocks([*places, *found])
         known = {weight for p in (*places, *found) for weight in p.weights}
         found += [p for p in search(unread) if p.call.index not in taken and known.isdisjoint(p.weights)]
-    return [*found, *unread.by_choice([*places, *found])]
+    found += unread.by_choice([*places, *found])
+    for search in (neuron_groups, mixed_vectors):  # parts of what reads as a dense FFN
+        known = {weight for p in (*places, *found) if p.kind == "moe" for weight in p.weights}
+        found += [p for p in search(unread) if known.isdisjoint(p.weights)]
+    return found
 
 
 def _picked_weights(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
@@ -48,15 +56,27 @@ def _picked_weights(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
             continue
         stack = node.args[0]
         sizes: tuple[int, ...] = stack.meta.get("shape") or () if isinstance(stack, fx.Node) else ()
-        if len(sizes) < 3 or min(sizes[:3]) < 2 or len(node.all_input_nodes) != 2:
+        axis = _picked_axis(node)
+        if len(sizes) < 3 or axis is None or min(sizes[axis], *sizes[-2:]) < 2:
             continue
         path = leaf_of(unread.tape, node)[0]
         if path in unread.named and unread.named[path].dim() > 2 and _is_chosen(node) and _multiplies(node):
             homes.setdefault(node.meta["call"], []).append(node)
     for index, nodes in homes.items():
         weights = {id(unread.named[leaf_of(unread.tape, n)[0]]) for n in nodes}
-        count = nodes[0].args[0].meta["shape"][0]  # type: ignore[union-attr]
+        count = nodes[0].args[0].meta["shape"][_picked_axis(nodes[0]) or 0]  # type: ignore[union-attr]
         yield unread.place(unread.tape.calls[index], nodes[0].meta["index"], count, weights)
+
+
+def _picked_axis(lookup: fx.Node) -> int | None:
+    """Along which axis of a stack a choice picks: the only one that is indexed, or the only one of several (a head for
+    each place, and an expert) whose indices were chosen."""
+    if op_name(lookup) != "index":
+        return 0 if len(lookup.all_input_nodes) == 2 else None
+    given = [(axis, a) for axis, a in enumerate(lookup.args[1]) if isinstance(a, fx.Node)]  # type: ignore[arg-type]
+    if len(given) > 1:
+        given = [(axis, a) for axis, a in given if made_by(a, _CHOICES)]
+    return given[0][0] if len(given) == 1 else None
 
 
 def _is_chosen(lookup: fx.Node) -> bool:

@@ -15,7 +15,7 @@ from moeopt.capture.tape import Call, Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.find.block_candidates import BlockCandidate, layers_of
 from moeopt.find.light_sites import leaf_of
-from moeopt.find.module_lists import alike_lists, feed_forward_lists, gate_width
+from moeopt.find.module_lists import alike_lists, feed_forward_lists, gate_width, made_by
 from moeopt.find.parallel_lists import are_layers, one_mixture
 from moeopt.find.row_branches import weighed_branches
 from moeopt.recognise.gemm_site import is_weight
@@ -25,6 +25,7 @@ _IDLE = (
     "example inputs whose rows reach experts, real ones rather than random numbers"
 )
 _GATES = (*GATES, "topk")
+_LOOKUPS = ("embedding", "_embedding_bag", "index", "index_select")
 
 
 class UnreadBlocks:
@@ -191,7 +192,9 @@ class UnreadBlocks:
         gates, _ = self._gates_and_convolutions()
         found: list[BlockCandidate] = []
         for call in self.tape.calls:
-            idle = [one for one in alike_lists(call.module) if not any(id(m) in ran for e in one for m in e.modules())]
+            idle = [
+                one for one in alike_lists(call.module) if ran.isdisjoint({id(m) for e in one for m in e.modules()})
+            ]
             if call.index in taken or not idle:
                 continue
             near = [call, *self.children(call)]
@@ -205,19 +208,29 @@ class UnreadBlocks:
 
     def _weighs(self, gate: fx.Node) -> bool:
         """Whether a weight as wide as the ``gate`` is among what it is computed of."""
-        named = [str(n.target) for n in ancestors([gate]) if n.op == "get_attr"]
-        return any(p in self.named and gate_width(gate) in self.named[p].shape for p in named)
+        named = {str(n.target) for n in ancestors([gate]) if n.op == "get_attr"} & self.named.keys()
+        return gate_width(gate) in {size for name in named for size in self.named[name].shape}
 
     def by_tables(self, places: list[BlockCandidate]) -> list[BlockCandidate]:
-        """Calls that look up the same top-k ids in two tables: experts of one neuron each."""
-        lookups: dict[Any, list[fx.Node]] = {}
+        """Calls that look up the same top-k ids in two tables: experts of one neuron each; or in one, whose rows they
+        weigh and add up: a memory."""
+        lookups: dict[fx.Node, list[fx.Node]] = {}
+        matrices = set[fx.Node]()  # choices that look up matrices too: their rows are these matrices' biases
         for node in self.tape.nodes:
-            if op_name(node) == "embedding" and len(node.meta["shape"]) > 2 and node.args[0].op == "get_attr":  # type: ignore[union-attr]
-                lookups.setdefault(node.args[1], []).append(node)
+            table: Any = node.args[0] if op_name(node).removesuffix("_forward_only") in _LOOKUPS else None
+            if not isinstance(table, fx.Node) or table.op != "get_attr" or len(node.all_input_nodes) < 2:
+                continue
+            choice = made_by(node.all_input_nodes[1], ("topk", "sort"))
+            if choice is not None and len(table.meta["shape"]) == 2:
+                lookups.setdefault(choice, []).append(node)
+            elif choice is not None:
+                matrices.add(choice)
         found = []
         taken = calls_of_blocks(places)
-        for ids, nodes in lookups.items():
-            if len({n.args[0] for n in nodes}) < 2 or not any(op_name(n) == "topk" for n in ancestors([ids])):
+        for choice, nodes in lookups.items():
+            tables, bags = {n.args[0] for n in nodes}, op_name(nodes[0]).startswith("_embedding_bag")
+            several = bags or len(tables) > 1 or len(nodes[0].meta["shape"]) > 2
+            if choice in matrices or not several or (len(tables) < 2 and op_name(nodes[0]).startswith("index")):
                 continue
             home = self.tape.call_of(nodes[0])
             call = home if home.parent is None else self.tape.calls[home.parent]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -80,11 +80,11 @@ class BlockAttempts:
                 rewrite = self._rewrite(place, level)
             except WouldNotPay as err:
                 spent += time.perf_counter() - started
-                found = expert_parameters(self.model, level.path, err.found)
-                if place.weights and not found & place.weights:  # this module holds another block, which would not pay
+                here = _read_at(self.model, place, level.path, err.found) if place.weights else err.found
+                if not here:  # this module holds another block, which would not pay
                     continue
-                where = err.where or place.source
-                count = len(err.found[0].experts)
+                found, where = expert_parameters(self.model, level.path, here), err.where or place.source
+                count = len(here[0].experts)
                 return Attempt(None, level.path, err.reason, where, spent, found, met.others(), count)
             except Declined as err:
                 functions = [f for f in getattr(err, "found", []) if _is_function(f)]
@@ -169,10 +169,16 @@ def part_of_another(model: nn.Module, place: BlockCandidate, attempts: list[tupl
         home = next((level for level in other.levels if level.path == done.path), None)
         if home is None or not any(level is home for level in place.levels) or not place.weights:
             continue
-        functions = [] if done.rewrite is None else [f for f in done.rewrite.found if _is_function(f)]
+        rewritten = [] if done.rewrite is None else _read_at(model, other, done.path, done.rewrite.found)
+        functions = [f for f in rewritten if _is_function(f)]
         if place.weights <= (done.read | expert_parameters(model, done.path, functions)):
             return True
     return False
+
+
+def _read_at(model: nn.Module, place: BlockCandidate, path: str, found: Sequence[Recognition]) -> list[Recognition]:
+    """Those of the mixtures ``found`` in the module at ``path`` that have weights of ``place``: others stand beside."""
+    return [f for f in found if expert_parameters(model, path, [f]) & place.weights]
 
 
 def _is_function(recognition: Recognition) -> bool:

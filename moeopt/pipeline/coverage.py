@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import nn
@@ -19,6 +19,7 @@ from moeopt.capture.tape import Tape, record
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.obstacles import Rank
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.recognise.any_experts import recognize
 from moeopt.recognise.experts_hit import ExpertsNotHit
@@ -110,7 +111,7 @@ def covering(
             last = err.with_traceback(None)
             experts = max(experts, last.num_named) if ids else experts
             if steer is not None or ids:  # the ids named every expert: weights still not reached may be none
-                with contextlib.suppress(Declined):
+                with _causes_kept(last):
                     return call, tape, recognize(tape, idle=True, assume=assume)
         except Declined as err:
             if last is not None:
@@ -125,6 +126,15 @@ def covering(
         raise failed
     finally:
         del last, unread, failed
+
+
+@contextlib.contextmanager
+def _causes_kept(missed: ExpertsNotHit) -> Iterator[None]:
+    """Another reading of the same call may fail; what it names as a cause is kept with ``missed``."""
+    try:
+        yield
+    except Declined as err:
+        missed.others = (*missed.others, *(o for o in (err.obstacle, *err.others) if o.rank >= Rank.FOUND))
 
 
 def _left_idle(module: nn.Module, tape: Tape) -> bool:

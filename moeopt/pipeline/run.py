@@ -17,7 +17,7 @@ from __future__ import annotations
 import fnmatch
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -55,10 +55,12 @@ def run(
     options: Options,
     runtime: Runtime | None = None,
     rows: BankRows | None = None,
+    known: Collection[int] = (),
 ) -> PipelineResult:
     """Rewrite every block of ``model`` that can be, in place, and say what became of each.
 
-    ``rows``: of the experts on the user's calibration data (``pipeline/calibration``).
+    ``rows``: of the experts on the user's calibration data (``pipeline/calibration``). ``known``: identities of
+    weights; blocks that read one of them are left out.
 
     Raises:
         CaptureError: the model does not run on the example inputs.
@@ -71,7 +73,7 @@ def run(
     absent = absent_reason(model)
     if absent:
         return PipelineResult(list(_without_values(model, absent)), [], {}, {}, time.perf_counter() - started)
-    places = discover(model, *call)
+    places = [p for p in discover(model, *call) if p.weights.isdisjoint(known)]
     beside = beside_checkpoint(model, [q for p in places for q in (p, *p.alone)])
     moe = [p for p in places if p.kind == "moe"]
     if options.dense == "split":

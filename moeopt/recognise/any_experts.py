@@ -11,6 +11,8 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.obstacles import Rank
+from moeopt.recognise.expert_function import OtherFunction
 from moeopt.recognise.experts import recognize as recognize_matrices
 from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.joined_biases import split_joined_biases
@@ -30,7 +32,8 @@ def recognize(
     Raises:
         Declined: neither reads them. The reason is that of the first, whose questions are the narrower ones; but where
             the second found functions and names a cause while the first does not, or knew the tokens of its functions
-            while the first knew none, that of the second.
+            while the first knew none, that of the second; and where the first knows no such function
+            while the second took the experts as they are and asked for their routing.
     """
     split_joined_biases(tape)
     if any(isinstance(k.spec, RowFunction) for k in known or []):
@@ -47,6 +50,8 @@ def recognize(
     try:
         found = recognize_functions(tape, known, idle=idle)
     except ExpertsNotHit:
+        if reason.rank == Rank.FORBIDS:  # whatever another probe call reaches
+            raise reason from None
         raise
     except Declined as err:
         if isinstance(reason, NoIds) and not levels:
@@ -54,6 +59,7 @@ def recognize(
                 return recognize_matrices(tape, known, idle=idle, levels=True)
         progress: int = err.progress  # type: ignore[attr-defined]
         further = err.rank == reason.rank and progress >= 2 and isinstance(reason, NoTokens)
+        further = further or (progress >= 3 and isinstance(reason, OtherFunction))
         if (err.rank > reason.rank and progress >= 0) or further:
             err.others = reason.others
             raise

@@ -69,6 +69,10 @@ class SeveralSums(Declined):
     rank = Rank.READING
 
 
+class SumsOfGates(Declined):
+    """The experts' outputs are summed several times, each time by another gate."""
+
+
 def read_combine(tape: Tape, labels: Labels) -> Combine:
     """Find the tensor that sums the experts and the weights it sums them by.
 
@@ -95,7 +99,7 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
                 nearest = found
     source = nodes[-1].meta.get("source") if nodes else sites[0].node.meta.get("source")
     if (sums := _sums_of_gates(tape, labels, nodes)) is not None:
-        raise Declined(
+        raise SumsOfGates(
             "its experts' outputs are summed several times, each time by another gate (one for each task, over the "
             "same experts or some of them), and the op gives one sum; give each gate experts of its own, or leave the "
             "block as it is: each of its experts runs once, for all gates",

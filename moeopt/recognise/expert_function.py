@@ -33,6 +33,10 @@ _TOLERANCE = 1e-6
 gelu and its tanh form differ by 1e-4."""
 
 
+class OtherFunction(Declined):
+    """No function of the grouped op's; any function of a row is the other op's question."""
+
+
 def fit_function(
     tape: Tape,
     candidate: FFNCandidate,
@@ -67,7 +71,7 @@ def fit_function(
         dict.fromkeys(op_name(n) for n in candidate.mid if op_name(n) not in ("view", "getitem", "_to_copy"))
     )
     line = next((n.meta.get("source", "") for n in candidate.mid if n.meta.get("source")), "")
-    raise Declined(
+    raise OtherFunction(
         f"the function between the expert's two matmuls ({ops or 'none'}) is none that the op carries "
         f"({', '.join(ACTIVATION_TABLE)}, gated or plain, with clamps); pass hints= to name it",
         line or None,

@@ -24,7 +24,9 @@ from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_refs import ExpertRef, tensor_at
 from moeopt.obstacles import Obstacle, Rank, Stage
-from moeopt.recognise.combine import Labels, SeveralSums, read_combine
+from moeopt.recognise.column_products import column_products
+from moeopt.recognise.combine import Labels, SeveralSums, SumsOfGates, read_combine
+from moeopt.recognise.expert_function import OtherFunction
 from moeopt.recognise.expert_rows import label_chain, seed_rows, sites_in
 from moeopt.recognise.experts_hit import ExpertsNotHit, check_all_hit
 from moeopt.recognise.ffn_candidates import FFNCandidate, find_candidates
@@ -93,15 +95,22 @@ def recognize(
     for recognition in found:
         recognition.unmatched_reason = best.reason if best is not None else ""
     if not found or isinstance(best, ExpertsNotHit):
-        best = best or no_experts(tape, candidates)
-        named = single_neurons(tape) or (certain_obstacle(tape) if best.rank == Rank.READING else None)
-        best, named = named or best, None
+        best = _by_its_name(tape, best or no_experts(tape, candidates))
         best.others = tuple(met)
         try:
             raise best
         finally:
             del best  # the error's traceback holds this frame, and with it the tape, until the garbage collector runs
     return sorted(found, key=lambda r: r.combine.node.meta["index"])
+
+
+def _by_its_name(tape: Tape, best: Declined) -> Declined:
+    """``best``, or what the code shows where that says no more than that a reading failed."""
+    unsure = best.rank == Rank.READING or isinstance(best, (OtherFunction, SumsOfGates))
+    named = single_neurons(tape)
+    if named is None and unsure:
+        named = certain_obstacle(tape) or column_products(tape)
+    return named or best
 
 
 def _by_home(group: list[FFNCandidate], tried: list[FFNCandidate]) -> list[list[FFNCandidate]]:

@@ -19,6 +19,7 @@ from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import weight_and_operand
+from moeopt.recognise.recurrences import recurrence
 from moeopt.recognise.router_steers import CHOICES
 from moeopt.recognise.weights_for_rows import mixed_kernels, single_neurons
 
@@ -38,7 +39,12 @@ def named_obstacle(tape: Tape) -> Declined | None:
 
 def certain_obstacle(tape: Tape) -> Declined | None:
     """One that is true whatever else the block does."""
-    return left_pytorch(tape) or branches(tape) or mixed_kernels(tape) or _unequal_experts(tape)
+    looks = (left_pytorch, branches, mixed_kernels, _unequal_experts, _recurrence)
+    return next((found for look in looks if (found := look(tape)) is not None), None)
+
+
+def _recurrence(tape: Tape) -> Declined | None:
+    return recurrence(tape, alike_children(tape.root))
 
 
 def _unequal_experts(tape: Tape) -> Declined | None:
@@ -82,7 +88,7 @@ def _are_choosers(ran: list[Call]) -> bool:
     return any("softmax" in op_name(n) or op_name(n) == "topk" for r in results for n in (r, *r.users))
 
 
-def _alike(root: nn.Module) -> dict[nn.Module, nn.Module]:
+def alike_children(root: nn.Module) -> dict[nn.Module, nn.Module]:
     """Children of lists whose Parameters have the same shapes, and their lists."""
     found: dict[nn.Module, nn.Module] = {}
     for home in root.modules():
@@ -94,7 +100,7 @@ def _alike(root: nn.Module) -> dict[nn.Module, nn.Module]:
 
 def _computed_weights(tape: Tape) -> Declined | None:
     """A weight that a hook or a parametrization of ``torch.nn.utils`` makes at each call."""
-    experts = {m for child in _alike(tape.root) for m in child.modules()}
+    experts = {m for child in alike_children(tape.root) for m in child.modules()}
     for path, module in tape.root.named_modules():
         stacked = any(p.dim() > 2 for p in module.parameters()) or _holds_codes(module)
         if module not in experts and not stacked:
@@ -182,12 +188,9 @@ def branches(tape: Tape) -> Declined | None:
 
 def between_products(tape: Tape) -> Declined | None:
     """What stands between the matmuls with the experts' weights."""
-    recurrent = next((c for c in tape.calls if isinstance(c.module, nn.RNNBase)), None)
+    recurrent = _recurrence(tape)
     if recurrent is not None:
-        return Declined(
-            f"its experts are recurrent ({type(recurrent.module).__name__} at {recurrent.path}), so a token's result "
-            "depends on the tokens before it; only functions of each token's own row are grouped"
-        )
+        return recurrent
     sites = _expert_products(tape)
     if len(sites) < 2:
         return None
@@ -236,7 +239,7 @@ def _plain(node: fx.Node) -> bool:
 
 def _expert_products(tape: Tape) -> list[fx.Node]:
     """Products with weights of alike modules, or with parts of a stack; none of a list of gates."""
-    experts = {id(p): home for child, home in _alike(tape.root).items() for p in child.parameters()}
+    experts = {id(p): home for child, home in alike_children(tape.root).items() for p in child.parameters()}
     named = dict(tape.root.named_parameters(remove_duplicate=False))
     memo: dict[fx.Node, bool] = {}
     homes: dict[nn.Module | None, list[fx.Node]] = {}

@@ -31,7 +31,7 @@ from moeopt.recognise.ids_of_masks import table_to_ids
 from moeopt.recognise.readings import axis_orders, rebuilt
 from moeopt.recognise.routing_by_ids import by_ids, id_recipes, ids_of_sequences, unserved_ids
 from moeopt.recognise.routing_by_sum import SumOfCodes
-from moeopt.recognise.routing_by_tables import by_choice, by_dense, by_mask
+from moeopt.recognise.routing_by_tables import by_choice, by_dense, by_flags, by_mask
 from moeopt.recognise.routing_types import Extraction, FixedShares, Key, NoIds, Routing, Search, Table, fits_table
 from moeopt.value_types import PyObject
 
@@ -115,7 +115,7 @@ def _why_none(tape: Tape, before: list[fx.Node], table: Table) -> Declined:
 
 def _why_no_ids(table: Table) -> Declined:
     """The reason why no tensor before the experts names them, by how many tokens each expert saw."""
-    seen, taken = table.visits.sum(1), table.visits.sum(0)
+    seen, taken = table.visits.sum(1), table.visits.sum(0)  # by each token, and by each expert
     if bool((taken == taken[0]).all()) and bool((seen != seen[0]).any()):
         return Declined(
             "each of its experts takes the same number of tokens while tokens get different numbers of experts: "
@@ -136,6 +136,12 @@ def _why_no_ids(table: Table) -> Declined:
             "every expert reads its own fixed share of the rows (slots that mix tokens, as in soft MoE, or a "
             "slice of the batch), so no tensor before the experts holds the expert ids of each token: the op "
             "dispatches whole tokens by id"
+        )
+    plain = not table.weighed and bool((table.weights == table.weights[0]).all())
+    if plain and bool((table.visits == 1).all()) and len(taken) > 1:
+        return NoIds(
+            f"every token passes all of its {len(taken)} experts, and no router weighs them (their plain sum or mean): "
+            "the op would leave no product out, so this block stays as it is"
         )
     return NoIds(
         "no tensor before the experts holds the expert ids of each token (as integers, a one-hot mask or a "
@@ -251,4 +257,4 @@ def _again(tape: Tape, before: list[fx.Node], table: Table, prior: Routing, mapp
     return Routing(prior.top_k, ids_extraction, weights_extraction, mapping, prior.form) if fits else None
 
 
-_USUAL: tuple[Search, ...] = (by_ids, by_mask, by_dense, by_choice)
+_USUAL: tuple[Search, ...] = (by_ids, by_mask, by_dense, by_choice, by_flags)

@@ -47,6 +47,22 @@ def by_dense(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype
                         yield _dense(node, steps, table)
 
 
+def by_flags(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None) -> Iterator[Routing]:
+    """A (T, E) table of flags that are the weights: 1 for each expert that a token has, of which there may be any
+    number."""
+    tokens, candidates = table.visits.shape
+    want = table.weights[:, torch.tensor(table.natural)]
+    if not bool(((want == 0) | (want == 1)).all()) or table.weighed:
+        return
+    for node in before:
+        if node.meta.get("dtype") != torch.bool or math.prod(node.meta["shape"]) != tokens * candidates:
+            continue
+        for steps, _ in table_readings(node.meta["shape"], tokens, candidates):
+            if torch.equal(Extraction(node, steps).run(tape), want != 0):
+                weights = Extraction(node, [*steps, (aten.to.dtype, (table.weights.dtype,))])
+                yield Routing(candidates, None, weights, table.natural, RoutingForm.TABLE)
+
+
 def _slot_axes(rank: int, axis: int) -> list[list[int]]:
     """The axes that capacity slots may lie on: any one that is not the expert axis, the last first."""
     return [[d] for d in reversed(range(rank)) if d != axis]

@@ -151,8 +151,9 @@ def _experts(slots: list[tuple[PartRef, ...]], known: list[Recognition] | None, 
     if known is None:
         own = next((p for p, refs in enumerate(zip(*slots, strict=True)) if len(set(refs)) > 1), 0)
         return [SlotRefs(s, own) for s in slots]
-    keys: dict[Any, SlotRefs] = {r.slots: r for k in known for r in k.experts if isinstance(r, SlotRefs)}
-    if not set(slots) & set(keys):
+    every = [{r.slots: r for r in k.experts if isinstance(r, SlotRefs)} for k in known]
+    keys: dict[Any, SlotRefs] | None = next((own for own in every if not own.keys().isdisjoint(slots)), None)
+    if keys is None:
         raise Declined("these are no experts of the first probe", rank=Rank.READING)
     if any(s not in keys for s in slots):
         raise ExpertsNotHit("a probe reached an expert that the first probe did not", source)

@@ -24,7 +24,7 @@ from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.row_flow import Branch
 from moeopt.recognise.rows_carried import check_rows_carried
-from moeopt.recognise.token_rows import Tokens, rows_as_bytes
+from moeopt.recognise.token_rows import Tokens, computed_before_choice, rows_as_bytes
 
 
 def with_distinct_rows_first(tape: Tape, branches: list[Branch]) -> list[Branch]:
@@ -56,7 +56,9 @@ def tokens_beside(tape: Tape, branches: list[Branch], group: list[FFNCandidate],
         holds = (n for n in reversed(tape.nodes) if n in before and _holds(tape, n, tokens.count, pairs))
         node = next(holds, None)
         if node is None or tokens.weighted:
-            raise Declined(
+            starts = [read for b in branches for read in (b.start, *b.beside)]
+            early = computed_before_choice(tape, starts, branches[0].beside[place])
+            raise early or Declined(
                 "its experts read rows of several tensors, which are not rows of the same tokens; pick the rows of all "
                 "of them by the same indices",
                 branches[0].beside[place].meta.get("source"),

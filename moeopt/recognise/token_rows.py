@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from moeopt.capture.op_kinds import is_matmul, moves_rows
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
-from moeopt.recognise.gemm_sites import GemmSite
+from moeopt.recognise.gemm_sites import GemmSite, weight_and_operand
 from moeopt.recognise.limits import limits_values
 
 
@@ -81,13 +82,7 @@ def token_readings(tape: Tape, sites: list[GemmSite]) -> Iterator[Tokens]:
     orders: list[tuple[list[bytes], int]] = []
     widths = list(dict.fromkeys(w.shape[-1] for w in wanted.values()))
     if len(widths) > 1:
-        raise Declined(
-            f"the experts' first matmuls take rows of different widths ({' and '.join(map(str, widths))}), as of a "
-            "condition beside each token, and the op hands an expert one row of one tensor; join them before the "
-            "experts (torch.cat([x, condition], -1)), and take the row apart inside each",
-            sites[0].matmul.meta.get("source"),
-            rank=Rank.READING,
-        )
+        raise _several_widths(tape, sites, widths)
     sources = ancestors([sites[0].operand])
     limits = [n for n in sources if limits_values(tape, n)]
     probe = _row_that_is_not_zero(wanted.values(), sites[0].matmul.meta.get("source"))
@@ -117,6 +112,37 @@ def token_readings(tape: Tape, sites: list[GemmSite]) -> Iterator[Tokens]:
         "per expert before its first matmul); only whole tokens can be dispatched",
         sites[0].matmul.meta.get("source"),
     )
+
+
+def _several_widths(tape: Tape, sites: list[GemmSite], widths: list[int]) -> Declined:
+    early = computed_before_choice(tape, [s.operand for s in sites], sites[0].matmul)
+    return early or Declined(
+        f"the experts' first matmuls take rows of different widths ({' and '.join(map(str, widths))}), as of a "
+        "condition beside each token, and the op hands an expert one row of one tensor; join them before the "
+        "experts (torch.cat([x, condition], -1)), and take the row apart inside each",
+        sites[0].matmul.meta.get("source"),
+        rank=Rank.READING,
+    )
+
+
+def computed_before_choice(tape: Tape, operands: Iterable[fx.Node], reader: fx.Node) -> Declined | None:
+    """The reason for experts that read, at ``reader``, rows of a product of all of them which their router reads as
+    well; None where none of the ``operands`` is of one."""
+    named = dict(tape.root.named_parameters(remove_duplicate=False))
+    for node in operands:
+        while moves_rows(node) and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        found = weight_and_operand(node, {}) if is_matmul(node) else None
+        held = [str(n.target) for n in ancestors([found[0]]) if n.op == "get_attr"] if found is not None else []
+        stack = next((name for name in held if name in named and named[name].dim() > 2), None)
+        if stack is not None:
+            return Declined(
+                f"a first product of its experts ({stack}) is computed for all tokens before experts are chosen, so "
+                "each reads rows of that product beside its tokens; compute it again inside of each expert, of the "
+                f"rows that chose it (x[row] @ {stack.rpartition('.')[2]}[e])",
+                reader.meta.get("source"),
+            )
+    return None
 
 
 def _row_that_is_not_zero(operands: Iterable[torch.Tensor], source: str | None) -> torch.Tensor:

@@ -9,11 +9,12 @@ sums       x @ (sum of g_e W_e)   no expert runs by itself
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+import torch
 from torch import fx
 
-from moeopt.capture.op_kinds import is_matmul, moves_rows, op_name, picks_rows
+from moeopt.capture.op_kinds import is_matmul, is_pointwise, moves_rows, op_name, picks_rows
 from moeopt.capture.replay import ancestors, descendants
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
@@ -21,15 +22,19 @@ from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.router_steers import CHOICES
 
+_STEPS = 64
+"""Element-wise calls that are looked at behind a matrix."""
+
 
 def single_neurons(tape: Tape) -> Declined | None:
     """Rows of a table, picked by the router for each token: experts of one neuron where they are multiplied with the
     token, values of a memory where they are only added up."""
     names = ("embedding", "_embedding_bag", "_embedding_bag_forward_only")
     picked = [n for n in tape.nodes if op_name(n) in names and _is_table(n.args[0])]
-    picked = [n for n in picked if any(op_name(a) in CHOICES for a in ancestors([n.args[1]]))]  # type: ignore[list-item]
+    picked = picked or _rows_of_tables(tape)
+    picked = [n for n in picked if any(op_name(a) in CHOICES for a in ancestors(n.all_input_nodes[1:]))]
     picked = [n for n in picked if not _holds_matrices(n)]
-    if len(picked) == 1 and not any(is_matmul(n) for n in descendants(tape, picked)):
+    if len(picked) == 1 and not any(_meets(n, picked[0]) for n in descendants(tape, picked)):
         return Declined(
             f"it is a memory: each id that the router picks is one row of {_path(picked[0])}, which is weighed and "
             "added as it is and is no function of the token, so there is no product to group; this block stays as it "
@@ -43,6 +48,22 @@ def single_neurons(tape: Tape) -> Declined | None:
         "matrix; the op groups experts of two matrices, so this block stays as it is",
         picked[0].meta.get("source"),
     )
+
+
+def _rows_of_tables(tape: Tape) -> list[fx.Node]:
+    """Rows that an index picks out of tables, as files do; none where it picks matrices too, whose biases these are."""
+    names = ("index", "index_select")
+    lookups = [n for n in tape.nodes if op_name(n) in names and _is_table(n.args[0]) and len(n.all_input_nodes) == 2]
+    sizes = [len(n.all_input_nodes[0].meta["shape"]) for n in lookups]
+    return [n for n, size in zip(lookups, sizes, strict=True) if size == 2] if max(sizes, default=0) == 2 else []
+
+
+def _meets(product: fx.Node, lookup: fx.Node) -> bool:
+    """Whether it multiplies the features of the rows that were looked up with those of a token: no weighed sum of
+    rows, which has their features still, and no layer behind one."""
+    if not is_matmul(product) or weight_and_operand(product, {}) is not None or lookup.meta.get("shape") is None:
+        return False
+    return bool(product.meta["shape"][-1] != lookup.meta["shape"][-1])
 
 
 def _holds_matrices(lookup: fx.Node) -> bool:
@@ -100,6 +121,10 @@ def summed_matrices(tape: Tape) -> Iterator[tuple[fx.Node, str]]:
         for side in node.all_input_nodes:
             while moves_rows(side) and side.all_input_nodes:
                 side = side.all_input_nodes[0]
+            stack = _blended_stack(side, names)
+            if stack:
+                yield node, stack
+                continue
             found = weight_and_operand(side, {}) if is_matmul(side) and op_name(side) != "convolution" else None
             if found is None:  # a convolution adds up channels, whatever its last axis is as long as
                 continue
@@ -108,6 +133,30 @@ def summed_matrices(tape: Tape) -> Iterator[tuple[fx.Node, str]]:
             weighs = stacks and found[1].meta["shape"][-1] == len(names[stacks[0]])
             if weighs and any(n.op == "placeholder" for n in ancestors([found[1]])):
                 yield node, stacks[0]
+
+
+def _blended_stack(matrix: fx.Node, names: Mapping[str, torch.Tensor]) -> str:
+    """The name of the one stack whose matrices, looked up by what the input says, ``matrix`` is several of: added up,
+    element by element, by weights that the input gives (a phase between four poses); else ""."""
+    stack, seen = [matrix], set[fx.Node]()
+    lookups, adds, weighs = set[fx.Node](), False, False
+    while stack and len(seen) < _STEPS:
+        node = stack.pop()
+        if node in seen or not is_pointwise(node):
+            continue
+        seen.add(node)
+        for inner in node.all_input_nodes:
+            while moves_rows(inner) and not picks_rows(inner) and inner.all_input_nodes:
+                inner = inner.all_input_nodes[0]
+            if picks_rows(inner) and any(n.op == "placeholder" for n in ancestors(inner.all_input_nodes[1:])):
+                lookups.add(inner)
+            else:
+                stack.append(inner)
+        adds = adds or op_name(node) in ("add", "addcmul", "lerp", "sub")
+        weighs = weighs or op_name(node) in ("mul", "addcmul", "lerp")
+    held = {str(n.target) for n in ancestors(lookups) if n.op == "get_attr"} & names.keys() if lookups else set()
+    stacks = [name for name in held if names[name].dim() > 2]
+    return stacks[0] if len(stacks) == 1 and len(lookups) > 1 and adds and weighs else ""
 
 
 def mixed_matrices(tape: Tape) -> Declined | None:

@@ -10,10 +10,12 @@ from tests.limits import declines, limit, moe_blocks, zoo_declines
 from tests.toy_moe import Block, Expert, H, X, build, seeded
 
 ZOO = {
-    "Single matrices that a gate mixes": {
+    "Single matrices or vectors that a gate mixes": {
+        "vectors_of_a_gate": "its experts are vectors, the rows of vectors",
         "gated_matrices_behind_a_shared_one": "its experts are one matrix each, and every row passes all of them",
         "gated_matrices_of_a_stack": "to run a few experts for each row, choose them",
     },
+    "Groups of neurons under a mask": {"neurons_by_their_place": "groups of the 32 hidden neurons of one FFN"},
     "Soft MoE": {"declined_soft_moe": "slots that mix tokens"},
     "Expert choice": {"declined_expert_choice": "that is expert choice routing"},
     "Experts that run several times in one forward": {

@@ -41,10 +41,22 @@ def in_order(
     for name, (candidate, reason) in parts.declined.items():
         if not any(b.kind == "moe" for b in found[name]):
             found[name].append(BlockReport(name, "moe", "declined", reason, candidate.chains.experts))
+    for part in parts.parts:
+        if not any(b.kind == "moe" for b in found[part.name]):
+            found[part.name].append(_not_read(part))
     where = {part.name: _place(file, part) for part in parts.parts}
     return [
         dataclasses.replace(block, source=where.get(name, "")) for name, several in found.items() for block in several
     ]
+
+
+def _not_read(part: FilePart) -> BlockReport:
+    first = part.candidate.chains.products[0].node
+    reason = (
+        f"no experts were read in its {part.candidate.chains.experts} chains of products (the node {first.name!r}, "
+        f"{first.op_type}, and its like): what stands between the products, or picks their results, is not followed"
+    )
+    return _for_the_owner_of_a_file(BlockReport(part.name, "moe", "declined", reason, part.candidate.chains.experts))
 
 
 def _home(name: str, homes: Mapping[str, Home]) -> Home | None:

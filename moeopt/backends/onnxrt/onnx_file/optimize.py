@@ -16,6 +16,7 @@ from moeopt.backends.onnxrt.bundle_files import ONNX_FILE
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.expert_ids import ids_of_engine, ids_of_model
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
+from moeopt.backends.onnxrt.onnx_file.beside_regions import blocks_beside_regions
 from moeopt.backends.onnxrt.onnx_file.compare_files import against_file, compare_files, written_out
 from moeopt.backends.onnxrt.onnx_file.file_reports import decline, in_order
 from moeopt.backends.onnxrt.onnx_file.kept_codes import keep_codes, with_codes
@@ -83,8 +84,8 @@ def _optimized(
     index = GraphIndex(file.model.graph)
     candidates = list(candidate_regions(index))
     others = list(left_alone(file.model.graph))
-    call: ArgsKwargs = ((), dict(calls[0]))
     parts = file_parts(file, candidates, calls, options.say)
+    beside, unread = blocks_beside_regions(file, calls[0], candidates, options)
     made = None
     try:
         made = _rewritten(file, parts, calls, options, plan, backend) if parts.parts else None
@@ -92,21 +93,21 @@ def _optimized(
         for part in parts.parts:
             parts.declined.setdefault(part.name, (part.candidate, f"it was rewritten, compared and reverted: {err}"))
     if made is None:
-        made = _left_alone(given, parts, bool(others), options)
+        made = _left_alone(given, parts, bool(others or beside), options)
     broken = [f"{name}: {reason}" for name, (_, reason) in parts.declined.items() if reason.startswith(BROKEN)]
     made.built.variables = variables(node.op_type for node in file.model.graph.all_nodes())
-    broken += variables_note(made.built.variables)
+    broken += [*variables_note(made.built.variables), *unread]
     made.report = dataclasses.replace(made.report, notes=(*made.report.notes, *broken))
     made.certificate.notes += broken
     blocks = in_order(file, made.report.blocks, parts, [c.name for c in candidates])
     made.report = dataclasses.replace(
         made.report,
-        blocks=(*blocks, *(BlockReport(o.name, "moe", "declined", o.reason, o.experts) for o in others)),
+        blocks=(*blocks, *beside, *(BlockReport(o.name, "moe", "declined", o.reason, o.experts) for o in others)),
         model=file.name,
         seconds=time.perf_counter() - started,
     )
     made.source = _fingerprint(file)
-    return made, call
+    return made, ((), dict(calls[0]))
 
 
 def example_feeds(file: OnnxFile, inputs: PyObject, seed: int) -> list[GraphFeeds]:

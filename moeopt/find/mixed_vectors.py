@@ -1,0 +1,101 @@
+"""Places of mixtures whose experts are vectors, weighed for each token: IA3 vectors, scales, prompts.
+
+    v = softmax(r(x)) @ V       or sum over k of w_k V[ids_k]: one mixture of the rows of V for each token
+    y = f(x) * v
+
+No expert is a product. Told from the values of a memory, which are added, by what they are multiplied with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from torch import fx
+
+from moeopt.capture.op_kinds import is_matmul, is_pointwise, moves_rows, op_name
+from moeopt.capture.replay import ancestors
+from moeopt.find.block_candidates import BlockCandidate
+from moeopt.find.light_sites import leaf_of
+from moeopt.find.module_lists import gate_width
+from moeopt.find.unread_blocks import UnreadBlocks
+from moeopt.recognise.gemm_sites import weight_and_operand
+
+_TOPS = ("topk", "sort")
+_STEPS = 32
+"""Calls that are looked at between a table and what its rows are multiplied with."""
+
+
+def mixed_vectors(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
+    """The mixtures of a table's rows in the run of ``unread`` that scale something."""
+    memo: dict[fx.Node, bool] = {}
+    for node in unread.tape.nodes:
+        path = _weighed_table(unread, node, memo) or _looked_up_table(unread, node)
+        if path and _scales(node):
+            table = unread.named[path]
+            place = unread.place(unread.tape.call_of(node), node.meta["index"], len(table), {id(table)})
+            reason = (
+                f"its experts are vectors, the rows of {path}, which a gate mixes for each token: no expert is a "
+                "product, so there is nothing to group; this block stays as it is"
+            )
+            yield dataclasses.replace(place, reason=reason)
+
+
+def _weighed_table(unread: UnreadBlocks, node: fx.Node, memo: dict[fx.Node, bool]) -> str:
+    """The name of the table that a product multiplies by a softmax over its rows, or by what a top-k left of one."""
+    found = weight_and_operand(node, memo) if is_matmul(node) and op_name(node) != "convolution" else None
+    if found is None or found[2]:
+        return ""
+    path = leaf_of(unread.tape, found[0])[0]
+    table = unread.named.get(path)
+    if table is None or table.dim() != 2 or found[1].meta["shape"][-1] != len(table):
+        return ""
+    gate = found[1]
+    for _ in range(8):
+        if op_name(gate) in ("softmax", "_softmax"):
+            return path if gate_width(gate) == len(table) else ""
+        if not (moves_rows(gate) or is_pointwise(gate)) or not gate.all_input_nodes:
+            return ""
+        last = op_name(gate) == "scatter" and len(gate.all_input_nodes) > 2
+        gate = gate.all_input_nodes[-1 if last else 0]
+        if gate.all_input_nodes and op_name(gate.all_input_nodes[0]) in _TOPS:
+            return path if gate_width(gate.all_input_nodes[0]) == len(table) else ""
+    return ""
+
+
+def _looked_up_table(unread: UnreadBlocks, node: fx.Node) -> str:
+    """The name of the table of which ``node`` is the rows that a top-k among all of them chose."""
+    if op_name(node) not in ("index", "index_select", "embedding") or len(node.all_input_nodes) != 2:
+        return ""
+    path = leaf_of(unread.tape, node.all_input_nodes[0])[0]
+    table = unread.named.get(path)
+    if table is None or table.dim() != 2 or len(node.meta["shape"]) < 2:
+        return ""
+    ids = node.all_input_nodes[1]
+    while moves_rows(ids) and ids.all_input_nodes and op_name(ids.all_input_nodes[0]) not in _TOPS:
+        ids = ids.all_input_nodes[0]
+    chooser = ids.all_input_nodes[0] if ids.all_input_nodes else ids
+    return path if op_name(chooser) in _TOPS and gate_width(chooser) == len(table) else ""
+
+
+def _scales(mixed: fx.Node) -> bool:
+    """Whether what ``mixed`` holds, weighed, summed and moved, is multiplied with something computed from the input
+    that is as large, and through no product before."""
+    stack, seen = [mixed], set[fx.Node]()
+    while stack and len(seen) < _STEPS:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for user in node.users:
+            others = [a for a in user.all_input_nodes if a is not node]
+            if op_name(user) == "mul" and any(_as_large(a, node) for a in others):
+                if any(n.op == "placeholder" for n in ancestors(others)):
+                    return True
+            elif moves_rows(user) or is_pointwise(user) or op_name(user) in ("sum", "bmm", "mm"):
+                stack.append(user)
+    return False
+
+
+def _as_large(a: fx.Node, b: fx.Node) -> bool:
+    return bool(a.meta.get("shape")) and a.meta["shape"][-1] == b.meta["shape"][-1] > 1
