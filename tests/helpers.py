@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-import moeopt.ops  # noqa: F401  (puts moeopt.ops.experts, the module, into sys.modules)
+import moeopt.ops.fixed_experts  # noqa: F401  (puts it, and the modules of the ops, into sys.modules)
 
 # Relative L2 per output, in eps of its dtype. A rewrite adds the same products in another order: each GEMM and
 # each sum over experts may move by a few roundings, and a model stacks up to ten of them. In 16 bits one rounding
@@ -70,8 +70,10 @@ def assert_same_tensor(a: torch.Tensor, b: torch.Tensor, name: str, exact: bool)
 @contextmanager
 def count_expert_calls() -> Iterator[list[Any]]:
     """Yields a list that gets the spec of each run of an experts kernel or a row function, eager or through the op."""
-    module, functions, seen = sys.modules["moeopt.ops.experts"], sys.modules["moeopt.ops.row_function"], []
-    kernel, one_by_one = module._run, functions.expert_by_expert
+    seen: list[Any] = []
+    callers = [sys.modules[f"moeopt.ops.{name}"] for name in ("experts", "experts_op", "fixed_experts")]
+    functions = sys.modules["moeopt.ops.row_function"]
+    kernel, one_by_one = callers[0].run_kernel, functions.expert_by_expert
 
     def spy(x, ids, weights, bank, spec):
         seen.append(spec)
@@ -81,8 +83,12 @@ def count_expert_calls() -> Iterator[list[Any]]:
         seen.append(spec)
         return one_by_one(x, ids, weights, bank, spec, **more)
 
-    module._run, functions.expert_by_expert = spy, spy_function
+    functions.expert_by_expert = spy_function
+    for caller in callers:
+        caller.run_kernel = spy
     try:
         yield seen
     finally:
-        module._run, functions.expert_by_expert = kernel, one_by_one
+        functions.expert_by_expert = one_by_one
+        for caller in callers:
+            caller.run_kernel = kernel
