@@ -90,8 +90,10 @@ def _scales(mixed: fx.Node) -> bool:
         for user in node.users:
             others = [a for a in user.all_input_nodes if a is not node]
             if op_name(user) == "mul" and any(_as_large(a, node) for a in others):
-                if any(n.op == "placeholder" for n in ancestors(others)):
+                if any(map(_of_input, others)):
                     return True
+            elif op_name(user) in ("add", "sub") and any(_of_input(a) for a in others if _as_large(a, node)):
+                continue  # a bias of experts, looked up for each row
             elif moves_rows(user) or is_pointwise(user) or op_name(user) in ("sum", "bmm", "mm"):
                 stack.append(user)
     return False
@@ -99,3 +101,8 @@ def _scales(mixed: fx.Node) -> bool:
 
 def _as_large(a: fx.Node, b: fx.Node) -> bool:
     return bool(a.meta.get("shape")) and a.meta["shape"][-1] == b.meta["shape"][-1] > 1
+
+
+def _of_input(node: fx.Node) -> bool:
+    """Whether ``node`` is computed from the input of the run."""
+    return any(n.op == "placeholder" for n in ancestors([node]))
