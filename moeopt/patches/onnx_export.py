@@ -159,6 +159,9 @@ def _translated(graph: PyObject, registry: PyObject, decomp: PyObject, kept_whol
     ops = {n.target for n in graph.nodes if n.op == "call_function" and isinstance(n.target, torch._ops.OperatorBase)}
     if any(n.op not in ("placeholder", "call_function", "output") for n in graph.nodes):
         return False
+    reshape = torch.ops.aten.reshape.default
+    if any(n.target is reshape and "val" not in n.meta for n in graph.nodes):
+        return False  # torch's next pass would run it, and a view takes not every order in memory
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
     dropped = (
         torch.ops.aten._assert_tensor_metadata.default,
@@ -169,7 +172,7 @@ def _translated(graph: PyObject, registry: PyObject, decomp: PyObject, kept_whol
         and op not in table
         and not op._schema.is_mutable
         and (op in known or op.namespace in ("onnx_symbolic", "moeopt") or op in dropped)
-        and (op is torch.ops.aten.reshape.default or not op.has_kernel_for_dispatch_key(composite) or kept_whole(op))
+        and (op is reshape or not op.has_kernel_for_dispatch_key(composite) or kept_whole(op))
         for op in ops
     )
 
@@ -187,7 +190,7 @@ def _promote_from_known_values() -> Undo:
         from torch.onnx._internal.fx.passes import type_promotion
 
         theirs = type_promotion._TypePromotionInterpreter
-        fits = {"run_node", "_maybe_promote_node", "_set_current_node"} <= vars(theirs).keys()
+        fits = {"run_node", "_maybe_promote_node"} <= vars(theirs).keys() and hasattr(theirs, "_set_current_node")
     except (ImportError, AttributeError):  # private names of another version: slower, with the same result
         return nothing
     if not fits:
