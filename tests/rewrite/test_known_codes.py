@@ -1,6 +1,8 @@
 """A quantised block's call is done again by its words as long as its codes lie where they lay."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -8,9 +10,14 @@ from torch import nn
 
 import moeopt
 from moeopt.errors import UsageError
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
+from moeopt.ops import experts
 from moeopt.ops.native import again
 from moeopt.ops.native.library import library
 from moeopt.rewrite.install import rewritten_forward
+from moeopt.rewrite.live_codes import LiveCodes
+from tests.ops.test_quantized_experts import INT8_CHANNEL
 from tests.toy_moe import Block, H
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no native kernel here")
@@ -112,3 +119,50 @@ def test_a_bias_that_changes_is_followed():
         for expert in model.experts:
             expert[2].bias = nn.Parameter(expert[2].bias + 1)
         assert torch.allclose(model(x), before + 1, atol=1e-5)
+
+
+@pytest.fixture
+def neurons():
+    """A dense network, and codes of experts that are every fourth of its neurons each, biases among them."""
+    torch.manual_seed(0)
+    module, wide = nn.Sequential(nn.Linear(H, 32), nn.ReLU(), nn.Linear(32, H)), (1,)
+    refs = [
+        ExpertRef(
+            (MatrixRef("0.weight", (0, 0), (0, 1), (1, 0), H, 32),), (VectorRef("0.bias", (0,), wide, 32),),
+            MatrixRef("2.weight", (0, 0), (0, 1), (1, 0), 32, H), VectorRef("2.bias", (0,), wide, H),
+            neurons=tuple(range(e, 32, 4)),
+        )
+        for e in range(4)
+    ]  # fmt: skip
+    spec = ExpertsSpec(rows="plain", activation="relu")
+    return module, lambda: LiveCodes(module, 0, refs, spec, INT8_CHANNEL), spec
+
+
+@pytest.mark.parametrize("recorded", (False, True))
+def test_biases_that_are_copied_are_read_at_each_call(neurons, recorded):
+    module, made, spec = neurons
+    bank, ids = made(), torch.tensor([[0, 1], [2, 3]])
+    x, weights = torch.randn(2, H).requires_grad_(recorded), torch.rand(2, 2)
+    with torch.set_grad_enabled(recorded):
+        for change in (0.0, 0.0, 1.0, 1.0):
+            with torch.no_grad():
+                module[0].bias.add_(change)
+            want = experts(x, ids, weights, made(), spec)
+            gc.collect()
+            taken = [torch.full((8,), 1e20) for _ in range(200)]  # memory that a copy had may be one of these
+            assert torch.equal(experts(x, ids, weights, bank, spec), want) and taken
+
+
+def test_what_is_known_of_codes_keeps_none_alive(model):
+    model, x = model
+    with torch.no_grad():
+        model(x)
+        bank = bank_of(model)
+        before = weakref.ref(bank.held[bank.names[0]])
+        bank._bank = None  # the bank of the last call
+        for other in bank._handed.values():
+            other._bank = None
+        assert bank.remembered(1) is not None
+        bank.held[bank.names[0]] = bank.held[bank.names[0]].clone()
+        gc.collect()
+        assert before() is None
