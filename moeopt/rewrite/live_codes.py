@@ -68,7 +68,7 @@ class LiveCodes(QuantizedExpertWeights):
         self._biases = _Biases(module, experts)
         self._bank: tuple[tuple[int, ...], QuantizedExpertWeights] | None = None
         self._known: tuple[Any, dict[Any, Any]] | None = None
-        self._handed: dict[Any, LiveCodes] = {}
+        self._handed: dict[Any, LiveCodes] = {(self.layouts, self.dtype): self}
         stored = all(name in module._buffers for name in self.names)
         self.held: dict[str, Any] = module._buffers
         if not stored and given is not None:
@@ -120,12 +120,10 @@ class LiveCodes(QuantizedExpertWeights):
 
     def handed_out(self, layouts: tuple[str, str], dtype: torch.dtype) -> QuantizedExpertWeights:
         """As the base class has it, and read live as well: an export asks while tensors have no values."""
-        if (layouts, dtype) == (self.layouts, self.dtype):
-            return self
         other = self._handed.get((layouts, dtype))
         if other is None:
             other = copy.copy(self)
-            other.layouts, other.dtype, other._bank, other._known, other._handed = layouts, dtype, None, None, {}
+            other.layouts, other.dtype, other._bank, other._known = layouts, dtype, None, None
             self._handed[layouts, dtype] = other
         return other
 
@@ -161,6 +159,8 @@ class LiveCodes(QuantizedExpertWeights):
             return self._checked(tensors)
         known = self._bank  # looked up once: another thread may replace it
         if known is None or known[0] != key:
+            for other in list(self._handed.values()):  # which hold codes that may have been moved to another device
+                other._bank = None
             known = self._bank = key, self._checked(tensors)
         return known[1]
 
