@@ -52,7 +52,7 @@ def gptq(w_NK: Tensor, format: WeightFormat, hessian_KK: Tensor, name: str = "th
     with torch.no_grad():
         try:
             codes = _rounded(w_NK.detach().double(), start, hessian_KK.double(), squares_K)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch
             raise UsageError(
                 f"the Hessian of {name} has eigenvalues far below 0; it must be a sum of x x^T over rows x"
             ) from None
