@@ -28,7 +28,7 @@ from moeopt.ops.quantize import quantize
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices, from_tensors
 from moeopt.rewrite.as_it_lay import Remembered
 from moeopt.rewrite.block_graph import GivenCodes
-from moeopt.rewrite.floats_gone import floats_of
+from moeopt.rewrite.floats_gone import floats_of, places_of
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place
 from moeopt.rewrite.weight_regions import region
 from moeopt.value_types import PyObject
@@ -227,10 +227,10 @@ class _Biases:
     """
 
     def __init__(self, module: nn.Module, experts: list[ExpertRef]) -> None:
-        self.live = LiveExpertWeights(module, experts, ("oi", "oi")) if _has_biases(experts) else None
+        paths = {b.path for ref in experts for b in (*ref.b_in, ref.b_out) if b is not None}
+        self.live = LiveExpertWeights(module, experts, ("oi", "oi"), place=places_of(paths)) if paths else None
         self.experts = experts
         self.copied = self.live is not None and any(ref.neurons is not None for ref in experts)
-        paths = {b.path for ref in experts for b in (*ref.b_in, ref.b_out) if b is not None}
         self.places = [Place(module, path) for path in sorted(paths)]
 
     def read(self) -> list[Tensor]:
@@ -243,10 +243,6 @@ class _Biases:
         every = [self.live.b_in(e) for e in range(len(self.experts))]
         b_in = [[one[i] for one in every] for i in range(len(every[0]))]
         return b_in, [self.live.b_out(e) for e in range(len(self.experts))]
-
-
-def _has_biases(experts: list[ExpertRef]) -> bool:
-    return any(b is not None for ref in experts for b in (*ref.b_in, ref.b_out))
 
 
 @contextlib.contextmanager

@@ -104,7 +104,7 @@ class LiveExpertWeights:
         experts: list[ExpertRef],
         layouts: tuple[str, str],
         check: Callable[[int], None] = lambda e: None,
-        place: type[Place] = Place,
+        place: Callable[[nn.Module, str], Place] = Place,
         arm: Arm | None = None,
     ) -> None:
         self.num_experts, self._check = len(experts), check

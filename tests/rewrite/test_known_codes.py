@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -93,29 +94,31 @@ def test_codes_that_were_cast_are_told(model):
             model(x)
 
 
-def test_a_bias_that_changes_is_followed():
+class Biased(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(H, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(H, 32), nn.GELU(), nn.Linear(32, H)) for _ in range(4))
+
+    def forward(self, x):
+        logits, ids = self.router(x).topk(2)
+        weights = logits.softmax(-1)
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            if token.numel():
+                y.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return y
+
+
+def test_a_bias_that_changes_is_followed_and_copies_run():
     torch.manual_seed(0)
-
-    class Biased(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.router = nn.Linear(H, 4)
-            self.experts = nn.ModuleList(nn.Sequential(nn.Linear(H, 32), nn.GELU(), nn.Linear(32, H)) for _ in range(4))
-
-        def forward(self, x):
-            logits, ids = self.router(x).topk(2)
-            weights = logits.softmax(-1)
-            y = torch.zeros_like(x)
-            for e, expert in enumerate(self.experts):
-                token, slot = torch.where(ids == e)
-                if token.numel():
-                    y.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
-            return y
-
     x = torch.randn(24, H)
     model = moeopt.optimize(Biased().eval(), x, quantize="int8", verify="off").model
     with torch.no_grad():
         before = model(x)
+        for copied in copy.deepcopy(model), pickle.loads(pickle.dumps(model)):  # whose floats were gone before
+            assert torch.equal(copied(x), before)
         for expert in model.experts:
             expert[2].bias = nn.Parameter(expert[2].bias + 1)
         assert torch.allclose(model(x), before + 1, atol=1e-5)
