@@ -53,7 +53,7 @@ class StackedExpertWeights:
         norm: (E, H) or None.
 
     Raises:
-        UsageError: the tensors disagree on E.
+        UsageError: the tensors disagree on E, or ``b_in`` has more or fewer entries than ``w_in``.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class StackedExpertWeights:
         self.norm_s = norm
         self.num_experts: int = w_out.shape[0]
         self.known: Any = None  # what a kernel worked out of these tensors, and how they lay then
+        _one_each("StackedExpertWeights", self.w_in_s, self.b_in_s)
         _same_length("StackedExpertWeights", self.num_experts, [*self.w_in_s, *self.b_in_s, b_out, norm])
 
     def w_in(self, e: int) -> tuple[Tensor, ...]:
@@ -127,7 +128,7 @@ class ListExpertWeights(ListedVectors):
         b_out, norm: E tensors (None inside: absent there), or None.
 
     Raises:
-        UsageError: the lists differ in length.
+        UsageError: the lists differ in length, or ``b_in`` has more or fewer of them than ``w_in``.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class ListExpertWeights(ListedVectors):
         self.b_out_l = b_out
         self.norm_l = norm
         self.num_experts: int = len(w_out)
+        _one_each("ListExpertWeights", self.w_in_l, self.b_in_l)
         _same_length("ListExpertWeights", self.num_experts, [*self.w_in_l, *self.b_in_l, b_out, norm])
 
     def w_in(self, e: int) -> tuple[Tensor, ...]:
@@ -154,6 +156,14 @@ class ListExpertWeights(ListedVectors):
 
     def stacked(self) -> None:
         return None
+
+
+def _one_each(what: str, w_in: Sequence[object], b_in: Sequence[object]) -> None:
+    if len(w_in) != len(b_in):  # a kernel is told where each lies by its place among all of them
+        raise UsageError(
+            f"{what}: w_in has {len(w_in)} part{'s' * (len(w_in) != 1)} and b_in {len(b_in)}; give each part of w_in "
+            "its biases, or None"
+        )
 
 
 def _same_length(what: str, num_experts: int, parts: Sequence[Tensor | Biases | None]) -> None:

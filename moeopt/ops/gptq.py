@@ -37,7 +37,7 @@ def gptq(w_NK: Tensor, format: WeightFormat, hessian_KK: Tensor, name: str = "th
         name: what messages call the weight.
 
     Raises:
-        UsageError: as :func:`moeopt.ops.quantize`; H is not (K, K), or holds NaN or infinity.
+        UsageError: as :func:`moeopt.ops.quantize`; H is not (K, K), holds NaN or infinity, or is no such sum.
     """
     K = w_NK.shape[-1]
     if hessian_KK.shape != (K, K) or not bool(torch.isfinite(hessian_KK).all()):
@@ -50,7 +50,12 @@ def gptq(w_NK: Tensor, format: WeightFormat, hessian_KK: Tensor, name: str = "th
     if format.is_float or not bool(squares_K.sum() > 0):
         return start
     with torch.no_grad():
-        codes = _rounded(w_NK.detach().double(), start, hessian_KK.double(), squares_K)
+        try:
+            codes = _rounded(w_NK.detach().double(), start, hessian_KK.double(), squares_K)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch
+            raise UsageError(
+                f"the Hessian of {name} has eigenvalues far below 0; it must be a sum of x x^T over rows x"
+            ) from None
     return QuantizedWeight(stored_codes(codes, format), start.scales, start.zeros, format, start.shape)
 
 
@@ -58,7 +63,7 @@ def _rounded(w_NK: Tensor, start: QuantizedWeight, hessian_KK: Tensor, squares_K
     """The codes, as numbers, of ``w_NK`` with the scales and zero points of ``start``."""
     order = squares_K.argsort(descending=True, stable=True)
     back = order.argsort()
-    upper = _factor(hessian_KK[order][:, order], DAMPING * float(squares_K.mean()))
+    upper = _factor(hessian_KK[order][:, order] / squares_K.mean())  # errors are shared out alike at any scale
     left, codes = w_NK[:, order], torch.empty_like(w_NK)
     N, K = w_NK.shape
     height, width = start.format.block[0] or N, start.format.block[1] or K
@@ -80,9 +85,9 @@ def _rounded(w_NK: Tensor, start: QuantizedWeight, hessian_KK: Tensor, squares_K
     return codes[:, back]
 
 
-def _factor(hessian_KK: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of H with ``damping`` on its diagonal."""
-    hessian_KK.diagonal().add_(damping)
+def _factor(hessian_KK: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse of H, whose diagonal has the mean 1, with ``DAMPING`` on it."""
+    hessian_KK.diagonal().add_(DAMPING)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian_KK))
     upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return upper

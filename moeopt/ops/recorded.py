@@ -48,7 +48,8 @@ def recorded(
 class _Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: PyObject, op: str, run: Callable[[], Tensor], gradients: Gradients, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
+        # of what was made in torch.inference_mode() a copy may be saved; the original keeps x[rows], which is one
+        ctx.save_for_backward(*[t.clone() if t.is_inference() else t for t in tensors])
         ctx.op, ctx.gradients = op, gradients
         return run()
 
@@ -60,8 +61,21 @@ class _Recorded(torch.autograd.Function):
             )
         wants_x, _, *wants = ctx.needs_input_grad[3:]
         needs = [i for i, wanted in enumerate((wants_x, *wants)) if wanted]
-        found = dict(zip(needs, ctx.gradients(grad, list(ctx.saved_tensors), needs), strict=True))
+        found = dict(zip(needs, ctx.gradients(grad, _saved(ctx), needs), strict=True))
         return None, None, None, found.get(0), None, *(found.get(i) for i in range(1, 1 + len(wants)))
+
+
+def _saved(ctx: PyObject) -> list[Tensor]:
+    try:
+        return list(ctx.saved_tensors)
+    except RuntimeError as err:
+        if "inplace operation" not in str(err):
+            raise
+        raise RuntimeError(
+            f"{err}\n{ctx.op} reads its tokens, routing weights and experts again in the backward pass, where the "
+            "original may have copies of some: change them after it, or write h = h + moe(h) in the place of "
+            "h += moe(h)"
+        ) from err
 
 
 Rebuild = Callable[[Sequence[Tensor]], ExpertWeights]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from moeopt.errors import UsageError
+from moeopt.rewrite.live_weights import Place
 from moeopt.value_types import PyObject
 
 FLOATS = "_moeopt_floats"
@@ -35,3 +36,15 @@ def check_dtypes(module: nn.Module, call: PyObject, error: RuntimeError) -> None
 
 def _shown(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(sorted(str(dtype) for dtype in dtypes))
+
+
+class _Unread(Place):
+    """Of a matrix, which may be gone by now and which nobody reads."""
+
+    def __init__(self) -> None:
+        self.dtype = torch.float32
+
+
+def places_of(paths: Collection[str]) -> Callable[[nn.Module, str], Place]:
+    """What finds the tensors at ``paths`` in a block, and looks for no other one."""
+    return lambda root, path: Place(root, path) if path in paths else _Unread()

@@ -28,7 +28,7 @@ from moeopt.ops.quantize import quantize
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices, from_tensors
 from moeopt.rewrite.as_it_lay import Remembered
 from moeopt.rewrite.block_graph import GivenCodes
-from moeopt.rewrite.floats_gone import floats_of
+from moeopt.rewrite.floats_gone import floats_of, places_of
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place
 from moeopt.rewrite.weight_regions import region
 from moeopt.value_types import PyObject
@@ -67,8 +67,8 @@ class LiveCodes(QuantizedExpertWeights):
         self.names = [f"{self.prefix}{words}_{part}" for words, m in matrices for part in m.parts]
         self._biases = _Biases(module, experts)
         self._bank: tuple[tuple[int, ...], QuantizedExpertWeights] | None = None
-        self._known: tuple[Any, dict[Any, Any], tuple[Tensor, ...]] | None = None
-        self._handed: dict[Any, LiveCodes] = {}
+        self._known: tuple[Any, dict[Any, Any]] | None = None
+        self._handed: dict[Any, LiveCodes] = {(self.layouts, self.dtype): self}
         stored = all(name in module._buffers for name in self.names)
         self.held: dict[str, Any] = module._buffers
         if not stored and given is not None:
@@ -120,29 +120,30 @@ class LiveCodes(QuantizedExpertWeights):
 
     def handed_out(self, layouts: tuple[str, str], dtype: torch.dtype) -> QuantizedExpertWeights:
         """As the base class has it, and read live as well: an export asks while tensors have no values."""
-        if (layouts, dtype) == (self.layouts, self.dtype):
-            return self
         other = self._handed.get((layouts, dtype))
         if other is None:
             other = copy.copy(self)
-            other.layouts, other.dtype, other._bank, other._known, other._handed = layouts, dtype, None, None, {}
+            other.layouts, other.dtype, other._bank, other._known = layouts, dtype, None, None
             self._handed[layouts, dtype] = other
         return other
 
     def remembered(self, rows: int) -> Remembered | None:
         """What a kernel has worked out of the codes as they lie now, for it to fill, and all tensors, to be kept.
 
-        None where one is no plain tensor.
+        None where one is no plain tensor, or biases are copied: those lie elsewhere each time.
         """
         del rows
+        if self._biases.copied:
+            return None
         tensors: list[Any] = [*map(self.held.get, self.names), *self._biases.read()]
         if not _PLAIN.issuperset(map(type, tensors)):
             return None
-        lie = [(id(t), t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
+        # no tensor is kept: what is worked out holds of whatever lies so, and codes that were moved are given free
+        lie = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.is_neg()) for t in tensors]
         known = self._known  # looked up once: another thread may replace it
         if known is None or known[0] != lie:
-            known = self._known = lie, {}, tuple(tensors)
-        return known[1], known[2]
+            known = self._known = lie, {}
+        return known[1], tuple(tensors)
 
     def now(self) -> QuantizedExpertWeights:
         """The bank as it is now, for one call.
@@ -154,9 +155,18 @@ class LiveCodes(QuantizedExpertWeights):
         biases = self._biases.read()
         key = tuple(map(id, (*tensors, *biases)))
         recorded = bool(biases) and torch.is_grad_enabled()  # a view that was taken without gradients passes none on
-        if self._bank is None or self._bank[0] != key or recorded or torch.compiler.is_compiling():
-            self._bank = key, self._checked(tensors)
-        return self._bank[1]
+        if recorded or self._biases.copied or torch.compiler.is_compiling():
+            return self._checked(tensors)
+        known = self._bank  # looked up once: another thread may replace it
+        if known is None or known[0] != key:
+            for other in list(self._handed.values()):  # which hold codes that may have been moved to another device
+                other._bank = None
+            known = self._bank = key, self._checked(tensors)
+        return known[1]
+
+    def of_one_call(self) -> QuantizedExpertWeights:
+        """What is read once in a call where each look would copy biases anew; else this bank itself."""
+        return self.now().handed_out(self.layouts, self.dtype) if self._biases.copied else self
 
     def _checked(self, tensors: list[Any]) -> QuantizedExpertWeights:
         by_name = dict(zip(self.names, tensors, strict=True))
@@ -210,12 +220,17 @@ def shapes_of(ref: ExpertRef) -> list[tuple[int, int]]:
 
 
 class _Biases:
-    """The float vectors of a bank, read where they live."""
+    """The float vectors of a bank, read where they live.
+
+    Attributes:
+        copied: whether what is handed out is a copy of what was picked: it says nothing of what is written later.
+    """
 
     def __init__(self, module: nn.Module, experts: list[ExpertRef]) -> None:
-        self.live = LiveExpertWeights(module, experts, ("oi", "oi")) if _has_biases(experts) else None
-        self.experts = experts
         paths = {b.path for ref in experts for b in (*ref.b_in, ref.b_out) if b is not None}
+        self.live = LiveExpertWeights(module, experts, ("oi", "oi"), place=places_of(paths)) if paths else None
+        self.experts = experts
+        self.copied = self.live is not None and any(ref.neurons is not None for ref in experts)
         self.places = [Place(module, path) for path in sorted(paths)]
 
     def read(self) -> list[Tensor]:
@@ -228,10 +243,6 @@ class _Biases:
         every = [self.live.b_in(e) for e in range(len(self.experts))]
         b_in = [[one[i] for one in every] for i in range(len(every[0]))]
         return b_in, [self.live.b_out(e) for e in range(len(self.experts))]
-
-
-def _has_biases(experts: list[ExpertRef]) -> bool:
-    return any(b is not None for ref in experts for b in (*ref.b_in, ref.b_out))
 
 
 @contextlib.contextmanager

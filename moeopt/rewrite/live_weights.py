@@ -104,7 +104,7 @@ class LiveExpertWeights:
         experts: list[ExpertRef],
         layouts: tuple[str, str],
         check: Callable[[int], None] = lambda e: None,
-        place: type[Place] = Place,
+        place: Callable[[nn.Module, str], Place] = Place,
         arm: Arm | None = None,
     ) -> None:
         self.num_experts, self._check = len(experts), check
@@ -267,7 +267,10 @@ class LiveExpertWeights:
         """The stacks, through which gradients reach the Parameters."""
         known = self._whole_stacks  # looked up once: another thread may replace it
         if known is None or not known.knows(tensors):
-            known = self._whole_stacks = WholeStacks(self._stacked(), tensors)
+            first, order = self._experts[0], list(self._places)
+            parts = (*first.w_in, first.w_out, *first.b_in, first.b_out)
+            at = [None if part is None else order.index(part.path) for part in parts]
+            known = self._whole_stacks = WholeStacks(self._stacked(), tensors, at)
         return known.stacked(tensors) or self._stacked()
 
     def _let_go(self, reference: PyObject) -> None:

@@ -16,15 +16,14 @@ class WholeStacks:
     Args:
         made: the stacked weights.
         tensors: the Parameters that they are views of, not all of them whole ones maybe.
+        at: of each stacked tensor the number of its Parameter; two that share memory have a gradient each.
     """
 
-    def __init__(self, made: StackedExpertWeights, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, made: StackedExpertWeights, tensors: Sequence[Tensor], at: Sequence[int | None]) -> None:
         self._strides = [t.stride() for t in tensors]
-        lie = [(t.data_ptr(), t.shape, t.stride()) for t in tensors]
         parts = (*made.w_in_s, made.w_out_s, *made.b_in_s, made.b_out_s)
-        places = [None if t is None else (t.data_ptr(), t.shape, t.stride()) for t in parts]
-        self._pairs, self._whole = len(made.w_in_s), all(place is None or place in lie for place in places)
-        self._at = [None if place is None else lie.index(place) for place in places] if self._whole else []
+        self._pairs, self._at = len(made.w_in_s), at
+        self._whole = all(t is None or _lies(t) == _lies(tensors[n or 0]) for t, n in zip(parts, at, strict=True))
 
     def knows(self, tensors: Sequence[Tensor]) -> bool:
         """Whether it was made of Parameters with these strides; their shapes are the same."""
@@ -37,6 +36,10 @@ class WholeStacks:
         found: list[PyObject] = [None if at is None else tensors[at] for at in self._at]
         n = self._pairs
         return StackedExpertWeights(found[:n], found[n], found[n + 1 : -1], found[-1])
+
+
+def _lies(t: Tensor) -> object:
+    return t.data_ptr(), t.shape, t.stride()
 
 
 def detached(bank: StackedExpertWeights) -> StackedExpertWeights:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from moeopt.errors import UsageError
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops import StackedExpertWeights, experts_reference
+from moeopt.ops import ListExpertWeights, StackedExpertWeights, experts_reference
 from moeopt.ops.kernels import cpu
 from moeopt.ops.kernels.cpu import experts_cpu
 from tests.ops.cases import cases, coarsest_eps, make, naive
@@ -145,3 +146,14 @@ def test_all_slots_out_of_range():
     torch.testing.assert_close(experts_cpu(*case.args), case.x * case.weights[:, :1], rtol=1e-15, atol=0)
     case.ids[:] = -1
     assert not experts_cpu(*case.args).any()
+
+
+@pytest.mark.parametrize("T", (2, 60))
+@pytest.mark.parametrize("weight_on", ("output", "input"))
+def test_experts_of_other_widths_are_refused(T, weight_on):
+    """What ``out=`` of torch finds too wide it takes anew, and the rest of the result would be what memory held."""
+    spec = ExpertsSpec(rows="plain", activation="relu", weight_on=weight_on)
+    bank = ListExpertWeights([[torch.ones(4, 3)] * 3], [torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 4)])
+    ids = torch.tensor([[0, 1]]).repeat(T, 1)
+    with pytest.raises(UsageError, match="a product of one expert is 1 wide, and that of another 3; all experts of a"):
+        experts_cpu(torch.ones(T, 3), ids, torch.ones(T, 2), bank, spec)

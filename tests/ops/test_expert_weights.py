@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moeopt.errors import UsageError
+from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import ListExpertWeights, StackedExpertWeights
 
 
@@ -29,3 +30,17 @@ def test_lengths_must_agree():
         StackedExpertWeights([torch.zeros(2, 4, 2)], torch.zeros(3, 2, 2))
     with pytest.raises(UsageError, match="ListExpertWeights: W_out holds 1 experts and another weight 2"):
         ListExpertWeights([[torch.zeros(4, 2)] * 2], [torch.zeros(2, 2)])
+
+
+def test_biases_are_one_for_each_first_matrix():
+    w_in, w_out, bias = torch.zeros(2, 4, 3), torch.zeros(2, 3, 4), torch.zeros(2, 4)
+    with pytest.raises(
+        UsageError, match="StackedExpertWeights: w_in has 1 part and b_in 2; give each part of w_in its"
+    ):
+        StackedExpertWeights([w_in], w_out, [bias, bias])
+    with pytest.raises(UsageError, match="ListExpertWeights: w_in has 2 parts and b_in 1; give each part of w_in its"):
+        ListExpertWeights([list(w_in), list(w_in)], list(w_out), [list(bias)])
+    x, ids, weights = torch.zeros(1, 3), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1)
+    with pytest.raises(UsageError, match="w_in has 1 part and b_in 2"):
+        spec = ExpertsSpec(rows="plain", activation="relu").text
+        torch.ops.moeopt.experts(x, ids, weights, [w_in], [w_out], [bias, bias], [], [], spec)

@@ -106,6 +106,21 @@ def test_hessians_that_are_none(hessian):
         gptq(made(6, 64)[0], wf.INT4_BLOCK32, hessian, "w_out of expert 2")
 
 
+def test_rows_of_any_size_round_alike():
+    w, x = made(6, 64)
+    want = gptq(w, wf.INT4_BLOCK32, x.double().T @ x.double())
+    for size in (2.0**-530, 2.0**500):  # squares that are hardly numbers any more
+        rows = x.double() * size
+        assert torch.equal(gptq(w, wf.INT4_BLOCK32, rows.T @ rows).codes, want.codes)
+
+
+def test_a_hessian_of_no_rows_is_told():
+    hessian = torch.eye(64)
+    hessian[0, 1] = hessian[1, 0] = 5
+    with pytest.raises(UsageError, match=r"w_in_0 of expert 1 has eigenvalues far below 0; it must be a sum of x x\^T"):
+        gptq(made(6, 64)[0], wf.INT4_BLOCK32, hessian, "w_in_0 of expert 1")
+
+
 def test_weights_that_no_code_means():
     with pytest.raises(UsageError, match="w holds NaN or infinity"):
         gptq(torch.full((2, 32), torch.nan), wf.INT4_BLOCK32, torch.eye(32), "w")

@@ -8,11 +8,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops import ListExpertWeights, experts, experts_reference
+from moeopt.ir.weight_refs import ExpertRef, MatrixRef
+from moeopt.ops import ListExpertWeights, StackedExpertWeights, experts, experts_reference
 from moeopt.ops import recorded as module
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place
+from tests.capture.tiny import Run, rand
 from tests.ops.cases import make
-from tests.rewrite.test_live_weights import E, H, listed, stacked
+from tests.rewrite.test_live_weights import E, H, I, listed, stacked
 
 SPEC = ExpertsSpec(rows="plain", activation="relu")
 PAIRED = ExpertsSpec(rows="separate", w_out_layout="io")
@@ -131,8 +133,57 @@ def test_what_is_read_again_may_not_be_changed_before(live):
     y.sum().backward(retain_graph=True)
     with torch.no_grad():
         root.experts[1][0].weight.zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation") as err:
         y.sum().backward()
+    assert "moeopt::experts reads its tokens, routing weights and experts again in the backward pass" in str(err.value)
+    assert "or write h = h + moe(h) in the place of h += moe(h)" in str(err.value)
+
+
+def test_a_graph_that_was_freed_says_what_torch_says(live):
+    root, bank, spec = live
+    y = experts(*inputs([[0, 1]]), bank, spec)
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time") as err:
+        y.sum().backward()
+    assert "moeopt" not in str(err.value)
+
+
+def test_tokens_of_inference_mode_are_kept(live):
+    root, bank, spec = live
+    x, ids, weights = inputs([[0, 1], [2, 1]])
+    _, want = gradients(experts, root, x, ids, weights, bank, spec)
+    with torch.inference_mode():
+        x, ids, scores = x.detach().clone(), ids.clone(), weights.detach().clone()
+    for share in (weights, scores):
+        y = experts(x, ids, share, bank, spec)
+        got = torch.autograd.grad(y.square().sum(), list(root.parameters()), allow_unused=True)
+        for g, w in zip(got, want[2:], strict=True):
+            torch.testing.assert_close(g, w)
+
+
+def test_two_parameters_in_the_same_memory_have_a_gradient_each():
+    root = Run(None, gate=rand(E, I, H), up=rand(E, I, H), out=rand(E, H, I, seed=1))
+    root.up.data = root.gate.data
+    refs = [
+        ExpertRef(
+            tuple(MatrixRef(name, (e, 0, 0), (0, 0, 1), (0, 1, 0), H, I) for name in ("gate", "up")), (None, None),
+            MatrixRef("out", (e, 0, 0), (0, 0, 1), (0, 1, 0), I, H), None,
+        )
+        for e in range(E)
+    ]  # fmt: skip
+    root.requires_grad_()
+    spec = ExpertsSpec(rows="separate")
+    bank = LiveExpertWeights(root, refs, ("oi", "oi"))
+    x, ids, weights = torch.randn(2, H), torch.tensor([[0, 1], [2, 1]]), torch.rand(2, 2)
+    for _ in range(2):
+        whole = StackedExpertWeights([root.gate, root.up], root.out)
+        got, want = (
+            torch.autograd.grad(f(x, ids, weights, b, spec).square().sum(), list(root.parameters()), allow_unused=True)
+            for f, b in ((experts, bank), (experts_reference, whole))
+        )
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w)
+        root.up.data = root.up.data + 1  # and is memory of its own from now on
 
 
 def test_a_second_derivative_is_refused(live):

@@ -29,6 +29,8 @@ _NEW = {
     aten.scatter_.value: aten.scatter.value,
     aten.scatter_.src: aten.scatter.src,
 }
+_SHARING = {"_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "lift"}
+"""Ops that may give the memory of their argument, or parts of it, though their schemas do not say so."""
 
 
 def writes_as_results(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -71,6 +73,8 @@ def _is_own(value: PyObject) -> bool:
 def _gives_memory(op: PyObject) -> bool:
     """Whether an op's results are never its arguments; a composite op's may be, whatever its schema says."""
     if not isinstance(op, torch._ops.OpOverload) or op.namespace != "aten" or op._schema.is_mutable:
+        return False
+    if op.overloadpacket.__name__ in _SHARING:
         return False
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
     said = [*op._schema.arguments, *op._schema.returns]

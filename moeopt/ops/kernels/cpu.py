@@ -21,7 +21,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.kernels.few_calls import all_experts, every_expert, in_turn
-from moeopt.ops.kernels.gemm import linear, linear_into, pays_to_fill
+from moeopt.ops.kernels.gemm import check_width, linear, linear_into, pays_to_fill
 from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.ops.reference import check, dtypes, out_features, rms_norm
 
@@ -175,6 +175,7 @@ def _window(begin: int, end: int, x_RI: Tensor) -> tuple[int, int]:
 
 def _weigh(o_MH: Tensor, w_M1: Tensor | None, term_MH: Tensor) -> None:
     """o * w, rounded once in their promoted dtype and once to the accumulator's."""
+    check_width(term_MH, o_MH.shape[1])
     if w_M1 is None:
         term_MH.copy_(o_MH)
     else:

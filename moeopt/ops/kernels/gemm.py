@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moeopt.errors import UsageError
 from moeopt.ops.measured import Way, fastest
 
 Gemm = Literal["mv", "linear", "mm_t", "onednn"]
@@ -78,7 +79,8 @@ def linear(x_MI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> Tensor:
 
 
 def linear_into(y_MO: Tensor, x_MI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> None:
-    """:func:`linear`, written to the rows ``y_MO``."""
+    """:func:`linear`, written to the rows ``y_MO``; a ``UsageError`` where they are of another width."""
+    check_width(y_MO, w_OI.shape[0])
     kind = choose_gemm(x_MI.shape[0], w_OI.dtype, w_OI.stride(1) == 1, w_OI.numel())
     if kind == "mv" and b_O is None:
         torch.mv(w_OI, x_MI[0], out=y_MO[0])
@@ -88,6 +90,15 @@ def linear_into(y_MO: Tensor, x_MI: Tensor, w_OI: Tensor, b_O: Tensor | None) ->
         torch.mm(x_MI, w_OI.t(), out=y_MO)
     else:
         torch.addmm(b_O, x_MI, w_OI.t(), out=y_MO)
+
+
+def check_width(y_MO: Tensor, width: int) -> None:
+    """Raise where ``width`` numbers are to be written to each row: torch's ``out=`` would take other memory for it."""
+    if y_MO.shape[1] != width:
+        raise UsageError(
+            f"experts: a product of one expert is {width} wide, and that of another {y_MO.shape[1]}; all experts of a "
+            "bank have weights of the same sizes"
+        )
 
 
 def _mm_t(x_MI: Tensor, w_OI: Tensor, b_O: Tensor | None) -> Tensor:

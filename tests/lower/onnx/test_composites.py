@@ -198,6 +198,27 @@ def a_composite_op_that_gives_its_argument(x):
     return y + same
 
 
+def shared_unsaid(x):
+    y = x + 1
+    flat = aten._unsafe_view(y, [x.numel()])
+    y.mul_(2)
+    return flat.sum() + y
+
+
+def split_unsaid(x):
+    y = x + 1
+    first = torch.unsafe_split(y, 2, 0)[0]
+    y.mul_(2)
+    return first.sum() + y
+
+
+def given_back_unsaid(x):
+    y = x + 1
+    same = aten.lift(y)
+    y.mul_(2)
+    return same + y
+
+
 def another_op(x):
     y = x + 1
     y.relu_()
@@ -207,6 +228,7 @@ def another_op(x):
 @pytest.mark.parametrize(
     "function",
     [a_view_is_held, a_reshape_is_held, the_same_under_another_name, a_view_is_written, the_argument_is_written,
+     shared_unsaid, split_unsaid, given_back_unsaid,
      written_with_other_dtype, written_as_integers, a_composite_op_that_gives_its_argument, another_op],
 )  # fmt: skip
 def test_a_write_that_others_may_see_or_of_another_kind_is_left_to_a_trace(function, traced):
