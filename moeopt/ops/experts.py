@@ -166,6 +166,9 @@ def _needs_grad(x: Tensor, weights: Tensor, bank: ExpertWeights) -> bool:
     if stacked is not None:
         held = (*stacked.w_in_s, stacked.w_out_s, *stacked.b_in_s, stacked.b_out_s, stacked.norm_s)
         return any(t is not None and t.requires_grad for t in held)
+    unchecked = getattr(bank, "unchecked", None)  # a frozen model would have every expert looked up for nothing
+    if unchecked is not None and (every := unchecked()) is not None:
+        return any([t.requires_grad for t in every])
     for e in range(bank.num_experts):
         held = (*bank.w_in(e), bank.w_out(e), *bank.b_in(e), bank.b_out(e), bank.norm(e))
         if any(t is not None and t.requires_grad for t in held):

@@ -22,7 +22,7 @@ from moeopt.rewrite.as_it_lay import FEW, Arm, AsItLay, Remembered
 from moeopt.rewrite.regular_steps import flat, steps_between
 from moeopt.rewrite.weight_regions import IRREGULAR, from_origin, region, region_of
 from moeopt.rewrite.whole_experts import WholeExperts
-from moeopt.rewrite.whole_stacks import WholeStacks, detached
+from moeopt.rewrite.whole_stacks import WholeStacks, detached, numbers_of
 from moeopt.value_types import PyObject
 
 _PLAIN = {Tensor, nn.Parameter}
@@ -193,6 +193,10 @@ class LiveExpertWeights:
             return None
         return wholes.listed(tensors)
 
+    def unchecked(self) -> Sequence[Tensor] | None:
+        """Every Parameter as it is now, whether or not it is as it was verified; None as in :meth:`lies`."""
+        return None if self._all is None else self._all.tensors()
+
     def whole(self) -> tuple[Sequence[Tensor], WholeExperts] | None:
         """Every Parameter as it is now, each expert checked, and which of them each expert's are.
 
@@ -206,8 +210,7 @@ class LiveExpertWeights:
     def _whole_experts(self) -> WholeExperts:
         if self._wholes is None:
             self._kinds = [(p.dtype, p.shape, False) for p in self._places.values()]
-            shapes = {path: place.shape for path, place in self._places.items()}
-            self._wholes = WholeExperts(self._experts, self._layouts, shapes)
+            self._wholes = WholeExperts(self._experts, self._layouts, {p: t.shape for p, t in self._places.items()})
         return self._wholes
 
     def lies_alone(self, e: int) -> tuple[object, list[Tensor]] | None:
@@ -267,9 +270,7 @@ class LiveExpertWeights:
         """The stacks, through which gradients reach the Parameters."""
         known = self._whole_stacks  # looked up once: another thread may replace it
         if known is None or not known.knows(tensors):
-            first, order = self._experts[0], list(self._places)
-            parts = (*first.w_in, first.w_out, *first.b_in, first.b_out)
-            at = [None if part is None else order.index(part.path) for part in parts]
+            at = numbers_of(self._experts[0], list(self._places))
             known = self._whole_stacks = WholeStacks(self._stacked(), tensors, at)
         return known.stacked(tensors) or self._stacked()
 

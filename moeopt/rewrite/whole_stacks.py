@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from moeopt.ir.weight_refs import ExpertRef
 from moeopt.ops.expert_weights import StackedExpertWeights
 from moeopt.value_types import PyObject
 
@@ -40,6 +41,12 @@ class WholeStacks:
 
 def _lies(t: Tensor) -> object:
     return t.data_ptr(), t.shape, t.stride()
+
+
+def numbers_of(expert: ExpertRef, paths: list[str]) -> list[int | None]:
+    """The number among ``paths`` of each Parameter that the parts of ``expert`` are in, in the order of a stack's."""
+    parts = (*expert.w_in, expert.w_out, *expert.b_in, expert.b_out)
+    return [None if part is None else paths.index(part.path) for part in parts]
 
 
 def detached(bank: StackedExpertWeights) -> StackedExpertWeights:

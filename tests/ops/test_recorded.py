@@ -230,3 +230,15 @@ def test_a_bank_of_lists_is_not_asked_for_experts_that_no_id_names(monkeypatch):
     held, rebuild = module.separate_experts(case.bank, case.ids, case.weights, True)
     assert 3 not in read and len(held) == 2 * len(set(case.ids.flatten().tolist()))
     assert rebuild(held).num_experts == 4
+
+
+def test_a_frozen_bank_records_nothing_and_looks_no_expert_up(monkeypatch):
+    root, refs = listed()
+    bank = LiveExpertWeights(root.requires_grad_(False), refs, ("oi", "oi"))
+    call = torch.randn(2, H), torch.tensor([[0, 1], [1, 2]]), torch.rand(2, 2)
+    want = experts(*call, bank, SPEC)
+    for name in ("w_in", "w_out"):
+        monkeypatch.setattr(LiveExpertWeights, name, lambda self, e: pytest.fail("looked up one by one"))
+    assert torch.equal(experts(*call, bank, SPEC), want) and not want.requires_grad
+    root.experts[2][0].bias.requires_grad_()
+    assert experts(*call, bank, SPEC).requires_grad
