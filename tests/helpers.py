@@ -92,3 +92,16 @@ def count_expert_calls() -> Iterator[list[Any]]:
         functions.expert_by_expert = one_by_one
         for caller in callers:
             caller.run_kernel = kernel
+
+
+def counted_decompositions(monkeypatch: Any) -> list[Any]:
+    """A list that gets each exported program that is traced once more, to be decomposed."""
+    calls: list[Any] = []
+    theirs = torch.export.ExportedProgram.run_decompositions
+
+    def counted(self, *args, **options):
+        calls.append(self)
+        return theirs(self, *args, **options)
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", counted)
+    return calls

@@ -9,6 +9,7 @@ from benchmarks.quantise_methods import calibration
 from moeopt.cli import main
 from moeopt.errors import UsageError
 from moeopt.verification.certificate import Certificate
+from tests.test_quantize import Two
 from tests.toy_moe import Block, build
 from tests.trained_lm import load, text
 
@@ -70,17 +71,6 @@ def test_the_certificate_says_how():
 
 def test_it_does_not_depend_on_how_the_calls_are_cut_or_on_the_block_before():
     """Every expert is rounded by what the *original* model sends to it."""
-
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = build(), build()
-            with torch.no_grad():
-                for p in self.b.parameters():
-                    p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-
-        def forward(self, x):
-            return self.b(self.a(x) + x)
 
     def codes(formats, calls):
         made = moeopt.optimize(Two().eval(), X, quantize=moeopt.QuantPlan(formats, method="gptq"), calibration=calls)

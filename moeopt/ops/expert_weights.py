@@ -16,6 +16,11 @@ from moeopt.errors import UsageError
 Biases = Sequence[Tensor | None]
 
 
+def how_they_lie(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
+    """Of each tensor all that a kernel is told of it: what was worked out of tensors holds of all that lie as these."""
+    return [(t.data_ptr(), t.dtype, t.shape, t.stride(), t.is_neg()) for t in tensors]
+
+
 class ExpertWeights(Protocol):
     """The weights of ``num_experts`` experts, live: a lookup returns the tensor as it is now."""
 

@@ -129,16 +129,19 @@ def _recorded(
         held, rebuild = separate_experts(bank, ids, weights, skip_idle)
         return recorded("moeopt::experts", run, gradients_of(rebuild, spec), x, ids, weights, held)
     lists = flatten(stacked, spec)
-    sizes = [len(part) for part in lists]
-
-    def gradients(grad: Tensor, saved: list[Tensor], needs: list[int]) -> list[Tensor]:
-        x, ids, weights, *flat = saved
-        rest = iter(flat)
-        parts = [[next(rest) for _ in range(size)] for size in sizes]
-        found: list[Tensor] = torch.ops.moeopt.experts_backward(grad, x, ids, weights, *parts, spec.text, needs)
-        return found
-
+    gradients = functools.partial(gradients_of_lists, [len(part) for part in lists], spec.text)
     return recorded("moeopt::experts", run, gradients, x, ids, weights, [t for part in lists for t in part])
+
+
+def gradients_of_lists(
+    sizes: list[int], spec: str, grad: Tensor, saved: list[Tensor], needs: list[int]
+) -> list[Tensor]:
+    """Gradients of those of [x, weights, *lists] that ``needs`` indexes; ``saved`` are x, ids, weights, lists."""
+    x, ids, weights, *flat = saved
+    rest = iter(flat)
+    lists = [[next(rest) for _ in range(size)] for size in sizes]
+    found: list[Tensor] = torch.ops.moeopt.experts_backward(grad, x, ids, weights, *lists, spec, needs)
+    return found
 
 
 def _present(parts: Sequence[Tensor | None]) -> list[Tensor]:

@@ -10,7 +10,8 @@ import functools
 import torch
 from torch import Tensor
 
-from moeopt.ops.experts import Lists, decode, run_kernel, unflatten
+from moeopt.ops.expert_weights import how_they_lie
+from moeopt.ops.experts import Lists, decode, gradients_of_lists, run_kernel, unflatten
 from moeopt.ops.forward_mode import refusing_tangents
 from moeopt.ops.reference import experts_reference
 from moeopt.value_types import PyObject
@@ -51,8 +52,7 @@ def _remembered(lists: Lists, spec: str, rows: int) -> tuple[dict[PyObject, PyOb
     tensors = [t for part in lists for t in part or ()]
     if len(tensors) > MOST_WEIGHTS:
         return None
-    # the dispatcher hands over no view that is marked as negative
-    lie = spec, *[(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
+    lie = (spec, *how_they_lie(tensors))
     calls = _calls.get(lie)
     if calls is None:
         if len(_calls) >= MOST_BANKS:
@@ -123,13 +123,10 @@ def _gradients(ctx: PyObject, grad: Tensor) -> tuple[PyObject, ...]:
         raise RuntimeError(
             "moeopt::experts has no second derivative (create_graph=True); take it of the original model instead"
         )
-    x, ids, weights, *flat = ctx.saved_tensors
     wants_x, _, wants_weights, *wants_lists, _ = ctx.needs_input_grad
     wants = [wants_x, wants_weights, *(w for part in wants_lists for w in part)]
     needs = [i for i, wanted in enumerate(wants) if wanted]
-    rest = iter(flat)
-    lists = [[next(rest) for _ in range(size)] for size in ctx.sizes]
-    found = iter(torch.ops.moeopt.experts_backward(grad, x, ids, weights, *lists, ctx.spec, needs))
+    found = iter(gradients_of_lists(ctx.sizes, ctx.spec, grad, list(ctx.saved_tensors), needs))
     grads = iter([next(found) if wanted else None for wanted in wants])
     grad_x, grad_weights = next(grads), next(grads)
     return grad_x, None, grad_weights, *([next(grads) for _ in range(size)] for size in ctx.sizes), None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moeopt.ops import quantized_experts as quantized
-from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights
+from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights, how_they_lie
 from moeopt.ops.experts import decode, is_traced, run_kernel, unflatten
 from moeopt.ops.native.call import transformed
 from moeopt.ops.native.dispatch import quantized_on_cpu
@@ -28,15 +28,12 @@ class _Kept:
 
     def keep(self, tensors: Sequence[Tensor]) -> None:
         self._tensors, self._calls = tuple(tensors), dict[PyObject, PyObject]()
-        self._lie = self._lies()
-
-    def _lies(self) -> list[object]:
-        return [(t.data_ptr(), t.stride(), t.is_neg()) for t in self._tensors]
+        self._lie = how_they_lie(self._tensors)
 
     def remembered(self, rows: int) -> tuple[dict[PyObject, PyObject], tuple[Tensor, ...]] | None:
         """What a kernel has worked out of them, for it to fill, and all of them; None where one was moved."""
         del rows
-        return (self._calls, self._tensors) if self._lies() == self._lie else None
+        return (self._calls, self._tensors) if how_they_lie(self._tensors) == self._lie else None
 
 
 class _KeptStack(_Kept, StackedExpertWeights):

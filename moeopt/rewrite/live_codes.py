@@ -23,7 +23,7 @@ from moeopt.ir.bank_format import BankFormat, MatrixFormat
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_format import WeightFormat
 from moeopt.ir.weight_refs import ExpertRef, tensor_at
-from moeopt.ops.expert_weights import Biases
+from moeopt.ops.expert_weights import Biases, how_they_lie
 from moeopt.ops.quantize import quantize
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices, from_tensors
 from moeopt.rewrite.as_it_lay import Remembered
@@ -139,7 +139,7 @@ class LiveCodes(QuantizedExpertWeights):
         if not _PLAIN.issuperset(map(type, tensors)):
             return None
         # no tensor is kept: what is worked out holds of whatever lies so, and codes that were moved are given free
-        lie = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.is_neg()) for t in tensors]
+        lie = how_they_lie(tensors)
         known = self._known  # looked up once: another thread may replace it
         if known is None or known[0] != lie:
             known = self._known = lie, {}

@@ -12,6 +12,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from moeopt.lower.onnx.export import to_onnx
 from moeopt.lower.signature import functional
 from moeopt.patches import no_idle_decomposition
+from tests.helpers import counted_decompositions
 
 
 class Plain(nn.Module):
@@ -44,15 +45,7 @@ def exported(model, *args):
 @pytest.fixture
 def traced(monkeypatch):
     """How often a program was traced once more."""
-    calls = []
-    theirs = torch.export.ExportedProgram.run_decompositions
-
-    def counted(self, *args, **options):
-        calls.append(self)
-        return theirs(self, *args, **options)
-
-    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", counted)
-    return calls
+    return counted_decompositions(monkeypatch)
 
 
 def ran(model, *args):

@@ -16,6 +16,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from moeopt.lower.onnx.composites import composites_written_out
 from moeopt.lower.onnx.written_values import writes_as_results
 from moeopt.patches import no_idle_decomposition
+from tests.helpers import counted_decompositions
 
 aten = torch.ops.aten
 
@@ -50,15 +51,7 @@ def ops(program):
 @pytest.fixture
 def traced(monkeypatch):
     """How often a program was traced once more."""
-    calls = []
-    theirs = torch.export.ExportedProgram.run_decompositions
-
-    def counted(self, *args, **options):
-        calls.append(self)
-        return theirs(self, *args, **options)
-
-    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", counted)
-    return calls
+    return counted_decompositions(monkeypatch)
 
 
 @functools.cache
