@@ -4,7 +4,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.never_slower --dtypes float64 --hidden 64 --forms every
 
 A cell is the median, over turns in both orders, of the original's time divided by the rewritten block's, guards, router
-and call included, in CPU time of the thread. ``--isa avx2`` keeps torch, oneDNN and the kernel to that instruction set.
+and call included, in CPU time of the thread; ``--threads 2`` is by the clock, so for a quiet machine. ``--isa avx2``
+keeps torch, oneDNN and the kernel to that instruction set.
 What is below ``--least`` is told again at the end, worst first. A declined block is its own original, and has no cell.
 A call that is left to the block's own code (``moeopt.pipeline.own_code``) has one: ``MOEOPT_MEASURE=off`` leaves none.
 ``--gradients`` records what a backward pass would need, as a model does that runs without ``torch.no_grad()``.
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.05, help="CPU time of a cell")
     parser.add_argument("--least", type=float, default=0.95)
     parser.add_argument("--gradients", action="store_true", help="with gradients recorded")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--isa", choices=["avx2"], help="play a lesser instruction set")
     parser.add_argument("--save", nargs="?", const="", metavar="SUFFIX", help="of the file's name")
     asked = parser.parse_args()
@@ -76,7 +78,7 @@ def main() -> None:
         limits = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
         os.environ.update(limits, MOEOPT_NATIVE_ISA="avx2")
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.never_slower", *sys.argv[1:]])
-    torch.set_num_threads(1)
+    torch.set_num_threads(asked.threads)
     torch.set_grad_enabled(asked.gradients)
     chosen = [n for n in FORMS if asked.forms is None or n.startswith(tuple(asked.forms))]
     rows: list[dict[str, object]] = []
@@ -105,7 +107,7 @@ def main() -> None:
             "load": os.getloadavg(), "experts": asked.experts, "top": asked.top, "rows": rows,
         }  # fmt: skip
         suffix = f"-{asked.save}" if asked.save else ""
-        path = RESULTS / f"never-slower-{isa.lower()}-1t{suffix}.json"
+        path = RESULTS / f"never-slower-{isa.lower()}-{asked.threads}t{suffix}.json"
         path.write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -1,6 +1,8 @@
 """What a token gets depends on no other token, no thread and no memory beside its own."""
 
+import ctypes
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import StackedExpertWeights, experts_reference
 from tests.ops.native.blocks import Sizes, random_block
 
+TASKS = Path("/proc/self/task")
 LAYOUTS = [("oi", "oi"), ("io", "io"), ("io", "oi")]
 
 
@@ -19,6 +22,25 @@ def block(dtype, layouts, T=90, **fields):
     spec = ExpertsSpec(w_in_layout=layouts[0], w_out_layout=layouts[1], **fields)
     # seed 15: weights, rows and columns as they come, so that all tiles of contiguous memory are met
     return random_block(spec, Sizes(T=T, K=2, E=3, H=160, I=300, D=72), dtype, seed=15)
+
+
+def ended_well(calls):
+    """Whether ``calls`` came to its end in a child of fork, within a minute."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            calls()
+            status = 0
+        finally:
+            os._exit(status)
+    deadline = time.monotonic() + 60
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if done == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return done == (child, 0)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
@@ -95,33 +117,45 @@ def test_two_threads_call_at_once(best):
 def test_a_forked_child_has_threads_of_its_own(best):
     args = block(torch.float32, LAYOUTS[0])
     want = best(*args, threads=4)  # the parent's threads exist, and a child has none of them
-    child = os.fork()
-    if child == 0:
-        ok = False
-        try:
-            ok = all(torch.equal(best(*args, threads=4), want) for _ in range(3))
-        finally:
-            os._exit(0 if ok else 1)
-    deadline = time.monotonic() + 60
-    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    if done == (0, 0):
-        os.kill(child, 9)
-        os.waitpid(child, 0)
-    assert done == (child, 0)
+
+    def calls():
+        assert all(torch.equal(best(*args, threads=4), want) for _ in range(3))
+
+    assert ended_well(calls)
     assert torch.equal(best(*args, threads=4), want)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system has no /proc")
+@pytest.mark.skipif(not TASKS.is_dir(), reason="this system has no /proc")
 def test_no_thread_runs_between_calls(best):
     def states():
-        return [t.read_text().rpartition(")")[2].split()[0] for t in Path("/proc/self/task").glob("*/stat")]
+        return [t.read_text().rpartition(")")[2].split()[0] for t in TASKS.glob("*/stat")]
 
     best(*block(torch.float32, LAYOUTS[0]), threads=4)
     deadline = time.monotonic() + 60  # a machine at work may take its time to put them to sleep
     while states().count("R") > 1 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert states().count("R") <= 1, "only the thread that asks is awake"
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="this system has no /proc")
+def test_a_call_waits_for_no_thread_that_has_no_core(best):
+    """Each thread of the kernel stands still in a signal's handler, as one does whose core another program has."""
+
+    def calls_while_they_stand_still():
+        before = {task.name for task in TASKS.iterdir()}
+        assert torch.equal(best(*args, threads=3), want)
+        libc = ctypes.CDLL(None)
+        libc.signal(signal.SIGUSR1, ctypes.cast(libc.pause, ctypes.c_void_p))
+        held = {task.name for task in TASKS.iterdir()} - before
+        assert len(held) == 2, held
+        for thread in held:
+            assert libc.tgkill(os.getpid(), int(thread), signal.SIGUSR1) == 0
+        time.sleep(0.1)
+        assert all(torch.equal(best(*args, threads=3), want) for _ in range(20))
+
+    args = block(torch.float32, LAYOUTS[0])
+    want = best(*args)
+    assert ended_well(calls_while_they_stand_still)
 
 
 @pytest.mark.parametrize("layouts", LAYOUTS, ids=str)

@@ -195,7 +195,7 @@ struct Work {
   std::vector<Stage> stages;
   std::unique_ptr<std::atomic<int64_t>[]> next;
   std::vector<Buffer<float>> scratch;
-  Barrier barrier;
+  std::unique_ptr<Progress[]> progress;
 
   explicit Work(const Plan &p, int64_t threads) : plan(p) {
     const moeopt_call &c = p.c;
@@ -212,6 +212,7 @@ struct Work {
       }
     stages.push_back({Stage::COMBINE, (c.T + COMBINED - 1) / COMBINED, 0, 0, {}});
     next.reset(new std::atomic<int64_t>[stages.size()]());
+    progress.reset(new Progress[stages.size()]);
   }
 
   static bool across(const moeopt_matrix &m) { return m.stride_out == 1 && m.stride_in != 1; }
@@ -243,14 +244,20 @@ struct Work {
     else p.k.output(p.job, s, first, std::min(first + block, p.c.D), mine);
   }
 
-  void drain(size_t s, int64_t me) {
-    for (int64_t t; (t = next[s].fetch_add(1, std::memory_order_relaxed)) < stages[s].tasks;)
+  int64_t drain(size_t s, int64_t me) {
+    int64_t mine = 0;
+    for (int64_t t; (t = next[s].fetch_add(1, std::memory_order_relaxed)) < stages[s].tasks; mine++)
       task(stages[s], t, scratch[me].get());
+    return mine;
   }
 
-  static void body(void *context, int64_t me, int64_t threads) {
+  static void body(void *context, int64_t me) {
     Work &w = *(Work *)context;
-    for (size_t s = 0; s < w.stages.size(); s++) w.drain(s, me), w.barrier.wait(threads);
+    for (size_t s = 0; s < w.stages.size(); s++) {
+      const int64_t of = w.stages[s].tasks;
+      if (const int64_t mine = w.drain(s, me)) w.progress[s].done(mine, of);
+      w.progress[s].wait(of);
+    }
   }
 
   // on another's threads, of which some may come when the tasks are done: no barrier, one round for each stage

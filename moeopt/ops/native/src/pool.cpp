@@ -1,7 +1,5 @@
 #include "pool.h"
 
-#include <condition_variable>
-#include <mutex>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -11,11 +9,21 @@
 
 namespace {
 
+constexpr int SPINS = 2000;  // tens of microseconds: what the last tasks of a stage take, unless one has no core
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 struct Pool {
   std::mutex busy;  // held by the one caller whose work the threads do
   std::mutex lock;
   std::condition_variable wake, done;
-  int64_t started = 0, round = 0, wanted = 0, running = 0, threads = 0;
+  int64_t started = 0, round = 0, wanted = 0, running = 0;  // wanted: the last number that may come in; 0 between rounds
   Body body = nullptr;
   void *context = nullptr;
 
@@ -26,10 +34,11 @@ struct Pool {
       wake.wait(held, [&] { return round != seen; });
       seen = round;
       if (me > wanted) continue;
+      running++;
       held.unlock();
-      body(context, me, threads);
+      body(context, me);
       held.lock();
-      if (--running == 0) done.notify_one();
+      if (--running == 0 && !wanted) done.notify_one();
     }
   }
 };
@@ -54,7 +63,7 @@ Pool *the_pool() {
 
 void run_parallel(int64_t wanted, Body body, void *context) {
   Pool *p = wanted > 1 ? the_pool() : nullptr;
-  if (!p || !p->busy.try_lock()) return body(context, 0, 1);
+  if (!p || !p->busy.try_lock()) return body(context, 0);
   std::unique_lock<std::mutex> held(p->lock);
   try {
     while (p->started < wanted - 1) {
@@ -65,28 +74,32 @@ void run_parallel(int64_t wanted, Body body, void *context) {
     }
   } catch (const std::system_error &) {  // no more threads here
   }
-  p->wanted = p->running = p->started < wanted - 1 ? p->started : wanted - 1;
-  p->threads = p->wanted + 1;
+  p->wanted = wanted - 1;
   p->body = body, p->context = context;
   p->round++;
   held.unlock();
   p->wake.notify_all();
-  body(context, 0, p->threads);
+  body(context, 0);
   held.lock();
+  p->wanted = 0;
   p->done.wait(held, [&] { return p->running == 0; });
   held.unlock();
   p->busy.unlock();
 }
 
-void Barrier::wait(int64_t threads) {
-  if (threads == 1) return;
-  const int64_t phase = phase_.load();
-  if (arrived_.fetch_add(1) + 1 == threads) {
-    arrived_.store(0);
-    phase_.fetch_add(1);
-    return;
+void Progress::done(int64_t tasks, int64_t of) {
+  if (done_.fetch_add(tasks) + tasks < of || !sleepers_.load()) return;
+  std::lock_guard<std::mutex> held(lock_);  // a sleeper that has asked already is asleep by now
+  all_.notify_all();
+}
+
+void Progress::wait(int64_t of) {
+  for (int turn = 0; turn < SPINS; turn++) {
+    if (done_.load() >= of) return;
+    relax();
   }
-  // the others are at the last tasks of a stage: microseconds, unless one of them has no core
-  for (int64_t turn = 0; phase_.load() == phase; turn++)
-    if (turn > 1000) std::this_thread::yield();
+  std::unique_lock<std::mutex> held(lock_);
+  sleepers_++;
+  all_.wait(held, [&] { return done_.load() >= of; });
+  sleepers_--;
 }
