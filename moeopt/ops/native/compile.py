@@ -26,7 +26,8 @@ _ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast", "-w")  # fmt: skip
 """-w: GCC's own headers of vector intrinsics warn by the thousand; the tests compile with warnings on what is ours."""
-UNITS = ("experts.cpp", "pool.cpp", "ort_op.cpp")
+LIBRARIES = ("-pthread", "-ldl") if sys.platform.startswith("linux") else ("-pthread",)
+UNITS = ("experts.cpp", "pool.cpp", "team.cpp", "ort_op.cpp")
 """What is compiled once; ``isa.cpp`` and ``isa64.cpp`` are compiled for each instruction set."""
 
 SECONDS = 300
@@ -97,7 +98,8 @@ def compile_library(
         for one in started:
             _finished(one)
         out = aside / "library.so"
-        words = [compiler, *flags, "-shared", *(str(aside / name) for _, _, name in units), "-o", str(out), "-pthread"]
+        objects = [str(aside / name) for _, _, name in units]
+        words = [compiler, *flags, "-shared", *objects, "-o", str(out), *LIBRARIES]
         _finished(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
         return out
     finally:

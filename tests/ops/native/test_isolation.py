@@ -3,6 +3,8 @@
 import ctypes
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import StackedExpertWeights, experts_reference
 from tests.ops.native.blocks import Sizes, random_block
 
+ROOT = Path(__file__).parents[3]
 TASKS = Path("/proc/self/task")
 LAYOUTS = [("oi", "oi"), ("io", "io"), ("io", "oi")]
 
@@ -123,6 +126,35 @@ def test_a_forked_child_has_threads_of_its_own(best):
 
     assert ended_well(calls)
     assert torch.equal(best(*args, threads=4), want)
+
+
+LOADED_IN_A_CHILD = """
+import os, signal, sys, torch
+torch.set_num_threads(3)
+x = torch.rand(1 << 20)
+# OpenMP's threads exist now, and a child has none of them
+x = x.sin() + torch.rand(600, 600).mm(torch.rand(600, 600)).sum()
+child = os.fork()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+signal.alarm(60)  # ends a child that waits for ever
+torch.set_num_threads(1)
+from pathlib import Path
+from moeopt.ops.native import build, library
+from tests.ops.native.conftest import Kernel
+from tests.ops.native.test_isolation import LAYOUTS, block
+best = Kernel(Path(sys.argv[1]), build.isas_here()[-1])
+args = block(torch.float32, LAYOUTS[0])
+assert torch.equal(best(*args, threads=3), best(*args))
+os._exit(7)
+"""
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="this system has no /proc")
+def test_a_child_of_what_used_openmp_before_the_kernel_was_loaded(whole_library):
+    words = [sys.executable, "-c", LOADED_IN_A_CHILD, str(whole_library)]
+    out = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert out.returncode == 7, out.stderr[-2000:]
 
 
 @pytest.mark.skipif(not TASKS.is_dir(), reason="this system has no /proc")

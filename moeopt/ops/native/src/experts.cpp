@@ -9,6 +9,7 @@
 #include "isa.h"
 #include "pool.h"
 #include "run.h"
+#include "team.h"
 
 namespace {
 
@@ -329,9 +330,13 @@ int64_t run_experts(const moeopt_call *call, ParallelFor each, void *threads) {
   if (!c.T) return 0;
   try {
     const Plan plan(c, *kernels_of(c.isa, wide));
-    const int64_t most = std::max<int64_t>(1, std::min(c.threads, 1 + plan.products / FEW_PRODUCTS));
+    int64_t most = std::max<int64_t>(1, std::min(c.threads, 1 + plan.products / FEW_PRODUCTS));
+    // all of OpenMP's threads or none: a call of fewer would end the others, and the next one of PyTorch's begin them anew
+    const bool team = !each && most > 1 && 2 * most >= c.threads && has_team();
+    if (team) most = c.threads;
     Work work(plan, most);
     if (each && most > 1) work.rounds(each, threads);
+    else if (team) run_team(most, Work::body, &work);
     else run_parallel(most, Work::body, &work);
   } catch (const std::bad_alloc &) {
     return 2;
