@@ -18,6 +18,7 @@ FLOORS = [
         "untrusted",
         "patches",
         "compat",
+        "cache_names",
         "html",
         "hub_cache",
         "codes_in_files",

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from moeopt.bundle.io_names import KEY
 from moeopt.bundle.shape_guards import check_conditions, holds, read_conditions, text_of
 from moeopt.bundle.tree import LEAF
+from moeopt.cache_names import parameter_named
 from moeopt.errors import Declined, NotSaveableError
 from moeopt.lower.signature import numbered, size_conditions
 from moeopt.value_types import PyObject
@@ -81,7 +82,7 @@ def add_conditions(program: PyObject, caller: dict[str, Any]) -> None:
     kinds: dict[str, str] = {caller["inputs"].get(name, {"input": name})["input"]: name for name in asked}
     names = dict(zip([leaves[name] for name in asked], kinds, strict=True))
     cached = [at for layer in caller["cache"] for at in layer.values()]
-    names |= {leaf: at["input"] for leaf, at in zip(tree_leaves(leaves["past_key_values"]), cached, strict=True)}
+    names |= {leaf: at["input"] for leaf, at in zip(tree_leaves(leaves[parameter_named(leaves)]), cached, strict=True)}
     by_input = {at["input"]: at for at in cached}
     kept: list[Any] = []
     held = set(SAMPLES)

@@ -68,6 +68,7 @@ def _forward_of(engine: PyObject) -> PyObject:
         logits_to_keep: PyObject = 0,
         tokenizer: PyObject = None,  # generate hands what stop_strings and assisted decoding need on to forward, unread
         assistant_tokenizer: PyObject = None,
+        cache: PyObject = None,
         **kwargs: PyObject,
     ) -> PyObject:
         return engine(
@@ -75,6 +76,7 @@ def _forward_of(engine: PyObject) -> PyObject:
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,

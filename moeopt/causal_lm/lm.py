@@ -27,11 +27,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from moeopt.cache_names import cache_parameter, field_named, parameter_named
 from moeopt.causal_lm.attention import cache_left_in_place
 from moeopt.causal_lm.carried_cache import CarriedCache
 from moeopt.causal_lm.exporter import onnx_exporter, with_real_views
 from moeopt.causal_lm.layers import ATTENTION, parts_of, sample_cache
-from moeopt.causal_lm.lm_graph import PAST, drop_idle_squeezes, signature_of_lm, turn_batches_back
+from moeopt.causal_lm.lm_graph import drop_idle_squeezes, signature_of_lm, turn_batches_back
 from moeopt.causal_lm.mixers import Mixer, find_mixers, stepping
 from moeopt.causal_lm.stamped import stamped, written_out
 from moeopt.causal_lm.steps import replace_mixers
@@ -82,7 +83,8 @@ def is_causal_lm(model: nn.Module) -> bool:
     if not (isinstance(model, PreTrainedModel) and isinstance(model, GenerationMixin)):
         return False
     takes = inspect.signature(type(model).forward).parameters
-    return not model.config.is_encoder_decoder and {"input_ids", "past_key_values", "attention_mask"} <= set(takes)
+    known = {"input_ids", "attention_mask"} <= set(takes) and parameter_named(takes)
+    return bool(known and not model.config.is_encoder_decoder)
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
@@ -149,7 +151,7 @@ def export_causal_lm(
     goes_on = replace_mixers(graph, mixers)
     drop_idle_squeezes(graph.graph)
     turn_batches_back(graph.graph)
-    signature = signature_of_lm(model, graph, sample[PAST], result)
+    signature = signature_of_lm(model, graph, sample[cache_parameter(model)], result)
     if not goes_on:
         signature["one_at_a_time"] = True
     return CausalLMExport(graph, sites, signature, traced.program)
@@ -157,10 +159,11 @@ def export_causal_lm(
 
 def _mixers(model: nn.Module, sample: dict[str, Any], without_states: str) -> list[Mixer]:
     """The layers that keep a recurrent state; ``Declined`` where the engine ``without_states`` has no form for them."""
-    if not any(name.startswith("recurrent") for layer in sample[PAST].layers for name in parts_of(layer)):
+    past = cache_parameter(model)
+    if not any(name.startswith("recurrent") for layer in sample[past].layers for name in parts_of(layer)):
         return []
     with quiet(), _sdpa_or_eager(model):
-        mixers = find_mixers(model, lambda cache: model(**{**sample, PAST: cache}), sample[PAST], (B, S))
+        mixers = find_mixers(model, lambda cache: model(**{**sample, past: cache}), sample[past], (B, S))
     if mixers and without_states:
         raise Declined(f"{mixers[0].name} keeps a recurrent state, for which {without_states} has no form here")
     return mixers
@@ -226,10 +229,11 @@ def _sample(model: PyObject) -> tuple[dict[str, Any], dict[str, Any], type]:
     try:
         with torch.no_grad():
             result = model(input_ids=ids, use_cache=True, return_dict=True)
-        cache = result.past_key_values
+        field = field_named(type(result))
+        cache = result[field]
     except Exception as err:
         raise Declined(f"the model does not run with a cache: {_first_line(err)}") from err
-    if extra := sorted(name for name in result.keys() - {"logits", "past_key_values"} if result[name] is not None):
+    if extra := sorted(name for name in result.keys() - {"logits", field} if result[name] is not None):
         raise Declined(
             f"it returns {extra[0]} beside logits and cache; set config.output_router_logits, output_hidden_states "
             "and output_attentions to False for an engine with a cache"
@@ -247,8 +251,9 @@ def _sample(model: PyObject) -> tuple[dict[str, Any], dict[str, Any], type]:
     call = {name: value for name, value in call.items() if name in takes}
     free = {name: value for name, value in free.items() if name in takes}
     grows = {id(parts_of(layer).get(name)) for layer in past.layers for name in ATTENTION}
-    free[PAST] = [{0: Dim.AUTO, 2: Dim.AUTO} if id(t) in grows else {0: Dim.AUTO} for t in tree_leaves(past)]
-    return {**call, PAST: past, "use_cache": True, "return_dict": True}, free, type(result)
+    named = parameter_named(takes)
+    free[named] = [{0: Dim.AUTO, 2: Dim.AUTO} if id(t) in grows else {0: Dim.AUTO} for t in tree_leaves(past)]
+    return {**call, named: past, "use_cache": True, "return_dict": True}, free, type(result)
 
 
 @contextlib.contextmanager

@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from moeopt.cache_names import cache_parameter, field_named
 from moeopt.causal_lm.end_names import free_sizes, name_sizes, past_name, present_name, rename_ends
 from moeopt.causal_lm.layers import ATTENTION, parts_of
 from moeopt.errors import Declined
 from moeopt.value_types import OnnxGraph, PyObject
-
-PAST = "past_key_values"
 
 
 def drop_idle_squeezes(graph: PyObject) -> None:
@@ -56,7 +55,7 @@ def turn_batches_back(graph: PyObject) -> None:
 
 def signature_of_lm(model: PyObject, graph: PyObject, past: PyObject, result: type) -> dict[str, Any]:
     """What calls of the graph need to know; ``Declined`` where the graph is not of the module's form."""
-    _name_ends(graph.graph, past)
+    _name_ends(graph.graph, past, (cache_parameter(model), field_named(result)))
     ends_in = {value.name: value for value in graph.graph.inputs}
     ends_out = {value.name: value for value in graph.graph.outputs}
     leaves = {past_name(n, part) for n, layer in enumerate(past.layers) for part in parts_of(layer)}
@@ -97,16 +96,21 @@ def signature_of_lm(model: PyObject, graph: PyObject, past: PyObject, result: ty
     }
 
 
-def _name_ends(graph: OnnxGraph, past: PyObject) -> None:
-    """From the exporter's names (``input.past_key_values.layers.0.keys``) to those that other runtimes look for."""
+def _name_ends(graph: OnnxGraph, past: PyObject, taken: tuple[str, str]) -> None:
+    """From the exporter's names (``input.past_key_values.layers.0.keys``) to those that other runtimes look for.
+
+    Args:
+        taken: what the model calls its cache as an argument, and in its result.
+    """
     names = {}
-    for ends, prefix, named in ((graph.inputs, "input.", past_name), (graph.outputs, "output.", present_name)):
+    both = (graph.inputs, "input.", past_name), (graph.outputs, "output.", present_name)
+    for (ends, prefix, named), own in zip(both, taken, strict=True):
         cache = {
-            f"{PAST}.layers.{n}.{part}": named(n, part) for n, at in enumerate(past.layers) for part in parts_of(at)
+            f"{own}.layers.{n}.{part}": named(n, part) for n, at in enumerate(past.layers) for part in parts_of(at)
         }
         for value in ends:
-            own = value.name.removeprefix(prefix)
-            names[value.name] = cache.get(own, own)
+            name = value.name.removeprefix(prefix)
+            names[value.name] = cache.get(name, name)
     rename_ends(graph, names)
     parts = [(n, part) for n, layer in enumerate(past.layers) for part in parts_of(layer) if part in ATTENTION]
     name_sizes(graph, free_sizes(graph, [past_name(n, part) for n, part in parts]))

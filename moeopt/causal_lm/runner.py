@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moeopt.cache_names import NAMES, field_named, under_one_name
 from moeopt.causal_lm.cache import past_length, read_cache, write_cache
 from moeopt.errors import UsageError
 from moeopt.value_types import PyObject
 
-TAKEN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}
+TAKEN = {"input_ids", "attention_mask", "position_ids", *NAMES, "use_cache", "return_dict", "logits_to_keep"}
 _ORIGINAL = "run the original model"
 REFUSED = {
     "labels": "the engine computes no loss; take logits from it and compute the loss with torch",
@@ -101,12 +102,13 @@ class CausalLM:
 
     def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
         """What the model's own forward takes: ``input_ids`` (B, S), and optionally ``attention_mask`` (B, P+S),
-        ``position_ids`` (B, S), ``past_key_values``, ``use_cache``, ``return_dict``, ``logits_to_keep``.
+        ``position_ids`` (B, S), ``past_key_values`` or ``cache``, ``use_cache``, ``return_dict``, ``logits_to_keep``.
 
         Returns:
             the model's own output class with ``logits`` (B, N, V) and, unless ``use_cache`` is False,
-            ``past_key_values``: a ``DynamicCache`` (the one that was passed, grown by S), or a list of each
-            layer's tensors, (keys, values) for attention, where transformers is not installed.
+            ``past_key_values`` (``cache`` since transformers 5.24): a ``DynamicCache`` (the one that was passed,
+            grown by S), or a list of each layer's tensors, (keys, values) for attention, where transformers is not
+            installed.
 
         Raises:
             UsageError: an argument that the engine has no form for; the message says what to do.
@@ -173,7 +175,7 @@ class CausalLM:
         given = dict(zip(names, args, strict=False))
         if twice := sorted(given.keys() & kwargs.keys()):
             raise UsageError(f"{twice[0]} was given twice, by position and by name")
-        given.update(kwargs)
+        given = under_one_name({**given, **kwargs})
         for name, value in given.items():
             if value is None or value is False or name in TAKEN or name in _IGNORED:
                 continue
@@ -239,8 +241,8 @@ class CausalLM:
     def _result(self, logits: Tensor, cache: PyObject, return_dict: bool | None) -> PyObject:
         if return_dict is False:
             return (logits,) if cache is None else (logits, cache)
-        fields = {"logits": logits} if cache is None else {"logits": logits, "past_key_values": cache}
-        return _output_class(*self.signature["output_class"])(**fields)
+        kind = _output_class(*self.signature["output_class"])
+        return kind(**{"logits": logits} if cache is None else {"logits": logits, field_named(kind): cache})
 
     def __repr__(self) -> str:
         return f"<moeopt engine of {self.signature['architecture']} on {self.provider}>"

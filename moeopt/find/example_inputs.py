@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeopt.cache_names import NAMES
 from moeopt.capture.failed_call import inputs_hint
 from moeopt.capture.tape import record
 from moeopt.capture.tree import ArgsKwargs
@@ -56,7 +57,7 @@ def without_cache(model: nn.Module, call: ArgsKwargs) -> ArgsKwargs:
     if generates is not None and not generates():
         return call
     given = {*list(inspect.signature(model.forward).parameters)[: len(args)], *kwargs}
-    if given & {"use_cache", "past_key_values"}:
+    if given & {"use_cache", *NAMES}:
         return call
     return args, {**kwargs, "use_cache": False}
 

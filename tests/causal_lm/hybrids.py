@@ -5,8 +5,8 @@ import functools
 import torch
 from torch import nn
 
+from moeopt.cache_names import cache_parameter
 from moeopt.causal_lm.lm import B, S, _sample
-from moeopt.causal_lm.lm_graph import PAST
 from moeopt.causal_lm.mixers import find_mixers
 from moeopt.patches import quiet
 from tests.families.build import FAMILIES, Family
@@ -17,7 +17,8 @@ def found(model):
     """Its mixers, as an export finds them."""
     with quiet():
         sample, _, _ = _sample(model)
-        return find_mixers(model, lambda cache: model(**{**sample, PAST: cache}), sample[PAST], (B, S))
+        past = cache_parameter(model)
+        return find_mixers(model, lambda cache: model(**{**sample, past: cache}), sample[past], (B, S))
 
 
 @functools.cache

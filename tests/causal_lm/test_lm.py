@@ -169,6 +169,7 @@ def test_the_cache_that_was_passed_grows(pair):
     grown = engine(**more, past_key_values=cache)
     assert grown.past_key_values is cache and cache.get_seq_length() == 7
     assert isinstance(listed.past_key_values, list) and torch.equal(listed.logits, grown.logits)
+    assert torch.equal(engine(**more, cache=pairs).logits, grown.logits)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -9,9 +9,9 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytest.importorskip("transformers.exporters")
 
+from moeopt.cache_names import cache_parameter
 from moeopt.causal_lm.layers import parts_of
 from moeopt.causal_lm.lm import B, S, _sample
-from moeopt.causal_lm.lm_graph import PAST
 from moeopt.causal_lm.mixers import find_mixers, stepping
 from moeopt.errors import Declined
 from tests.causal_lm.hybrids import TWICE, Around, Sums, found, mixer_of, summing_cache
@@ -50,9 +50,10 @@ def test_convolutions_and_attention_alone_are_none(name):
 def test_leaves_no_hooks_and_the_cache_as_it_was():
     model = FAMILIES["qwen3_next"].build()
     sample, _, _ = _sample(model)
-    cache = sample[PAST]
+    past = cache_parameter(model)
+    cache = sample[past]
     before = [{name: tensor.clone() for name, tensor in parts_of(layer).items()} for layer in cache.layers]
-    find_mixers(model, lambda given: model(**{**sample, PAST: given}), cache, (B, S))
+    find_mixers(model, lambda given: model(**{**sample, past: given}), cache, (B, S))
     for layer, parts in zip(cache.layers, before, strict=True):
         assert parts_of(layer).keys() == parts.keys()
         assert all(torch.equal(parts_of(layer)[name], tensor) for name, tensor in parts.items())
