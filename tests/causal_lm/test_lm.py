@@ -344,9 +344,10 @@ class LongAttention(torch.nn.Module):
         super().__init__()
         self.attention, self.limit = attention, limit
 
-    def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
-        seen = hidden_states.shape[1] + (0 if past_key_values is None else past_key_values.get_seq_length())
-        y, weights = self.attention(hidden_states, *args, past_key_values=past_key_values, **kwargs)
+    def forward(self, hidden_states, *args, **kwargs):
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the first since transformers 5.24
+        seen = hidden_states.shape[1] + (0 if cache is None else cache.get_seq_length())
+        y, weights = self.attention(hidden_states, *args, **kwargs)
         return (y * 3 if seen > self.limit else y), weights
 
 

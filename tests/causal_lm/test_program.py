@@ -59,10 +59,11 @@ def test_declines_where_only_the_state_differs():
     mixer = mixer_of("qwen3_next")
     kind = type(mixer.module)
 
-    def forward(self, hidden_states, cache_params=None, *args, **kwargs):
-        result = kind.forward(self, hidden_states, cache_params, *args, **kwargs)
+    def forward(self, hidden_states, *args, **kwargs):
+        result = kind.forward(self, hidden_states, *args, **kwargs)
+        (cache,) = [given for given in (*args, *kwargs.values()) if hasattr(given, "layers")]
         if hidden_states.shape[1] == 1:
-            cache_params.layers[0].recurrent_states[0].mul_(1.001)
+            cache.layers[0].recurrent_states[0].mul_(1.001)
         return result
 
     harmed = changed(mixer, lambda module, result: result)
