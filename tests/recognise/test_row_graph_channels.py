@@ -5,12 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import moeopt
 from moeopt.capture.replay import between
 from moeopt.capture.tape import record
 from moeopt.errors import Declined
 from moeopt.ops.row_function import function_of
 from moeopt.recognise.row_flow import features_axis
 from moeopt.recognise.row_graph import RowGraphReader
+from tests.zoo import CASES
 
 C, K = 6, 10
 
@@ -117,3 +119,17 @@ def test_statistics_of_the_batch_are_refused():
     expert = Expert(IMAGES["a norm between"]).train()
     with pytest.raises(Declined, match="takes statistics of the batch, so a row's result depends on other rows"):
         graph_of(expert, torch.randn(2, C, 3, 3))
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["as they are", "channels last in memory"])
+def test_an_engine_runs_them_where_an_image_chose_them(wide):
+    case = CASES["whole_image_routed_convolutions_with_norms"]
+    model, form = case.build(), torch.channels_last if wide else torch.contiguous_format
+    engine = moeopt.optimize(
+        model, torch.randn(5, 8, 3, 4).to(memory_format=form), backend="onnxruntime", verify="fast"
+    )
+    (block,) = engine.report.blocks
+    assert (block.kind, block.status, block.experts) == ("moe", "rewritten", 4), block.reason
+    for x in (torch.randn(1, 8, 2, 2), torch.randn(6, 8, 5, 3).to(memory_format=form), torch.ones(3, 8, 4, 4)):
+        with torch.no_grad():
+            torch.testing.assert_close(engine(x), model(x), rtol=1e-4, atol=1e-5)
