@@ -89,9 +89,10 @@ def counted_sizes(program: torch.export.ExportedProgram) -> list[str]:
         return []
     lines = ", ".join(dict.fromkeys(told.values()))
     return [
-        f"the engine holds for calls where {' and '.join(told)}, as in the example call: the model's Python counts to "
-        f"this size (at {lines}), as a loop over places does, and a graph repeats what it did then. Calls of other "
-        "sizes are refused; for them optimise again with example inputs of such sizes, or use backend='torch'"
+        f"the engine holds for calls where {' and '.join(told)}, as in the example call: the model's Python makes a "
+        f"plain number of this size (at {lines}), as a loop over places, int(n) or len(x) does; x.shape[0] in the "
+        "place of len(x) stays free. Calls of other sizes are refused; for them optimise again with example inputs of "
+        "such sizes, or use backend='torch'"
     ]
 
 

@@ -90,11 +90,13 @@ def test_a_size_that_python_counts_to_is_told(function, want):
     notes = counted_sizes(program)
     assert len(notes) == len(want)
     for note, size in zip(notes, want, strict=True):
-        assert f"the engine holds for calls where {size}, as in the example call: the model's Python counts to" in note
+        assert (
+            f"the engine holds for calls where {size}, as in the example call: the model's Python makes a plain" in note
+        )
         assert "test_specialization_guards.py" in note and note.endswith("or use backend='torch'")
 
 
 def test_the_report_of_an_engine_tells_it():
     engine = moeopt.optimize(Apply(summed), torch.randn(3, 4), backend="onnxruntime", verify="fast")
-    assert any("x.shape[1] == 4" in note and "counts to" in note for note in engine.report.notes)
+    assert any("x.shape[1] == 4" in note and "a plain number of this size" in note for note in engine.report.notes)
     assert any("x.shape[1] == 4" in note for note in engine.certificate.notes)
