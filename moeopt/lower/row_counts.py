@@ -31,7 +31,7 @@ _SOME = {("==", 0): False, ("!=", 0): True, (">", 0): True, ("<=", 0): False, ("
 """The comparisons that tell some row from none, and what they are where there is one."""
 _PICKS = {aten.nonzero.default: 0, aten.index.Tensor: 1, aten.masked_select.default: 1}
 """Which argument is the mask that says how many rows they give."""
-_SHAPES = (Tensor.shape.__get__, Tensor.size)
+_SHAPES: tuple[Any, ...] = (Tensor.shape.__get__, Tensor.size)  # type: ignore[attr-defined]  # torch
 _NUMBERS = (Tensor.numel, Tensor.nelement, torch.numel, Tensor.item)
 
 
@@ -53,7 +53,7 @@ class RowCounts(TorchFunctionMode):
     def __init__(
         self, answer: Callable[[Asked, bool, frozenset[Asked | None]], bool], about: Callable[[Tensor], Asked | None]
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch
+        super().__init__()
         self._answer, self._about, self._open = answer, about, True
         self._chosen: dict[int, tuple[frozenset[Asked | None], int]] = {}  # by memory: masks, and how many rows
         self._held: list[StorageWeakRef] = []
@@ -128,10 +128,10 @@ class _Count(int):
         return _Told(own, self._into, self._masks) if asks else own
 
     def __eq__(self, other: object) -> PyObject:
-        return self._compared("==", int.__eq__(self, other), other)  # type: ignore[arg-type]
+        return self._compared("==", int.__eq__(self, other), other)
 
     def __ne__(self, other: object) -> PyObject:
-        return self._compared("!=", int.__ne__(self, other), other)  # type: ignore[arg-type]
+        return self._compared("!=", int.__ne__(self, other), other)
 
     def __lt__(self, other: int) -> PyObject:
         return self._compared("<", int.__lt__(self, other), other)

@@ -80,8 +80,9 @@ class _Questions(TorchDispatchMode):
         self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
     ) -> PyObject:
         place = asked_from()
-        for mask in masks_of(func, args) if place in self.emptied and self.terms is not None else ():
-            self.terms.empty(mask)
+        if place in self.emptied and self.terms is not None:
+            for mask in masks_of(func, args):
+                self.terms.empty(mask)
         if func in _WHETHER and len(args) == 1 and args[0].dtype == torch.bool:
             if place in self.emptied and self.terms is not None:
                 self.terms.empty(args[0])

@@ -69,7 +69,12 @@ def _note_questions() -> Undo:
         return int_
 
     undo = [replace(SymNode, "bool_", make), replace(SymNode, "int_", counted)]
-    return lambda: [back() for back in undo] and None
+
+    def back() -> None:
+        for one in undo:
+            one()
+
+    return back
 
 
 _noted = Patch(_note_questions)
