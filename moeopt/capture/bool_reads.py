@@ -6,6 +6,9 @@ if mask.any(): y[mask] = ...   the other answer goes another way
 
 from __future__ import annotations
 
+import dis
+import functools
+import itertools
 import linecache
 import sys
 from collections.abc import Callable
@@ -23,9 +26,14 @@ ReadAt = tuple[str, int]
 """A line of the user's code, and the instruction in it."""
 _AROUND = (
     str(Path(__file__).parents[1]),
-    *(f"{torch.__path__[0]}/{part}" for part in ("_dynamo/", "_compile.py", "_ops.py", "utils/_python")),
-)
-"""What stands between a mode and the code that called an op: other modes, and what keeps them from being compiled."""
+    *(
+        f"{torch.__path__[0]}/{part}"
+        for part in ("_dynamo/", "_compile.py", "_ops.py", "utils/_python", "__init__.py", "overrides.py", "_tensor.py",
+                     "fx/experimental/")
+    ),
+)  # fmt: skip
+"""What stands between a mode and the code that called an op, or asked a size: other modes, and what keeps them from
+being compiled; the Python of tensors and of symbolic sizes."""
 READ = torch.ops.aten._local_scalar_dense.default
 """The op by which Python gets the number of a tensor."""
 
@@ -58,7 +66,16 @@ def asked_from() -> tuple[CodeType, int] | None:
     caller: FrameType | None = sys._getframe(1)
     while caller is not None and caller.f_code.co_filename.startswith(_AROUND):
         caller = caller.f_back
-    return None if caller is None else (caller.f_code, caller.f_lasti)
+    return None if caller is None else (caller.f_code, _calls_of(caller.f_code).get(caller.f_lasti, caller.f_lasti))
+
+
+@functools.lru_cache(maxsize=4096)
+def _calls_of(code: CodeType) -> dict[int, int]:
+    """The call that each PRECALL of Python 3.11 belongs to: once a call has run often, it stands at the first."""
+    if "PRECALL" not in dis.opmap:
+        return {}
+    every = list(dis.get_instructions(code))
+    return {one.offset: following.offset for one, following in itertools.pairwise(every) if one.opname == "PRECALL"}
 
 
 def read_at() -> ReadAt:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moeopt.capture.op_kinds import op_name
+from moeopt.capture.op_kinds import is_pointwise, op_name
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Call
 from moeopt.recognise.ffn_candidates import FFNCandidate
@@ -90,14 +90,23 @@ def each_once(places: list[BlockCandidate]) -> list[BlockCandidate]:
 
 
 def identity_of(product: fx.Node) -> tuple[Any, ...]:
-    """Which part of which Parameter a matmul multiplies by: its name and the slicing that leads to it."""
+    """Which part of which Parameter a matmul multiplies by: its name and the slicing that leads to it; of a weight that
+    is computed of several (a shared one times an own one) the names of all."""
     found = weight_and_operand(product, {})
     steps: list[Any] = []
-    node = found[0] if found is not None else product
+    node = found[0] if found is not None else _computed_weight(product)
     while node.op == "call_function" and node.all_input_nodes:
         steps.append((str(node.target), repr([a for a in node.args if not isinstance(a, fx.Node)])))
+        if is_pointwise(node) and len(node.all_input_nodes) > 1:
+            others = ancestors(node.all_input_nodes[1:])
+            steps.append(tuple(sorted(str(n.target) for n in others if n.op == "get_attr")))
         node = node.all_input_nodes[0]
     return (str(node.target), *steps)
+
+
+def _computed_weight(product: fx.Node) -> fx.Node:
+    """What a product reads that is computed of no input; the product itself where all is."""
+    return next((a for a in product.all_input_nodes if all(n.op != "placeholder" for n in ancestors([a]))), product)
 
 
 def laid_out_flat(weight: fx.Node) -> int:

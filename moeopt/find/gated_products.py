@@ -22,12 +22,8 @@ from moeopt.find.block_candidates import BlockCandidate, identity_of, laid_out_f
 from moeopt.find.light_sites import leaf_of
 from moeopt.find.unread_blocks import UnreadBlocks
 from moeopt.recognise.gemm_sites import weight_and_operand
+from moeopt.recognise.product_of_all import ONE_MATRIX_EACH
 
-_REASON = (
-    "its experts are one matrix each, and every row passes all of them, weighed by a gate: the op would leave no "
-    "product out, so this block stays as it is; to run a few experts for each row, choose them (topk of the gate's "
-    "scores) and loop over the experts with the rows that chose them"
-)
 _STEPS = 256
 """Calls that are looked at on the way from a gate to its products."""
 
@@ -60,7 +56,7 @@ def gated_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
         weights = {id(unread.named[path]) for p in held if (path := _path(unread, p, memo)) in unread.named}
         place = unread.place(unread.tape.calls[home], min(p.meta["index"] for p in held), _count(held), weights)
         open_to_reading = not chosen.isdisjoint(held) or _behind_own_products(list(held), memo)
-        yield place if open_to_reading else dataclasses.replace(place, reason=_REASON)
+        yield place if open_to_reading else dataclasses.replace(place, reason=ONE_MATRIX_EACH)
 
 
 def _sets(unread: UnreadBlocks, reached: list[fx.Node], memo: dict[fx.Node, bool]) -> list[list[fx.Node]]:

@@ -12,6 +12,7 @@ from moeopt.capture.tape import Call, Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
+from moeopt.recognise.row_flow import features_axis
 from moeopt.recognise.row_graph import RowGraphReader
 
 
@@ -29,7 +30,9 @@ def weighed_branches(tape: Tape, ran: Sequence[Call], same_sizes: bool = True) -
         if len(starts) != 1 or len(results) != 1 or starts[0].meta.get("shape") is None:
             return False
         try:
-            graph = RowGraphReader(tape, starts[0], results[0], set(between(tape, starts, results[0])), values=False)
+            inside = set(between(tape, starts, results[0]))
+            axis = features_axis(starts[0], inside, [u for u in starts[0].users if u in inside])
+            graph = RowGraphReader(tape, starts[0], results[0], inside, values=False, axis=axis)
         except Declined:
             return False
         texts.add(graph.text if same_sizes else str([str(op) for op, _, _ in graph.nodes]))

@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from moeopt.capture.bool_reads import asked_from
 from moeopt.errors import NotSaveableError
-from moeopt.lower.settled_reads import Asked
+from moeopt.lower.row_counts import Asked
+from moeopt.patches import size_answers
 from moeopt.value_types import FxTarget, PyObject
 
 _QUESTIONS = frozenset({
@@ -90,7 +93,7 @@ class Answers(TorchFunctionMode):
             answer = self._answer(func, args, kwargs, held)
             self.asked |= roots
             return answer
-        if (settled := self._settled_answer(func, asked_from())) is not None:
+        if (settled := self._settled_answer(func, args)) is not None:
             return settled
         result = func(*args, **kwargs)
         if _writes(func, kwargs) or any(not k.untouched for k in held):
@@ -105,8 +108,18 @@ class Answers(TorchFunctionMode):
         self._remember(result, compute, roots or frozenset([f"<{id(result)}>"]))
         return result
 
-    def _settled_answer(self, func: FxTarget, place: Asked | None) -> bool | None:
-        return None if func is not Tensor.__bool__ or place is None else self._settled.get(place)
+    def _settled_answer(self, func: FxTarget, args: PyObject) -> bool | int | None:
+        length = func is Tensor.__len__ and args[0].dim() and free_unbacked_symbols(args[0].shape[0])
+        told = self._settled_here() if length or func is Tensor.__bool__ else None
+        return told if told is None or not length else int(told)
+
+    def of_size(self, node: SymNode) -> bool | None:
+        """The settled answer to a question about a symbolic size that data decide; None for any other."""
+        return self._settled_here() if free_unbacked_symbols(node.expr) else None
+
+    def _settled_here(self) -> bool | None:
+        place = asked_from() if self._settled else None
+        return None if place is None else self._settled.get(place)
 
     def _answer(self, func: FxTarget, args: PyObject, kwargs: PyObject, held: PyObject) -> PyObject:
         """The value that Python asks for; ``NotSaveableError`` where random numbers decide it."""
@@ -194,7 +207,7 @@ class ConstantReads:
         """
         answers = Answers(self._model, self._values, self._settled)
         before = _tensors(self._model)
-        with answers:
+        with answers, size_answers(answers.of_size):
             result = forward(*args, **kwargs)
         self.asked |= answers.asked
         after = _tensors(self._model)

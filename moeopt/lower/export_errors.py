@@ -60,11 +60,23 @@ def unwritable_name(model: nn.Module) -> str:
     names = [path for path, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers())]
     name = next((name for name in names if set(name) & {'"', "\n", "\r"}), None)
     if name is None:
-        return ""
+        return _taken_name(model)
     return (
         f"the name {name!r:.200} holds a quotation mark or a line break, which the code that torch makes of a graph "
         "cannot hold: give the module another name, or use backend='torch' without saving"
     )
+
+
+def _taken_name(model: nn.Module) -> str:
+    held = {**dict.fromkeys(model._parameters, "Parameter"), **dict.fromkeys(model._buffers, "buffer")}
+    held |= dict.fromkeys(model._modules, "module")
+    for name, what in held.items():
+        if hasattr(torch.fx.GraphModule, name) or name == "meta":
+            return (
+                f"its {what} {name} has the name of an attribute of torch.fx.GraphModule, which torch makes of a graph"
+                ": give it another name, hold it in a child module, or use backend='torch' without saving"
+            )
+    return ""
 
 
 def made_for_inference(model: nn.Module) -> str:
@@ -105,15 +117,15 @@ def obstacle_of(err: Exception) -> str:
             "torch.export.register_dataclass on it, or return a tuple or a dict"
         )
     if "ata-dependent" not in head:
+        if sizes := _sizes_as_numbers(err, head):
+            return sizes
         if own := _raised_by_the_model(err):
             return own
         return f"torch.export stops at: {head}. Remove what it names, or save a rewritten block alone"
     lines = [
         line.strip() for line in text.splitlines() if line.strip().startswith("File ") and "site-packages" not in line
     ]
-    every = traceback.extract_tb(err.__traceback__)
-    frames = [f for f in every if not _is_library(f.filename)] or [f for f in every if _is_models(f.filename)]
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else f" ({lines[-1]})" if lines else ""
+    where = _line_of(err) or (f" ({lines[-1]})" if lines else "")
     return (
         f"torch.export stops at: {head}{where}. Its Python there depends on the values of tensors, which no graph "
         "repeats. In a block that moeopt declined, its reason says more; an `if` that only asks whether any row is "
@@ -122,6 +134,29 @@ def obstacle_of(err: Exception) -> str:
         "rewritten block alone, moeopt.optimize(model.get_submodule(name), its inputs).save(folder), or the whole "
         "model with its code, torch.save(optimized.model, file)"
     )
+
+
+def _line_of(err: Exception) -> str:
+    """The model's line that was run last, in brackets; or ""."""
+    every = traceback.extract_tb(err.__traceback__)
+    frames = [f for f in every if not _is_library(f.filename)] or [f for f in every if _is_models(f.filename)]
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+def _sizes_as_numbers(err: Exception, head: str) -> str:
+    """In words, code that needs a size as a plain number, which no free size is; or ""."""
+    if "non-nested SymInt" in head:
+        return (
+            f"its code looks something up by a size{_line_of(err)}, in a dict, a set or a cache such as "
+            "functools.lru_cache, and in a graph a size is no number: compute at each call what is looked up there, "
+            "or hold one table as a buffer and take its first rows"
+        )
+    if "expected to contain only concrete integers" in head:
+        return (
+            f"torch has no form with free sizes of an op that its code calls{_line_of(err)} (a random draw with a "
+            "generator=, for one): leave the generator out, or the draw"
+        )
+    return ""
 
 
 def _raised_by_the_model(err: Exception) -> str:

@@ -1,18 +1,18 @@
 """Questions of Python's about the data whose answer a graph may take for granted.
 
     if mask.any(): y[mask] = f(x[mask])    "some row": with none the code inside computes nothing
+    if rows.numel() == 0: continue         the same, asked of a size
     assert x.isfinite().all()              the other answer raises, and gives no numbers
 
-``torch.export`` stops at both. The first is settled where the model says so itself: it runs with the mask emptied, once
-as it is and once with the question answered as if there were rows, and must give and leave the same bits, by the same
-ops of the same things (``moeopt.lower.tensor_terms``): equal bits alone may be those of these inputs. An assertion is
-one by what the other answer does, see ``moeopt.capture.bool_reads``.
+``torch.export`` stops at each. Whether some row is left is settled where the model says so itself: it runs with the
+mask emptied, once as it is and once with the question answered as if there were rows, and must give and leave the same
+bits, by the same ops of the same things (``moeopt.lower.tensor_terms``): equal bits alone may be those of these inputs.
+An assertion is one by what the other answer does, see ``moeopt.capture.bool_reads``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
-from types import CodeType
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,12 +24,11 @@ from moeopt.capture.bool_reads import READ, asked_from, raised_in
 from moeopt.capture.isolated_run import undone
 from moeopt.capture.tape import clone_inputs
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.lower.row_counts import Asked, RowCounts, masks_of
 from moeopt.lower.tensor_terms import Terms
 from moeopt.ops.override import default_impl
 from moeopt.value_types import FxTarget, PyObject
 
-Asked = tuple[CodeType, int]
-"""The function that asks, and the instruction in it."""
 aten = torch.ops.aten
 _WHETHER = (aten.any.default, aten.sum.default, aten.count_nonzero.default)
 _COMPARED = {aten.gt.Scalar: 0, aten.ne.Scalar: 0, aten.eq.Scalar: 0, aten.le.Scalar: 0, aten.ge.Scalar: 1,
@@ -54,23 +53,25 @@ class _Questions(TorchDispatchMode):
     Attributes:
         answers: each place's own.
         masks: for each place that asked a mask for any row, where.
+        terms: what the tensors of a run are made of, where ``known`` terms of other runs are given.
     """
 
     def __init__(
         self, forced: Mapping[Asked, bool], emptied: set[Asked | None], most: Mapping[Asked, int] | None = None,
-        interned: dict[Hashable, int] | None = None,
+        known: tuple[dict[Hashable, int], set[int]] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.forced, self.emptied, self.most = forced, emptied, most
         self.terms: Terms | None = None
-        self._interned = interned
+        self._known = known
         self.answers: dict[Asked, list[bool]] = {}
         self.masks: dict[Asked, set[Asked | None]] = {}
         self._about: dict[int, tuple[Tensor, Asked]] = {}  # results that tell of a mask; held, so that ids name them
+        self.sizes = RowCounts(self._size_asked, lambda t: self._about.get(id(t), (t, None))[1])
 
     def starts(self, model: nn.Module, given: PyObject) -> None:
         """A run of ``model`` on ``given`` starts."""
-        self.terms = None if self._interned is None else Terms(self._interned, model, given)
+        self.terms = None if self._known is None else Terms(self._known[0], model, given, self._known[1])
 
     def _call(self, func: FxTarget, args: PyObject, kwargs: PyObject) -> PyObject:
         return func(*args, **kwargs) if self.terms is None else self.terms.call(func, args, kwargs)
@@ -79,6 +80,9 @@ class _Questions(TorchDispatchMode):
         self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
     ) -> PyObject:
         place = asked_from()
+        if place in self.emptied and self.terms is not None:
+            for mask in masks_of(func, args):
+                self.terms.empty(mask)
         if func in _WHETHER and len(args) == 1 and args[0].dtype == torch.bool:
             if place in self.emptied and self.terms is not None:
                 self.terms.empty(args[0])
@@ -87,17 +91,27 @@ class _Questions(TorchDispatchMode):
                 self._about[id(out)] = (out, place)
             return out
         out = self._call(func, args, kwargs or {})
+        self.sizes.enter(func, args, kwargs, out, place)
         told = self._about.get(id(args[0])) if args else None
         if told is not None and (func in _NOTS or (func in _COMPARED and args[1] == _COMPARED[func])):
             self._about[id(out)] = (out, told[1])
         if func is not READ or not isinstance(out, bool) or place is None:
             return out
+        return self._asked(place, out, [None if told is None else told[1]])
+
+    def _size_asked(self, place: Asked, own: bool, masks: Iterable[Asked | None]) -> bool:
+        if set(masks) == {None}:  # the size of an input, or of what no mask decides
+            self.masks.setdefault(place, set()).add(None)
+            return own
+        return self._asked(place, own, masks)
+
+    def _asked(self, place: Asked, own: bool, masks: Iterable[Asked | None]) -> bool:
         asked = self.answers.setdefault(place, [])
-        asked.append(out)
-        self.masks.setdefault(place, set()).add(None if told is None else told[1])
+        asked.append(own)
+        self.masks.setdefault(place, set()).update(masks)
         if self.most is not None and len(asked) > self.most.get(place, 0) + _MORE:
             raise _Endless
-        return self.forced.get(place, out)
+        return self.forced.get(place, own)
 
 
 def settled_reads(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Asked, bool]:
@@ -122,16 +136,19 @@ def _some_row(
     model: nn.Module, call: ArgsKwargs, place: Asked, masks: set[Asked | None], known: Mapping[Asked, bool]
 ) -> bool | None:
     """What ``place`` is told where some row is left, if that may be told where none is; else None."""
-    interned: dict[Hashable, int] = {}
-    natural = _Questions({}, masks, None, interned)
-    without = _run(model, *call, natural)
-    none = set(natural.answers.get(place, []))
-    if without is None or len(none) != 1:
-        return None
-    answer = not none.pop()
-    most = {at: len(asked) for at, asked in natural.answers.items()}
-    with_rows = _run(model, *call, _Questions({**known, place: answer}, masks, most, interned))
-    return answer if with_rows is not None and _same(without, with_rows) else None
+    terms: tuple[dict[Hashable, int], set[int]] = {}, set()
+    for _ in range(2):  # the second time masks are emptied where they are made: rows may be picked before it is asked
+        natural = _Questions({}, masks, None, terms)
+        without = _run(model, *call, natural)
+        none = set(natural.answers.get(place, []))
+        if without is None or len(none) != 1:
+            return None
+        answer = not none.pop()
+        most = {at: len(asked) for at, asked in natural.answers.items()}
+        with_rows = _run(model, *call, _Questions({**known, place: answer}, masks, most, terms))
+        if with_rows is not None and _same(without, with_rows):
+            return answer
+    return None
 
 
 def _asserts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], place: Asked, other: bool) -> bool:
@@ -152,7 +169,8 @@ def _run(
     mode.starts(model, (args, kwargs))
     with undone(model) as watched:
         try:
-            with default_impl(), watched, mode:  # an exporter counts the calls of what stands for the experts' op
+            # default_impl: an exporter counts the calls of what stands for the experts' op
+            with default_impl(), watched, mode, mode.sizes:
                 leaves = pytree.tree_leaves(model(*args, **kwargs))
         except Exception as err:
             failed(err)

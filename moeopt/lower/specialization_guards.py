@@ -2,12 +2,14 @@
 
 ``torch.export`` notes every question that was answered, torch's own among them: whether a stride is in order, whether
 a size is 1 and may broadcast. Ops of a graph answer those at run time. What ``if x.shape[0] > 1`` chose in the
-model's code stays chosen, and so does a ``squeeze`` that found nothing to drop.
+model's code stays chosen, and so does a ``squeeze`` that found nothing to drop. What ``range(x.shape[0])`` counted to
+stays as often.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from torch.fx.experimental.sym_node import SymNode
 
 from moeopt.patches import size_questions
+from moeopt.value_types import PyObject
 
 _OWN = str(Path(__file__).parents[1])
 """The rewritten blocks' own checks: what they ask of sizes was verified, and holds for all of them."""
@@ -26,14 +29,23 @@ _LIBRARIES = tuple(str(Path(torch.__file__).parents[1] / name) for name in ("tor
 
 _ASKED: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
 """For each trace's ShapeEnv, the expressions that the model found to be true."""
+_COUNTED: weakref.WeakKeyDictionary[Any, dict[Any, str]] = weakref.WeakKeyDictionary()
+"""For each trace's ShapeEnv, the expressions that the model made plain numbers of, and its lines."""
+_SIZE = re.compile(r"L\['(\w+)'\](.*?)\.size\(\)\[(\d+)\]")
 
 
 @contextlib.contextmanager
 def collect_specialization_guards() -> Iterator[None]:
     """Note, while open, each question about sizes that Python code outside the libraries asks."""
 
-    def note(node: SymNode, answer: bool, asking: FrameType) -> None:
-        if node.shape_env is not None and not _asker(asking).startswith((_OWN, *_LIBRARIES)):
+    def note(node: SymNode, answer: bool | int, asking: FrameType) -> None:
+        asker = _asker(asking)
+        if node.shape_env is None or asker.f_code.co_filename.startswith((_OWN, *_LIBRARIES)):
+            return
+        if type(answer) is int:
+            line = f"{asker.f_code.co_filename}:{asker.f_lineno}"
+            _COUNTED.setdefault(node.shape_env, {}).setdefault(node._expr, line)  # as it was before
+        else:
             import sympy
 
             expr = node.expr if answer else sympy.Not(node.expr)
@@ -43,24 +55,56 @@ def collect_specialization_guards() -> Iterator[None]:
         yield
 
 
-def _asker(frame: FrameType) -> str:
-    """The file whose line asked: the frame below ``SymBool.__bool__`` and ``SymInt.__bool__``."""
-    while frame.f_back is not None and frame.f_code.co_name == "__bool__":
+def _asker(frame: FrameType) -> FrameType:
+    """What asked: the frame below ``SymBool.__bool__``, ``SymInt.__index__`` and their like."""
+    while frame.f_back is not None and frame.f_code.co_name in ("__bool__", "__index__", "__int__"):
         frame = frame.f_back
-    return frame.f_code.co_filename
+    return frame
 
 
 def specialization_guards(program: torch.export.ExportedProgram) -> list[Any]:
     """The expressions over sizes that ``program`` was traced under by its model's own choice."""
-    env = next(
-        (v.fake_mode.shape_env for n in program.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode")), None
-    )
+    env = _env(program)
     if env is None:
         return []
     import sympy
 
     kept = [sympy.Ne(size.node.expr, 1) for size in _kept_by_squeeze(program)]
     return [env.replace(expr) for expr in (*_ASKED.get(env, ()), *kept)]
+
+
+def counted_sizes(program: torch.export.ExportedProgram) -> list[str]:
+    """A note on the sizes of the arguments that are as in the traced call since the model's own code counted to them;
+    [] where there are none."""
+    env = _env(program)
+    told: dict[str, str] = {}
+    for expr, line in _COUNTED.get(env, {}).items() if env is not None else ():
+        for symbol in sorted(expr.free_symbols, key=str):
+            sources = [found for s in env.var_to_sources.get(symbol, ()) if (found := _SIZE.fullmatch(_named(s)))]
+            number = env.replace(symbol)
+            if sources and number.is_number:
+                name, inside, dim = sources[0].groups()
+                told.setdefault(f"{name}{inside}.shape[{dim}] == {int(number)}", line)
+    if not told:
+        return []
+    lines = ", ".join(dict.fromkeys(told.values()))
+    return [
+        f"the engine holds for calls where {' and '.join(told)}, as in the example call: the model's Python makes a "
+        f"plain number of this size (at {lines}), as a loop over places, int(n) or len(x) does; x.shape[0] in the "
+        "place of len(x) stays free. Calls of other sizes are refused; for them optimise again with example inputs of "
+        "such sizes, or use backend='torch'"
+    ]
+
+
+def _named(source: PyObject) -> str:
+    """How export writes a size; older versions of torch have a method there."""
+    return str(source.name() if callable(source.name) else source.name)
+
+
+def _env(program: torch.export.ExportedProgram) -> PyObject:
+    return next(
+        (v.fake_mode.shape_env for n in program.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode")), None
+    )
 
 
 def keeps_ones(program: torch.export.ExportedProgram) -> bool:

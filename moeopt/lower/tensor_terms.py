@@ -41,7 +41,7 @@ _PRODUCTS = (aten.mul.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default)
 _KEEP_ZEROS = (aten.mul.Scalar, aten.sum.default, aten.sum.dim_IntList,
                aten.any.default, aten.any.dim, aten.neg.default, aten.index.Tensor, aten.index_select.default,
                aten.gather.default, aten.repeat.default, aten.cumsum.default, *_COPIES)  # fmt: skip
-_PICKS = (aten.index.Tensor, aten.nonzero.default, aten.masked_select.default)
+_PICKS = (aten.index.Tensor, aten.masked_select.default)
 _ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
 Term = int
 
@@ -53,16 +53,19 @@ class Terms:
         interned: the terms of all runs that are compared.
         model: its weights and buffers are terms by their names.
         given: the inputs; terms by their positions.
+        emptied: the terms of masks that are set to False where they are made; :meth:`empty` adds to it.
     """
 
-    def __init__(self, interned: dict[Hashable, Term], model: nn.Module, given: PyObject) -> None:
+    def __init__(
+        self, interned: dict[Hashable, Term], model: nn.Module, given: PyObject, emptied: set[Term] | None = None
+    ) -> None:
         self._interned = interned
         self._memory: dict[int, Term] = {}
         self._held: list[StorageWeakRef] = []  # no other memory gets the number of one that is gone
         self._nothing: set[Term] = set()
         self._copy_of: dict[Hashable, Hashable] = {}
         self._parts: set[Hashable] = set()
-        self._emptied: set[Term] = set()
+        self._emptied: set[Term] = set() if emptied is None else emptied
         self._random = 0
         named = [*model.named_parameters(), *model.named_buffers()]
         for name, tensor in [*named, *enumerate(pytree.tree_leaves(given))]:
@@ -129,6 +132,8 @@ class Terms:
         """Whether a call gives nothing; None where it does if what it gives has no element here."""
         if func in _ZEROS:
             return True
+        if func is aten.nonzero.default:  # of numbers too: a row of one_hot's
+            return self.is_nothing(given[0])
         if func is aten.cat.default:
             return all(map(self.is_nothing, given))
         if func in _PRODUCTS and any(map(self.is_nothing, given)):

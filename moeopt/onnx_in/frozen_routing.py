@@ -162,9 +162,21 @@ def _data_input(index: GraphIndex, node: OnnxNode) -> OnnxValue:
 
 
 def _outputs(product: WeightProduct) -> int:
-    """How many columns a plain product gives; 0 for a stack."""
+    """How many columns a plain product gives; 0 for a stack, and for a weight that is made of more than its matrix."""
     if len(product.shape) != 2:
         return 0
     flag = product.node.attributes.get("transB")
     turned = product.node.op_type == "Gemm" and flag is not None and bool(flag.as_int())
-    return product.shape[0 if turned else 1]
+    first, second = product.node.inputs[:2]
+    value = second if first is product.rows else first
+    while value is not product.weight:
+        node = value.producer()
+        if node is None or node.op_type not in _ALIKE:
+            return 0
+        turned ^= node.op_type == "Transpose"
+        value = node.inputs[0]
+    return product.shape[0 if turned ^ (first is not product.rows) else 1]
+
+
+_ALIKE = ("Transpose", "Cast", "Identity", "DequantizeLinear", "Dropout")
+"""Operators that leave a matrix what it is, or turn it."""

@@ -5,7 +5,8 @@ A patch is counted and locked: in force while a caller is inside, taken back by 
     file          patch                    what is changed, and for whom
     collector     fewer_collections        the collector's threshold, all threads
     tracing       module_calls             nn.Module.__call__, one thread at a time
-    tracing       size_questions           SymNode.bool_, the caller's thread
+    tracing       size_questions           SymNode.bool_ and int_, the caller's thread
+    tracing       size_answers             SymNode.bool_, the caller's thread
     tracing       idle_moves               nn.Module.to, the caller's thread
     tracing       no_export_dump           the print of torch.export, all threads
     tracing       tables_of_weights        torch.export's note of weights, all threads (the same notes, sooner)
@@ -51,5 +52,6 @@ from moeopt.patches.tracing import module_calls as module_calls
 from moeopt.patches.tracing import no_export_dump as no_export_dump
 from moeopt.patches.tracing import no_results_kept as no_results_kept
 from moeopt.patches.tracing import one_trace as one_trace
+from moeopt.patches.tracing import size_answers as size_answers
 from moeopt.patches.tracing import size_questions as size_questions
 from moeopt.patches.tracing import tables_of_weights as tables_of_weights

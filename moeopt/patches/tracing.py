@@ -41,7 +41,7 @@ def module_calls(route: Callable[[Callable[..., Any], Any, tuple[Any, ...], dict
         yield
 
 
-_notes = Mine()
+_notes, _answers = Mine(), Mine()
 
 
 def _note_questions() -> Undo:
@@ -49,6 +49,9 @@ def _note_questions() -> Undo:
 
     def make(original: PyObject, in_force: InForce) -> PyObject:
         def bool_(self: PyObject) -> bool:
+            told: bool | None = _answers.top(self) if in_force.yes and _answers.top is not None else None
+            if told is not None:
+                return told
             answer: bool = original(self)
             if in_force.yes and _notes.top is not None:
                 _notes.top(self, answer, sys._getframe(1))
@@ -56,16 +59,42 @@ def _note_questions() -> Undo:
 
         return bool_
 
-    return replace(SymNode, "bool_", make)
+    def counted(original: PyObject, in_force: InForce) -> PyObject:
+        def int_(self: PyObject) -> int:
+            number: int = original(self)
+            if in_force.yes and _notes.top is not None:
+                _notes.top(self, number, sys._getframe(1))
+            return number
+
+        return int_
+
+    undo = [replace(SymNode, "bool_", make), replace(SymNode, "int_", counted)]
+
+    def back() -> None:
+        for one in undo:
+            one()
+
+    return back
 
 
 _noted = Patch(_note_questions)
 
 
 @contextlib.contextmanager
-def size_questions(note: Callable[[Any, bool, types.FrameType], None]) -> Iterator[None]:
-    """While open, ``note(sym_node, answer, asking frame)`` hears of each symbolic size that this thread asks about."""
+def size_questions(note: Callable[[Any, bool | int, types.FrameType], None]) -> Iterator[None]:
+    """While open, ``note(sym_node, answer, asking frame)`` hears of each symbolic size that this thread asks about, and
+    of each that it makes a plain number (``range(n)``)."""
     with _noted(), _notes.holding(note):
+        yield
+
+
+@contextlib.contextmanager
+def size_answers(answer: Callable[[Any], bool | None]) -> Iterator[None]:
+    """While open, ``answer(sym_node)`` is what this thread's questions about symbolic sizes get, unless it is None.
+
+    torch is not asked then, and the graph holds for both answers.
+    """
+    with _noted(), _answers.holding(answer):
         yield
 
 

@@ -44,6 +44,7 @@ from moeopt.value_types import PyObject
 from moeopt.verification.block import verify_block
 from moeopt.verification.cases import adversarial_cases
 from moeopt.verification.results import BlockCheck, Case
+from moeopt.verification.size_cases import COLUMNS
 
 MOST_FLOPS = 4e10
 """Of one run of a block in its largest verification case."""
@@ -180,7 +181,9 @@ def _rewrite(
 
 
 def _reverted(capture: Capture, check: BlockCheck, line: str | None = None) -> Declined:
-    error = Declined(capture.unreached or f"it was rewritten, verified and reverted: {check.reason}", line)
+    lies = check.reason.startswith(f"case {COLUMNS!r}")
+    asks = "; does its code ask how its input lies (stride, is_contiguous)? Call x.contiguous() first" if lies else ""
+    error = Declined(capture.unreached or f"it was rewritten, verified and reverted: {check.reason}{asks}", line)
     error.found = capture.found  # type: ignore[attr-defined]
     return error
 

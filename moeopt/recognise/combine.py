@@ -86,7 +86,11 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
     nearest = "their outputs never meet in one tensor with a row per token" + apart
     for target in _meeting_points(sites, nodes):
         if _leaks(tape, target, sites):
-            nearest = "beside their sum something else (another gate, another layer) reads the result of single experts"
+            nearest = (
+                "beside their sum something else (another gate, another layer) reads the result of single experts; add "
+                "up in one sum whatever reads them, return or store single results only where they are needed, or "
+                "leave the block as it is"
+            )
             continue
         if math.prod(target.meta["shape"]) != labels.tokens * out:
             continue

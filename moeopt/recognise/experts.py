@@ -33,6 +33,7 @@ from moeopt.recognise.ffn_candidates import FFNCandidate, find_candidates
 from moeopt.recognise.ffn_groups import group_candidates, source_of
 from moeopt.recognise.gemm_sites import find_sites
 from moeopt.recognise.named_obstacles import certain_obstacle
+from moeopt.recognise.product_of_all import matrices_behind_one
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing_of_experts import with_frontier
 from moeopt.recognise.routing_types import NoIds
@@ -109,7 +110,7 @@ def _by_its_name(tape: Tape, best: Declined) -> Declined:
     unsure = best.rank == Rank.READING or isinstance(best, (OtherFunction, SumsOfGates))
     named = single_neurons(tape)
     if named is None and unsure:
-        named = certain_obstacle(tape) or column_products(tape)
+        named = certain_obstacle(tape) or column_products(tape) or matrices_behind_one(tape)
     return named or best
 
 

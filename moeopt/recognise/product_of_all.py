@@ -2,6 +2,7 @@
 
     h_TF = gelu(x @ W1_DF)          F = E * I: expert e has the neurons e * I to (e + 1) * I
     y = sum_e  w_te * (h_T[e] @ W2_eID)
+    y = sum_e  w_te * ((x @ A) @ B_e)   one product by all B_e, behind one that they share
 
 Every token meets every expert's neurons in one product, so no expert has a first matrix, or rows, of its own to group.
 Looked for only to say why a block is left alone.
@@ -13,7 +14,7 @@ import math
 
 from torch import fx
 
-from moeopt.capture.op_kinds import is_matmul, is_pointwise, moves_rows
+from moeopt.capture.op_kinds import WEIGH, is_matmul, is_pointwise, moves_rows, op_name
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
@@ -48,6 +49,32 @@ def one_product_of_all(tape: Tape) -> Declined | None:
                 "own matrix (einsum('tei,eid->ted')), then weigh and add up the results",
                 last.meta.get("source", ""),
             )
+    return None
+
+
+ONE_MATRIX_EACH = (
+    "its experts are one matrix each, and every row passes all of them, weighed by a gate: the op would leave no "
+    "product out, so this block stays as it is; to run a few experts for each row, choose them (topk of the gate's "
+    "scores) and loop over the experts with the rows that chose them"
+)
+
+
+def matrices_behind_one(tape: Tape) -> Declined | None:
+    """The reason for a stack of matrices that one product multiplies by the result of another, which all share, if the
+    input weighs what it gives; None where there is none."""
+    memo: dict[fx.Node, bool] = {}
+    reads = {n: found for n in tape.nodes if is_matmul(n) and (found := weight_and_operand(n, memo)) is not None}
+    for last, (weight, operand, _) in reads.items():
+        first, count = _product_before(operand, reads), _stack(weight)
+        if first is None or count < 2 or _stack(reads[first][0]) > 1 or last.meta["shape"][-1] % count:
+            continue
+        node = last
+        while len(node.users) == 1 and moves_rows(next(iter(node.users))):
+            node = next(iter(node.users))
+        for user in node.users:
+            others = [a for a in user.all_input_nodes if a is not node]
+            if op_name(user) in WEIGH and any(n.op == "placeholder" for n in ancestors(others)):
+                return Declined(ONE_MATRIX_EACH, last.meta.get("source", ""))
     return None
 
 

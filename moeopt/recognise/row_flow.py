@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +132,7 @@ class Branch:
     """One expert on some rows: from ``start``, a rows tensor, to ``end``, through the calls ``inside``.
 
     ``beside``: further tensors with a row for each row of ``start`` (a condition, a product that all experts share).
+    ``axis``: the dimension of ``start`` in which a row's features stand.
     """
 
     start: fx.Node
@@ -138,6 +140,23 @@ class Branch:
     inside: set[fx.Node]
     readers: list[fx.Node] = field(default_factory=list)
     beside: tuple[fx.Node, ...] = ()
+
+    @property
+    def axis(self) -> int:
+        return features_axis(self.start, self.inside, self.readers)
+
+
+def features_axis(start: fx.Node, inside: set[fx.Node], readers: Iterable[fx.Node]) -> int:
+    """1 where what reads ``start`` leads, element by element, to convolutions and no movement: channels; else the last
+    dimension."""
+    queue = list(readers)
+    for node in queue:  # it grows
+        if op_name(node) == "convolution":
+            return 1
+        norm = "batch_norm" in op_name(node) and len(start.meta["shape"]) > 2
+        if is_pointwise(node) or norm or node.target is operator.getitem:
+            queue += [u for u in node.users if u in inside and u not in queue]
+    return -1
 
 
 def parallel(flow: Flow) -> Iterator[list[Branch]]:

@@ -32,6 +32,7 @@ from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing_of_experts import with_frontier
 from moeopt.recognise.row_flow import Branch, Flow, closed, parallel, widened
 from moeopt.recognise.row_graph import RowGraphReader
+from moeopt.recognise.row_graph_channels import LAST, rows_last
 from moeopt.recognise.rows_beside import check_beside, tokens_beside, with_distinct_rows_first
 from moeopt.recognise.token_rows import Tokens, token_readings
 
@@ -89,7 +90,9 @@ def _read(
     tape: Tape, flow: Flow, branches: list[Branch], known: list[Recognition] | None, idle: bool, progress: list[int]
 ) -> Recognition:
     branches = with_distinct_rows_first(tape, branches)
-    graphs, group = _graphs(tape, branches), [_chain(b) for b in branches]
+    graphs = _graphs(tape, branches)
+    out_axis = next((g.out_axis for g in graphs if g is not None), LAST)
+    group = [_chain(b, out_axis) for b in branches]
     source = group[0].out.node.meta.get("source")
     met = [g for g in graphs if g is not None]
     if not met:
@@ -141,9 +144,13 @@ def _graphs(tape: Tape, branches: list[Branch]) -> list[RowGraphReader | None]:
     graphs: list[RowGraphReader | None] = []
     for branch in branches:
         idle = 0 in branch.end.meta["shape"] or 0 in branch.start.meta["shape"]
-        made = None if idle else RowGraphReader(tape, branch.start, branch.end, branch.inside, beside=branch.beside)
+        made = None if idle else _graph(tape, branch)
         graphs.append(made)
     return graphs
+
+
+def _graph(tape: Tape, branch: Branch) -> RowGraphReader:
+    return RowGraphReader(tape, branch.start, branch.end, branch.inside, beside=branch.beside, axis=branch.axis)
 
 
 def _experts(slots: list[tuple[PartRef, ...]], known: list[Recognition] | None, source: str | None) -> list[SlotRefs]:
@@ -160,14 +167,15 @@ def _experts(slots: list[tuple[PartRef, ...]], known: list[Recognition] | None, 
     return list(keys.values())
 
 
-def _chain(branch: Branch) -> FFNCandidate:
+def _chain(branch: Branch, out_axis: int) -> FFNCandidate:
     """The branch as others read experts: where its rows come in and go out."""
     shape, out = branch.start.meta["shape"], branch.end.meta["shape"]
-    region = MatrixRef("", (), (), (), shape[-1], out[-1])
-    matrix = torch.zeros(math.prod(shape[:-1]), dtype=torch.long)
+    at, into = branch.axis % len(shape), out_axis % len(out)
+    region = MatrixRef("", (), (), (), shape[at], out[into])
+    matrix = torch.zeros(math.prod(rows_last(shape, at)[:-1]), dtype=torch.long)
 
     def site(node: fx.Node) -> GemmSite:
-        return GemmSite(node, node, branch.start, len(shape) - 1, len(out) - 1, [region], matrix)
+        return GemmSite(node, node, branch.start, at, into, [region], matrix)
 
     inside = sorted(branch.inside, key=lambda n: n.meta["index"])
     return FFNCandidate([site(r) for r in branch.readers], [site(branch.end)], inside, ())

@@ -20,6 +20,7 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.row_function import CODES, GETITEM, PLACES, Value, write_body
 from moeopt.ir.weight_refs import PartRef
+from moeopt.recognise.row_graph_channels import LAST, channel_rule, rows_last
 from moeopt.recognise.row_graph_rules import RULES
 from moeopt.recognise.row_graph_writer import HeldSlots, RowGraphWriter
 from moeopt.value_types import PyObject
@@ -28,7 +29,7 @@ aten = torch.ops.aten
 MOST = 400
 """Calls of one expert that are looked at."""
 _WAY_OUT = {
-    "convolution": " together with what is around it; put channels last, and write 1x1 convolutions as nn.Linear",
+    "convolution": " together with what is around it; write 1x1 convolutions as nn.Linear, and put channels last",
     "bmm": ", as its weights are computed from the rows (a sum of all experts' weights for each row)",
 }
 """What more there is to say of ops without a rule."""
@@ -36,13 +37,17 @@ _SAME = ("clone", "detach", "alias", "contiguous", "lift_fresh", "lift_fresh_cop
 
 
 class RowGraphReader(RowGraphWriter):
-    """The graph from ``start`` (the rows, features last) to ``end``, written as it is walked.
+    """The graph from ``start``, the rows, to ``end``, written as it is walked.
 
     With rows ``beside``, a row of the graph is one of each, side by side.
+
+    Args:
+        axis: the dimension of ``start`` in which the features stand.
 
     Attributes:
         text: see :mod:`moeopt.ir.row_function`.
         slots: what this expert has in them.
+        out_axis: the dimension of ``end`` in which the features stand.
 
     Raises:
         Declined: a call is no function of each row by itself, or has no rule; the text names it.
@@ -50,17 +55,17 @@ class RowGraphReader(RowGraphWriter):
 
     def __init__(
         self, tape: Tape, start: fx.Node, end: fx.Node, cone: set[fx.Node], values: bool = True,
-        beside: tuple[fx.Node, ...] = (),
+        beside: tuple[fx.Node, ...] = (), axis: int = LAST,
     ) -> None:  # fmt: skip
         super().__init__(tape, cone, values)
         self._dtypes: list[tuple[torch.dtype, tuple[int, ...]]] = []
         self._slot_of: dict[PartRef, HeldSlots] = {}
-        shape = start.meta["shape"]
-        self.lead = tuple(shape[:-1])
+        shape = rows_last(tuple(start.meta["shape"]), axis)
+        self.lead = shape[:-1]
         if not self.lead or math.prod(self.lead) == 0:
             raise Declined("no token reached one of its experts", start.meta.get("source"))
         for node in (start, *beside):
-            self.known[node] = HeldSlots(0, self.lead, tuple(node.meta["shape"]))
+            self.known[node] = HeldSlots(0, self.lead, rows_last(tuple(node.meta["shape"]), axis), axis=axis)
         order = self._order(end)
         for node in order:  # slots come first, so their numbers are known only now
             if (ref := self.weight_of(node)) is not None and ref not in self._slot_of:
@@ -75,7 +80,7 @@ class RowGraphReader(RowGraphWriter):
         result = self.known[end]
         if result.lead is None or len(result.features) != 1 or math.prod(result.lead) != math.prod(self.lead):
             raise Declined("an expert's output is not one vector for each of its rows", end.meta.get("source"))
-        self.out_features = result.features[0]
+        self.out_features, self.out_axis = result.features[0], result.axis
         self.text = write_body(
             features, start.meta["dtype"], self._dtypes, self.nodes, int(result.number), self.out_features
         )
@@ -125,6 +130,8 @@ class RowGraphReader(RowGraphWriter):
         if not any(h.lead is not None for h in inputs):
             return self._of_weights(node)
         name = op_name(node)
+        if (turned := channel_rule(self, node)) is not None:
+            return turned()
         if name in _SAME:
             return inputs[0]
         if name == "_to_copy":

@@ -21,13 +21,16 @@ from moeopt.value_types import FxTarget, PyObject
 class HeldSlots:
     """A value of the graph. ``lead``: L leading sizes on the tape, None for a value made of weights alone.
 
-    ``shape``: on the tape for rows, in the graph for weights. ``items``: of several results, those known.
+    ``shape``: on the tape for rows, features last, in the graph for weights. ``items``: of several results, those
+    known. ``axis``: the dimension on the tape in which the features stand; -1 where they are the last.
     """
 
     def __init__(
-        self, number: int, lead: tuple[int, ...] | None, shape: tuple[int, ...], items: list[HeldSlots] | None = None
-    ) -> None:
+        self, number: int, lead: tuple[int, ...] | None, shape: tuple[int, ...], items: list[HeldSlots] | None = None,
+        axis: int = -1,
+    ) -> None:  # fmt: skip
         self.number, self.lead, self.shape, self.items = Value(number), lead, shape, items
+        self.axis = axis
 
     @property
     def features(self) -> tuple[int, ...]:

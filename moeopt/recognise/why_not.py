@@ -37,19 +37,7 @@ def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
     for look in (mixed_kernels, mixed_matrices, _wide_convolution, named_obstacle):
         if (reason := look(tape)) is not None:
             return reason
-    memo: dict[fx.Node, bool] = {}
-    for node in tape.nodes:
-        if is_computed_weight(node, memo):
-            memo[node] = True
-        elif is_matmul(node) and (read := weight_and_operand(node, memo)) is not None and picks_rows(read[1]):
-            if weight_and_operand(node, {}) is None:
-                return Declined(
-                    "its experts' weights are computed at each call (from integers and scales, from low-rank factors, "
-                    "or from shared weights and own ones), and the op reads weights as they are stored; compute them "
-                    "once, and keep the results",
-                    node.meta.get("source", ""),
-                )
-    for look in (_one_of_many, one_product_of_all, between_products, picked_matrices):
+    for look in (_computed_at_each_call, _one_of_many, one_product_of_all, between_products, picked_matrices):
         if (reason := look(tape)) is not None:
             return reason
     return Declined(
@@ -57,6 +45,26 @@ def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
         "depends on the whole batch, or weighs the hidden neurons), which the op does not carry",
         rank=Rank.READING,
     )
+
+
+def _computed_at_each_call(tape: Tape) -> Declined | None:
+    """Weights that the block computes of others, in products of picked rows, or in several that are alike."""
+    memo: dict[fx.Node, bool] = {}
+    alike: dict[tuple[int, ...], list[fx.Node]] = {}
+    for node in tape.nodes:
+        if is_computed_weight(node, memo):
+            memo[node] = True
+        elif is_matmul(node) and (read := weight_and_operand(node, memo)) is not None:
+            if weight_and_operand(node, {}) is None:
+                alike.setdefault(tuple(read[0].meta["shape"]), []).append(node)
+                if picks_rows(read[1]) or len(alike[tuple(read[0].meta["shape"])]) > 1:
+                    return Declined(
+                        "its experts' weights are computed at each call (from integers and scales, from low-rank "
+                        "factors, or from shared weights and own ones), and the op reads weights as they are stored; "
+                        "compute them once, and keep the results",
+                        node.meta.get("source", ""),
+                    )
+    return None
 
 
 def _wide_convolution(tape: Tape) -> Declined | None:

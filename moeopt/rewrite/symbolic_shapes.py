@@ -129,6 +129,7 @@ def generalize(plans: list[KeptSteps], shapes: list[list[tuple[int, ...]]]) -> K
     sizes = InputSizes(shapes)
     first = plans[0]
     _refuse_padding(plans, sizes)
+    _refuse_shares(plans, sizes)
     for other in plans[1:]:
         if [(s.kind, _name(s)) for s in other.steps] != [(s.kind, _name(s)) for s in first.steps]:
             raise Declined(
@@ -210,6 +211,19 @@ def _refuse_padding(plans: list[KeptSteps], sizes: InputSizes) -> None:
                 )
 
 
+def _refuse_shares(plans: list[KeptSteps], sizes: InputSizes) -> None:
+    """A top-k of as many tokens as a number that is rounded says."""
+    for versions in zip(*([s for s in p.steps if "aten.topk" in _name(s)] for p in plans), strict=False):
+        counts = [v.args[1] for v in versions]
+        if len(set(counts)) > 1 and all(type(a) is int for a in counts) and sizes.express(tuple(counts)) is None:
+            raise Declined(
+                f"its forward keeps the best {' or '.join(map(str, counts))} of its tokens (topk), a number that is "
+                "rounded from how many there are, as in expert choice, so that no one graph holds for all numbers of "
+                "tokens; keep a fixed number of them, or let each token choose its experts",
+                versions[0].source or None,
+            )
+
+
 def _where(a: KeptSteps, b: KeptSteps) -> str | None:
     for x, y in itertools.zip_longest(a.steps, b.steps):
         if x is None or y is None or (x.kind, _name(x)) != (y.kind, _name(y)):
@@ -273,8 +287,8 @@ def _merge_containers(versions: list[Any], sizes: InputSizes, where: str | None)
 def _same(versions: list[Any], where: str | None) -> PyObject:
     if any(v != versions[0] and not (v != v and versions[0] != versions[0]) for v in versions):
         raise Declined(
-            f"the value {versions[0]!r} in its forward changes with the input (read from a tensor?); "
-            "keep it in a tensor",
+            f"the value {versions[0]!r} in its forward changes with the input (read from a tensor, or made of a size, "
+            "as by math.sqrt(n)?); keep it in a tensor",
             where,
         )
     return versions[0]

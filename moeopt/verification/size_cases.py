@@ -16,6 +16,8 @@ from moeopt.capture.call_roles import CallSpec
 from moeopt.verification.cases import MANY, CaseBuilder
 from moeopt.verification.results import Case
 
+COLUMNS = "columns in memory"
+"""The name of that case."""
 LARGEST = 8192
 """Tokens of the largest of these cases, however small the block is."""
 
@@ -83,7 +85,7 @@ def no_token(call_spec: CallSpec, num_experts: int, seed: int = 0) -> Case:
 def columns_in_memory(call_spec: CallSpec, num_experts: int, seed: int = 0) -> Case:
     """A few tokens whose features lie apart in memory, as those of a transposed tensor do."""
     build = CaseBuilder(call_spec, num_experts, seed, None)
-    case = build.case("columns in memory", build.flat(6), build.draw(6), range(num_experts))
+    case = build.case(COLUMNS, build.flat(6), build.draw(6), range(num_experts))
     leaves, spec = pytree.tree_flatten((case.args, case.kwargs))
     for n in call_spec.indices("tokens"):
         if leaves[n].dim() > 1:

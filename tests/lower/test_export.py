@@ -1,5 +1,7 @@
 """Tracing a model: keywords beyond its signature, and errors that only tracing brings out."""
 
+import functools
+import math
 import warnings
 
 import pytest
@@ -112,3 +114,86 @@ def test_a_saved_model_is_not_taken_for_a_changed_one(tmp_path):
     fast.model.config["top_k"] = 1  # the router sees it
     with pytest.warns(moeopt.errors.StaleModelWarning), torch.no_grad():
         assert not torch.allclose(fast(x), before)
+
+
+class Named(nn.Module):
+    """A Parameter, a buffer or a module of a name that torch's own graphs have."""
+
+    def __init__(self, name, kind):
+        super().__init__()
+        self.name, made = name, nn.Linear(3, 3)
+        if kind == "module":
+            self.add_module(name, made)
+        elif kind == "buffer":
+            self.register_buffer(name, made.weight.data)
+        else:
+            self.register_parameter(name, made.weight)
+
+    def forward(self, x):
+        held = getattr(self, self.name)
+        return held(x) if isinstance(held, nn.Module) else x @ held
+
+
+class Holds(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("code", "Parameter"), ("graph", "buffer"), ("meta", "Parameter"), ("recompile", "module")]
+)
+def test_a_name_that_a_graph_of_torch_has_is_told_at_the_root_and_carried_below(name, kind):
+    said = rf"Named cannot be saved: its {kind} {name} has the name of an attribute of torch.fx.GraphModule, which .*"
+    with pytest.raises(NotSaveableError, match=said + "give it another name, hold it in a child module"):
+        export_program(Named(name, kind), (torch.ones(2, 3),), {})
+    program = export_program(Holds(Named(name, kind)), (torch.ones(2, 3),), {})
+    assert program.run_decompositions({}).module()(torch.ones(2, 3)).shape == (2, 3)
+
+
+@functools.lru_cache
+def one_over_root(count):
+    return 1 / math.sqrt(count)
+
+
+class Tables(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tables = {}
+
+    def forward(self, x):
+        return x * self.tables.setdefault(x.shape[0], torch.ones(()))
+
+
+class Cached(nn.Module):
+    def forward(self, x):
+        return x * one_over_root(x.shape[0])
+
+
+@pytest.mark.parametrize("model", [Tables(), Cached()], ids=["dict", "lru_cache"])
+def test_what_is_looked_up_by_a_size_is_told_with_its_line(model):
+    said = (
+        r"its code looks something up by a size \(.*test_export.py:\d+\), in a dict, a set or a cache such as functools"
+    )
+    with pytest.raises(NotSaveableError, match=said):
+        export_program(model, (torch.ones(2, 3),), {})
+
+
+class Draws(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        return x + torch.rand(x.shape, generator=self.generator)
+
+
+def test_a_draw_with_a_generator_is_told_with_its_line():
+    said = (
+        r"torch has no form with free sizes of an op that its code calls \(.*test_export.py:\d+\) \(a random draw with"
+    )
+    with pytest.raises(NotSaveableError, match=said):
+        export_program(Draws(), (torch.ones(2, 3),), {})

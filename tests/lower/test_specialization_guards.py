@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+import moeopt
 from moeopt.bundle.shape_guards import only_asked
 from moeopt.lower.export import export_program
 from moeopt.lower.signature import functional, size_conditions
+from moeopt.lower.specialization_guards import counted_sizes
 
 
 class Apply(nn.Module):
@@ -64,3 +66,37 @@ def test_a_size_of_one_that_the_code_squeezes_away_is_gone_in_the_trace_too(func
     assert size_conditions(functional(program)) == []
     x = torch.randn(5, 1)
     torch.testing.assert_close(program.module()(x), function(x))
+
+
+def summed(x):
+    total = x[:, 0]
+    for place in range(1, x.shape[1]):
+        total = total * 0.5 + x[:, place]
+    return total
+
+
+@pytest.mark.parametrize(
+    ("function", "want"),
+    [
+        (summed, ["x.shape[1] == 4"]),
+        (lambda x: torch.stack([x[row].relu() for row in range(len(x))]), ["x.shape[0] == 3"]),
+        (lambda x: x.reshape(x.shape[1], x.shape[0]) * x.shape[0], []),
+        (lambda x: x @ torch.ones(4, 2), []),  # that its rows are as wide as a weight is no news
+    ],
+    ids=["places", "rows", "computed with", "a weight's"],
+)
+def test_a_size_that_python_counts_to_is_told(function, want):
+    program = export_program(Apply(function), (torch.randn(3, 4),), {})
+    notes = counted_sizes(program)
+    assert len(notes) == len(want)
+    for note, size in zip(notes, want, strict=True):
+        assert (
+            f"the engine holds for calls where {size}, as in the example call: the model's Python makes a plain" in note
+        )
+        assert "test_specialization_guards.py" in note and note.endswith("or use backend='torch'")
+
+
+def test_the_report_of_an_engine_tells_it():
+    engine = moeopt.optimize(Apply(summed), torch.randn(3, 4), backend="onnxruntime", verify="fast")
+    assert any("x.shape[1] == 4" in note and "a plain number of this size" in note for note in engine.report.notes)
+    assert any("x.shape[1] == 4" in note for note in engine.certificate.notes)

@@ -61,3 +61,36 @@ def test_masks_that_are_asked_hold_for_other_tokens_where_every_expert_is_there(
     x = torch.randn(9, H, generator=torch.Generator().manual_seed(1))
     assert [b.status for b in found.report.blocks] == ["rewritten"]
     assert torch.allclose(found(x), run(path, x=x)[0], rtol=1e-5, atol=1e-5)
+
+
+class Nearest(torch.nn.Module):
+    """A token's experts are those of the nearest centroids: cdist multiplies by a matrix that it makes of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centroids", torch.randn(4, H))
+        nn = torch.nn
+        self.gate = nn.Linear(H, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(H, 12), nn.GELU(), nn.Linear(12, H)) for _ in range(4))
+
+    def forward(self, x):
+        _, ids = torch.cdist(x, self.centroids).topk(2, -1, largest=False)
+        weights, y = self.gate(x).gather(1, ids).softmax(-1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            row, slot = torch.where(ids == number)
+            y = y.index_add(0, row, expert(x[row]) * weights[row, slot, None])
+        return y
+
+
+def test_as_many_centroids_as_experts_are_no_missing_ones(tmp_path):
+    """The centroids have more features than there are experts."""
+    torch.manual_seed(0)
+    model, x = Nearest().eval(), torch.randn(7, H)
+    path = str(tmp_path / "home.onnx")
+    torch.onnx.export(
+        model, (x,), path, dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "n"}}, opset_version=18
+    )
+    found = moeopt.optimize(path, verify="fast")
+    (block,) = found.report.blocks
+    assert (block.status, block.experts, block.reason) == ("rewritten", 4, "")
+    torch.testing.assert_close(found(x), run(path, x=x)[0], rtol=1e-4, atol=1e-5)

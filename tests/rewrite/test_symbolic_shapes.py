@@ -95,7 +95,7 @@ def test_a_nan_is_a_constant_like_any_other():
     [
         ((7, 9, 1), "the integer 7 or 9 or 1 in its forward changes with the input and is no simple function of the input's "  # noqa: E501
          "shape (was it read from a tensor with .item(), or rounded, as a capacity of n // 2?)"),
-        ((0.5, 0.5, 0.25), "the value 0.5 in its forward changes with the input (read from a tensor?); keep it in a tensor"),  # noqa: E501
+        ((0.5, 0.5, 0.25), "the value 0.5 in its forward changes with the input (read from a tensor, or made of a size, as by math.sqrt(n)?); keep it in a tensor"),  # noqa: E501
         (("mean", "sum", "sum"), "the value 'mean' in its forward changes with the input"),
         ((True, False, True), "the value True in its forward changes with the input"),
         ((torch.float32, torch.float16, torch.float32), "the value torch.float32 in its forward changes"),

@@ -263,6 +263,6 @@ class ChoiceByExperts(nn.Module):
         return torch.einsum("bekt,bek,bekd->btd", one_hot, weights, out)
 
 
-@case(seq(D), experts=N, expect="declined", reason=r"rounded, as a capacity of n // 2")
+@case(seq(D), experts=N, expect="declined", reason=r"keeps the best .* of its tokens .topk., a number that is rounded")
 def dispatch_choice_by_experts_einsum():
     return ChoiceByExperts()

@@ -31,6 +31,24 @@ def gated_matrices_behind_a_shared_one():
     return SharedDown()
 
 
+class OneEinsum(nn.Module):
+    """The same over a stack, in one einsum."""
+
+    def __init__(self, rank=4):
+        super().__init__()
+        self.base, self.gate = nn.Linear(D, D), nn.Linear(D, N, bias=False)
+        self.down, self.up = nn.Parameter(torch.randn(D, rank) * 0.2), nn.Parameter(torch.randn(N, rank, D) * 0.2)
+
+    def forward(self, x):
+        weights = self.gate(x).softmax(-1)
+        return self.base(x) + torch.einsum("bsd,dr,erk,bse->bsk", x, self.down, self.up, weights)
+
+
+@case(seq(D), experts=N, expect="declined", reason=ALL)
+def gated_matrices_in_one_einsum():
+    return OneEinsum()
+
+
 class StackedLayer(nn.Module):
     """A stack of matrices and biases; each row is multiplied by all."""
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from tests.zoo.case import case, flat
+from tests.zoo.case import case, flat, made_by
 
 D, N, TASKS = 16, 5, 2
 SUMMED = "^its experts' outputs are summed several times, each time by another gate"
@@ -97,3 +97,34 @@ class OneAfterAnother(nn.Module):
 @case(flat(D), experts=3, expect="declined", reason="their sum is not linear in the experts' outputs")
 def experts_made_orthogonal():
     return OneAfterAnother()
+
+
+class Star(nn.Module):
+    """A network for each domain, whose matrices are shared ones times its own (STAR); all run, and a domain picks."""
+
+    def __init__(self, domains=3):
+        super().__init__()
+        self.shared = nn.ParameterList(nn.Parameter(torch.randn(*size) * 0.3) for size in ((D, 24), (24, D)))
+        self.own = nn.ModuleList(
+            nn.ParameterList(nn.Parameter(torch.rand(*size) + 0.5) for size in ((D, 24), (24, D)))
+            for _ in range(domains)
+        )
+
+    def forward(self, x, domain):
+        total = torch.zeros_like(x)
+        for number, own in enumerate(self.own):
+            hidden = torch.relu(x @ (self.shared[0] * own[0]))
+            total = torch.where((domain == number)[:, None], hidden @ (self.shared[1] * own[1]), total)
+        return total
+
+
+def rows_of_domains(shape, generator):
+    count = shape[0] * shape[1] + 3
+    return (torch.randn(count, D, generator=generator), torch.arange(count) % 3), {}
+
+
+@case(
+    made_by(rows_of_domains), experts=3, expect="declined", reason="weights are computed at each call .*shared weights"
+)
+def matrices_of_domains_times_shared_ones():
+    return Star()

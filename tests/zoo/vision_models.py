@@ -84,6 +84,36 @@ class ImageRoutedConvs(nn.Module):
         return y
 
 
+class NormedConvs(nn.Module):
+    """1x1 convolutions with batch norms, two for each image; experts that no image chose are passed over."""
+
+    def __init__(self, c=8, n=4):
+        super().__init__()
+        self.gate = nn.Sequential(nn.Conv2d(c, 4, 1), nn.ReLU(), nn.Conv2d(4, n, 1))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, 16, 1, bias=False), nn.BatchNorm2d(16), nn.SiLU(), nn.Conv2d(16, c, 1))
+            for _ in range(n)
+        )
+        for expert in self.experts:
+            expert[1].running_mean.normal_()
+            expert[1].running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        weights, ids = self.gate(x.mean((2, 3), keepdim=True)).flatten(1).softmax(1).topk(2)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            image, slot = torch.where(ids == number)
+            if image.numel() == 0:
+                continue
+            y.index_add_(0, image, expert(x[image]) * weights[image, slot].view(-1, 1, 1, 1))
+        return x + y
+
+
+@case(image(8), experts=4, expect="either")
+def whole_image_routed_convolutions_with_norms():
+    return NormedConvs()
+
+
 @case(
     lambda i: (((torch.ones(1, 8, 5, 4) * (i + 1)),), {}), experts=3, expect="declined",
     reason="(?i)convolution|conv2d|3 ?x ?3|3, 3",

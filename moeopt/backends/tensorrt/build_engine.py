@@ -44,6 +44,7 @@ from moeopt.lower.onnx.plan import kind
 from moeopt.lower.onnx.upcast import upcast_graph, upcast_node
 from moeopt.lower.signature import describe_call
 from moeopt.lower.size_one import avoid_size_one, export_widened
+from moeopt.lower.specialization_guards import counted_sizes
 from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.options import Options
 from moeopt.patches import quiet
@@ -171,6 +172,7 @@ def _exported(
     with emitting(model) as sites, quiet():
         export = functools.partial(export_with_sites, model, sites=sites)
         program = export_widened((args, kwargs), wider, export)
+    plan.remarks += counted_sizes(program)
     options.say("converting it to ONNX")
     return to_onnx(program), sites, describe_call(program)
 

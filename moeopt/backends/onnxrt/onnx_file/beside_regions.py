@@ -35,8 +35,8 @@ _AS_A_MODULE = (
 def blocks_beside_regions(
     file: OnnxFile, feeds: GraphFeeds, regions: Sequence[CandidateRegion], options: Options
 ) -> tuple[list[BlockReport], list[str]]:
-    """An entry for each mixture of the graph outside of the ``regions``; and a note where they could not be looked for,
-    since the graph has no form as a module.
+    """An entry for each mixture of the graph outside of the ``regions``; and a note where they were not looked for:
+    the graph has no form as a module, or has too many nodes.
 
     Args:
         feeds: inputs that the file runs on.
@@ -46,8 +46,14 @@ def blocks_beside_regions(
     ops = {node.op_type for node in nodes}
     given = {value.name for value in file.proto.graph.input}
     replaceable = any(tensor.name in given for tensor in file.proto.graph.initializer)  # a note says so already
-    if len(nodes) > _MOST_NODES or ops.isdisjoint(_CHOICES) or replaceable:
+    if ops.isdisjoint(_CHOICES) or replaceable:
         return [], []
+    if len(nodes) > _MOST_NODES:
+        many = (
+            f"{_NOT_LOOKED_FOR}: the graph has {len(nodes)} nodes, and one of more than {_MOST_NODES} is not run and "
+            "read once more; moeopt.explain(moeopt.from_onnx(path), inputs) looks for them in a graph of any size"
+        )
+        return [], [many]
     if not ops.isdisjoint(_CODES):  # each would be made floats a second time
         return [], [] if regions else [f"{_NOT_LOOKED_FOR} among weights that are codes"]
     options.say("looking for mixtures that are no chains of products")

@@ -137,7 +137,10 @@ def test_a_file_without_mixtures_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(beside_regions, "_MOST_NODES", 3)
     torch.manual_seed(0)
     many = file_of(CASES["vectors_of_a_gate"].build(), tmp_path / "more.onnx")
-    assert not moeopt.explain(many).blocks
+    told = moeopt.explain(many)
+    assert not told.blocks
+    (note,) = [n for n in told.notes if n.startswith("mixtures other than pairs of products were not looked for")]
+    assert "nodes, and one of more than 3 is not run and read once more" in note and "moeopt.from_onnx(path)" in note
 
 
 class OfRows(nn.Module):
