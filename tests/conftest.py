@@ -48,6 +48,12 @@ def this_machine_is_measured_once():
         yield
 
 
+@pytest.fixture
+def fast_by_default(monkeypatch):
+    """``verify="fast"`` for tests that name no other level, and show something else than what verification finds."""
+    monkeypatch.setenv("MOEOPT_VERIFY", "fast")
+
+
 @pytest.fixture(scope="session")
 def toy_bundle(tmp_path_factory):
     """The bundle of a small block, for tests that only read it."""

@@ -1,7 +1,7 @@
 """Real families go through ``moeopt.optimize`` whole: every MoE block rewritten, same logits, same tokens.
 
-The default run takes the library's own default everywhere and each experts implementation on three
-families; ``MOEOPT_NIGHTLY=1`` takes all of them on all.
+The default run takes the library's own default everywhere, and each experts implementation and strict verification on
+three families; ``MOEOPT_NIGHTLY=1`` takes all of them on all.
 """
 
 import importlib.metadata
@@ -49,7 +49,8 @@ def test_family(name, implementation):
     if not family.available:
         pytest.skip(f"{name} needs transformers {'.'.join(map(str, family.min_version))}")
     original, given = family.build(implementation), family.build(implementation)
-    opt = moeopt.optimize(given, family.inputs(), backend="torch")
+    level = "strict" if NIGHTLY or name in EACH_IMPLEMENTATION else "fast"
+    opt = moeopt.optimize(given, family.inputs(), backend="torch", verify=level)
 
     blocks = [b for b in opt.report.blocks if b.kind == "moe"]
     rewritten = [b for b in blocks if b.status == "rewritten"]

@@ -15,6 +15,7 @@ from moeopt.verification.certificate import Certificate
 from tests.toy_moe import Block, build
 from tests.trained_lm import load, perplexity, text
 
+pytestmark = pytest.mark.usefixtures("fast_by_default")
 X = torch.randn(30, 16, generator=torch.Generator().manual_seed(3))
 
 # Mean KL, top-1 agreement and perplexity ratio on 1536 held-out characters. The bands are the measured figures give or

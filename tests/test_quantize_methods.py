@@ -13,6 +13,7 @@ from tests.test_quantize import Two
 from tests.toy_moe import Block, build
 from tests.trained_lm import load, text
 
+pytestmark = pytest.mark.usefixtures("fast_by_default")
 X = torch.randn(30, 16, generator=torch.Generator().manual_seed(3))
 ROWS = [torch.randn(200, 16, generator=torch.Generator().manual_seed(seed)) for seed in (7, 8)]
 

@@ -55,6 +55,12 @@ def unsaid_writes(func: FxTarget, args: tuple[Any, ...]) -> list[torch.Tensor]:
     return [t for t in args[3:5] if isinstance(t, torch.Tensor)] if func in _BATCH_NORMS else []
 
 
+@cache
+def may_write(func: FxTarget) -> bool:
+    """Whether some call of ``func`` writes to its arguments, as the two functions above have it."""
+    return isinstance(func, HigherOrderOperator) or bool(_written(func)) or func in _BATCH_NORMS
+
+
 @dataclass
 class Twin:
     """``func(*args, **kwargs)`` computes what the in-place call writes; ``after`` shapes it to fit."""

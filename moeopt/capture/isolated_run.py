@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.capture.failed_call import call_hint, in_short
-from moeopt.capture.functional import mutated_args, unsaid_writes
+from moeopt.capture.functional import may_write, mutated_args, unsaid_writes
 from moeopt.capture.module_state import ModuleState
 from moeopt.capture.tape import clone_inputs
 from moeopt.errors import CaptureError
@@ -34,9 +34,10 @@ class WatchWrites(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
     ) -> PyObject:
-        for tensor in (*mutated_args(func, args, kwargs or {}), *unsaid_writes(func, args)):
-            if tensor.layout == torch.strided:
-                self._about_to_write(tensor)
+        if may_write(func):
+            for tensor in (*mutated_args(func, args, kwargs or {}), *unsaid_writes(func, args)):
+                if tensor.layout == torch.strided:
+                    self._about_to_write(tensor)
         return func(*args, **(kwargs or {}))
 
 

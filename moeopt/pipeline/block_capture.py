@@ -44,6 +44,7 @@ from moeopt.rewrite.reads import Reads, observe
 from moeopt.rewrite.replace_experts import experts_rewrite
 from moeopt.rewrite.scratch import UNSET, scratch_attributes
 from moeopt.rewrite.symbolic_shapes import generalize
+from moeopt.verification.oracle import Restored
 
 _MORE = (4, 16)
 """Times as many tokens for a call that must reach every expert, since the code around the experts is kept."""
@@ -163,9 +164,10 @@ class Capture:
             with undone(self.module) as watched, mode:
                 _run_under(watched, self.module, self.calls[1])
 
+        run_restored = Restored(self.module)
+
         def watched_run(call: ArgsKwargs, watch: Callable[..., Any]) -> None:
-            with undone(self.module) as watched:
-                watch(_run_under, watched, self.module, call)
+            watch(run_restored, *call)
 
         per_token = [(f.routing.per_token, len(f.experts)) for f in self.found]
         every = any(k is None or k >= experts for k, experts in per_token)

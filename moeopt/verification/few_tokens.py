@@ -28,7 +28,7 @@ from moeopt.capture.call_roles import CallSpec
 from moeopt.value_types import PyObject
 from moeopt.verification.cases import CaseBuilder
 from moeopt.verification.distance import as_rows, finite_rows, token_distance
-from moeopt.verification.oracle import record_selections
+from moeopt.verification.oracle import Restored
 from moeopt.verification.results import Case
 from moeopt.verification.trees import equal_leaves, flatten
 
@@ -177,13 +177,14 @@ class FewTokens:
 
 def unlike(original: Callable[..., Any], rewritten: Callable[..., Any], cases: Iterable[Case]) -> Iterator[Case]:
     """Those of ``cases`` on which the results of the two are not close."""
+    one, other = Restored(original), Restored(rewritten)
     for case in cases:
         try:
-            expected, _ = record_selections(original, case.args, case.kwargs)
+            expected = one(case.args, case.kwargs)
         except Exception:  # a call that the original does not take shows nothing
             continue
         try:
-            given, _ = record_selections(rewritten, case.args, case.kwargs)
+            given = other(case.args, case.kwargs)
         except Exception:  # the judge says which
             yield case
             continue

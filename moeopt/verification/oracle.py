@@ -22,6 +22,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moeopt.capture.isolated_run import WatchWrites
 from moeopt.ops.override import default_impl
 from moeopt.value_types import PyObject
 from moeopt.verification.float64_rules import (
@@ -63,6 +64,24 @@ def record_selections(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
             n: leaf.clone() for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf._version
         }
         return outputs, mode.selections
+
+
+class Restored:
+    """``fn`` for many runs at its own dtype, each from the state of now; that is read once for all of them."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self._fn = fn
+        self._guard = RestoreState(fn).__enter__()
+        self._mode = WatchWrites(self._guard.before_write)
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PyObject:
+        """The outputs of ``fn(*args, **kwargs)``, which leaves no trace; whatever it raises is raised."""
+        own_args, own_kwargs = clone_inputs_and_objects(args), clone_inputs_and_objects(dict(kwargs))
+        try:
+            with torch.inference_mode(False), torch.no_grad(), self._mode:
+                return self._fn(*own_args, **own_kwargs)
+        finally:
+            self._guard.restore()
 
 
 def run_oracle(

@@ -77,9 +77,9 @@ def _filled(cell: types.CellType) -> bool:
 class RestoreState:
     """Context manager: snapshot of what ``fn`` may change on itself, restored on exit.
 
-    Tensors are saved lazily: a dispatch mode calls :meth:`before_write` with each tensor that an op
-    is about to write, and only a storage that belongs to the model is cloned. ``written`` names them: Parameters,
-    buffers, and tensors in attributes of any kind.
+    Between runs from one snapshot, :meth:`restore` does what the exit does. Tensors are saved lazily: a dispatch mode
+    calls :meth:`before_write` with each tensor that an op is about to write, and only a storage that belongs to the
+    model is cloned. ``written`` names them: Parameters, buffers, and tensors in attributes of any kind.
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
@@ -125,6 +125,10 @@ class RestoreState:
         return frozenset(name for held, (name, owner, data) in entries if not _same_bits(owner.data, _in(held, data)))
 
     def __exit__(self, *exc: object) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Put everything back as it was."""
         self._held.restore()
         for storage, held in self._saved.values():
             storage.copy_(held)

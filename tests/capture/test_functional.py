@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from moeopt.capture.functional import mutated_args
+from moeopt.capture.functional import may_write, mutated_args, unsaid_writes
 from moeopt.capture.tape import record
 from moeopt.errors import CaptureError
 from tests.capture.tiny import Run, again, assert_equal, rand, recorded
@@ -349,3 +349,21 @@ def test_a_triton_kernel_may_write_to_any_tensor_that_it_is_given():
     given = {"kernel_idx": 0, "grid": [(1,)], "kwargs": {"x": a, "out": b, "n": 2}}
     assert [id(t) for t in mutated_args(triton_kernel_wrapper_mutation, (), given)] == [id(a), id(b)]
     assert mutated_args(flex_attention, (a, b), {}) == []
+
+
+def test_ops_that_write_are_told_from_all_others():
+    """Others are not asked what they write: by their schemas, or against them."""
+    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
+
+    aten, x, row = torch.ops.aten, torch.ones(2, 3), torch.ones(3)
+    writing = {
+        aten.add_.Tensor: ((x, 1), [x]),
+        aten._foreach_add_.Scalar: (([x, row], 1), [x, row]),
+        aten.native_batch_norm.default: ((x, None, None, row, x, True, 0.1, 1e-5), [row, x]),
+        triton_kernel_wrapper_mutation: ((x, 1), [x]),
+        aten.mm.out: ((x, x), []),  # to an argument by name, which this call has not
+    }
+    for func, (args, written) in writing.items():
+        told = [*mutated_args(func, args, {}), *unsaid_writes(func, args)]
+        assert may_write(func) and [id(t) for t in told] == [id(t) for t in written]
+    assert not any(map(may_write, (aten.add.Tensor, aten.view.default, aten.native_layer_norm.default)))

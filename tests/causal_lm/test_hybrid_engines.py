@@ -22,7 +22,7 @@ from moeopt.causal_lm.lm import export_causal_lm
 from moeopt.causal_lm.runner import CausalLM
 from moeopt.errors import Declined, UsageError
 from tests.causal_lm.hybrids import GRANITE, TWICE
-from tests.causal_lm.test_lm import GREEDY, apart, exported, followed, prompt
+from tests.causal_lm.test_lm import CALLS, GREEDY, apart, exported, followed, prompt
 from tests.families.build import FAMILIES
 
 FACTOR = 4
@@ -75,10 +75,9 @@ def test_any_batch_any_length_and_a_past(engines, name):
     for length in (1, 2, 100):
         for tokens in (1,) if name in ANEW else (1, 3):
             tolerance = allowed(original, exact, length, tokens)
-            for rows in (1, 7):
-                for padded in (False, True):
-                    call = prompt(rows, length, padded)
-                    assert apart(exact, engine, call, followed(call, tokens)) < tolerance, (rows, length, padded)
+            for rows, padded in CALLS:
+                call = prompt(rows, length, padded)
+                assert apart(exact, engine, call, followed(call, tokens)) < tolerance, (rows, length, padded)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -7,7 +7,7 @@ from torch import nn
 
 from moeopt.errors import Declined
 from moeopt.verification.distance import token_distance
-from moeopt.verification.oracle import record_selections, run_oracle, run_pinned
+from moeopt.verification.oracle import Restored, record_selections, run_oracle, run_pinned
 from moeopt.verification.selections import OracleError, Selections
 from tests.verification import styles
 from tests.verification.tiny import TinyMoE, seeded
@@ -141,6 +141,47 @@ def test_no_trace_is_left():
         assert t is kept and torch.equal(t, value) and t.data_ptr() == address and t.dtype == torch.float32
     assert model.last is None and torch.equal(rng, torch.get_rng_state()) and torch.equal(x, copy_x)
     assert torch.equal(chosen.state["calls"], torch.full((3,), 0.1)) and list(chosen.inputs) == [0]
+
+
+class Counts(nn.Module):
+    """Counts its calls in all that a module may hold, and adds the count to what it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.norm, self.number, self.seen, self.kept = nn.BatchNorm1d(4), 0, [], {"last": torch.zeros(())}
+        self.own = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x, raises=False):
+        x.add_(1)
+        self.calls += 1
+        self.own.mul_(0).add_(self.calls)
+        self.kept["last"].add_(1)
+        self.number, self.last = self.number + 1, x
+        self.seen.append(self.number)
+        if raises:
+            raise ValueError("on the way")
+        counts = self.calls + self.kept["last"] + self.number + len(self.seen)
+        return self.norm(x) + counts + self.own + torch.rand(4)
+
+
+def test_every_run_of_many_begins_from_the_same_state():
+    model, x = Counts(), seeded(6, 4)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with torch.random.fork_rng(devices=[]):
+        stream = torch.get_rng_state()
+        run = Restored(model)
+        first = run((x,), {})
+        with pytest.raises(ValueError, match="on the way"):
+            run((x,), {"raises": True})
+        assert len(run((seeded(3, 4),), {})) == 3 and torch.equal(run((), {"x": x}), first)
+        assert torch.equal(torch.get_rng_state(), stream)
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+        assert (model.number, model.seen, model.kept["last"].item()) == (0, [], 0) and not hasattr(model, "last")
+        assert torch.equal(x, seeded(6, 4))
+        with torch.no_grad():
+            torch.testing.assert_close(first, model(x.clone()), rtol=0, atol=0)
+            assert not torch.equal(first, model(x.clone())), "the second call counts on"
 
 
 def test_layers_that_refuse_mixed_dtypes():
