@@ -9,6 +9,7 @@ keeps torch, oneDNN and the kernel to that instruction set.
 What is below ``--least`` is told again at the end, worst first. A declined block is its own original, and has no cell.
 A call that is left to the block's own code (``moeopt.pipeline.own_code``) has one: ``MOEOPT_MEASURE=off`` leaves none.
 ``--gradients`` records what a backward pass would need, as a model does that runs without ``torch.no_grad()``.
+``--training`` times that and the backward pass of a weighted sum, to the tokens and all Parameters.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 import platform
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,11 +54,26 @@ def cells(name: str, dtype: torch.dtype, hidden: int, asked: argparse.Namespace)
         except (RuntimeError, ValueError, NotImplementedError) as err:  # an op that has no kernel for the dtype
             return f"runs nowhere: {str(err).splitlines()[0][:90]}"
         # which experts have a gradient is found by verification
-        verify = "fast" if asked.gradients else "off"
+        verify = "fast" if torch.is_grad_enabled() else "off"
         fast = moeopt.optimize(copy.deepcopy(block), tokens(24), verify=verify, progress=False)
     if not any(rewritten_forward(m) is not None for m in fast.model.modules()):
         return f"declined: {fast.report.blocks[0].reason[:90] if fast.report.blocks else 'no block'}"
-    return {T: ratio(block, fast.model, tokens(T), asked.seconds) for T in asked.tokens}
+    calls = [step_of(model.train()) if asked.training else model for model in (block, fast.model)]
+    return {T: ratio(*calls, tokens(T), asked.seconds) for T in asked.tokens}
+
+
+def step_of(block: nn.Module) -> Callable[[torch.Tensor], None]:
+    """One training step of ``block``, without an optimizer's."""
+    weights = list(block.parameters())
+
+    def step(x: torch.Tensor) -> None:
+        for weight in weights:
+            weight.grad = None
+        found = block(x.detach().requires_grad_())
+        y = found[0] if isinstance(found, tuple) else found
+        y.backward(x.view_as(y))
+
+    return step
 
 
 def main() -> None:
@@ -71,6 +88,7 @@ def main() -> None:
     parser.add_argument("--least", type=float, default=0.95)
     parser.add_argument("--gradients", action="store_true", help="with gradients recorded")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--training", action="store_true", help="with gradients recorded, and the backward pass")
     parser.add_argument("--isa", choices=["avx2"], help="play a lesser instruction set")
     parser.add_argument("--save", nargs="?", const="", metavar="SUFFIX", help="of the file's name")
     asked = parser.parse_args()
@@ -79,7 +97,7 @@ def main() -> None:
         os.environ.update(limits, MOEOPT_NATIVE_ISA="avx2")
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.never_slower", *sys.argv[1:]])
     torch.set_num_threads(asked.threads)
-    torch.set_grad_enabled(asked.gradients)
+    torch.set_grad_enabled(asked.gradients or asked.training)
     chosen = [n for n in FORMS if asked.forms is None or n.startswith(tuple(asked.forms))]
     rows: list[dict[str, object]] = []
     low: list[tuple[float, str]] = []

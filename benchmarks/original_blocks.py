@@ -15,6 +15,7 @@ import argparse
 import copy
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,9 @@ BLOCKS = {
 }
 
 
-def ratio(original: nn.Module, rewritten: nn.Module, x: Tensor, seconds: float) -> float:
+def ratio(
+    original: Callable[[Tensor], object], rewritten: Callable[[Tensor], object], x: Tensor, seconds: float
+) -> float:
     """The median of original / rewritten over turns that take about ``seconds`` in all.
 
     One thread is timed by its CPU time, several by the clock.

@@ -75,9 +75,9 @@ def count_expert_calls() -> Iterator[list[Any]]:
     functions = sys.modules["moeopt.ops.row_function"]
     kernel, one_by_one = callers[0].run_kernel, functions.expert_by_expert
 
-    def spy(x, ids, weights, bank, spec):
+    def spy(x, ids, weights, bank, spec, *hidden):
         seen.append(spec)
-        return kernel(x, ids, weights, bank, spec)
+        return kernel(x, ids, weights, bank, spec, *hidden)
 
     def spy_function(x, ids, weights, bank, spec, **more):
         seen.append(spec)

@@ -10,6 +10,7 @@ of no elements is an absent one among present ones.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -20,14 +21,17 @@ from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import override
 from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights
+from moeopt.ops.gradients import fits, lists_gradients
 from moeopt.ops.kernels.cuda import experts_cuda
 from moeopt.ops.native.call import transformed
 from moeopt.ops.native.dispatch import experts_on_cpu
+from moeopt.ops.native.hidden import Hidden
 from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.ops.quantized_experts import quantized_experts
 from moeopt.ops.recorded import gradients_of, recorded, separate_experts
 from moeopt.ops.reference import experts_reference
 from moeopt.ops.row_function import row_function
+from moeopt.ops.unfit import Unfit
 from moeopt.value_types import PyObject
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -123,14 +127,34 @@ def _recorded(
     x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec, skip_idle: bool
 ) -> Tensor:
     """The kernel on the bank as it is, and its gradient."""
-    run = functools.partial(run_kernel, x, ids, weights, bank, spec)
+    hidden = Hidden() if fits(x, spec) else None
+
+    def run() -> tuple[Tensor, Tensor | None]:
+        y = run_kernel(x, ids, weights, bank, spec, hidden)
+        return y, None if hidden is None else hidden.rows
+
     stacked = bank.stacked()
     if stacked is None:
         held, rebuild = separate_experts(bank, ids, weights, skip_idle)
         return recorded("moeopt::experts", run, gradients_of(rebuild, spec), x, ids, weights, held)
     lists = flatten(stacked, spec)
-    gradients = functools.partial(gradients_of_lists, [len(part) for part in lists], spec.text)
+    gradients = functools.partial(_gradients_of_stacks, [len(part) for part in lists], spec)
     return recorded("moeopt::experts", run, gradients, x, ids, weights, [t for part in lists for t in part])
+
+
+def _gradients_of_stacks(
+    sizes: list[int], spec: ExpertsSpec, grad: Tensor, saved: list[Tensor], needs: list[int], kept: Tensor | None
+) -> list[Tensor]:
+    x, ids, weights, *flat = saved
+    if fits(x, spec):
+        with contextlib.suppress(Unfit):
+            return lists_gradients(grad, x, ids, weights, _in_lists(flat, sizes), spec, needs, kept)
+    return gradients_of_lists(sizes, spec.text, grad, saved, needs)
+
+
+def _in_lists(flat: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
+    rest = iter(flat)
+    return [[next(rest) for _ in range(size)] for size in sizes]
 
 
 def gradients_of_lists(
@@ -138,8 +162,7 @@ def gradients_of_lists(
 ) -> list[Tensor]:
     """Gradients of those of [x, weights, *lists] that ``needs`` indexes; ``saved`` are x, ids, weights, lists."""
     x, ids, weights, *flat = saved
-    rest = iter(flat)
-    lists = [[next(rest) for _ in range(size)] for size in sizes]
+    lists = _in_lists(flat, sizes)
     found: list[Tensor] = torch.ops.moeopt.experts_backward(grad, x, ids, weights, *lists, spec, needs)
     return found
 
@@ -179,10 +202,14 @@ def _needs_grad(x: Tensor, weights: Tensor, bank: ExpertWeights) -> bool:
     return False
 
 
-def run_kernel(x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
-    """The kernel of the device; nothing is recorded."""
+def run_kernel(
+    x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec, hidden: Hidden | None = None
+) -> Tensor:
+    """The kernel of the device; nothing is recorded. ``hidden``: as for ``experts_on_cpu``."""
     device = "cpu" if x.is_cpu else x.device.type
     kernel = _KERNELS.get(device, experts_reference)
+    if hidden is not None:
+        kernel = functools.partial(experts_on_cpu, hidden=hidden)
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return kernel(x, ids, weights, bank, spec)

@@ -5,6 +5,7 @@ The schema is told in :mod:`moeopt.ops.experts`, which calls it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from moeopt.ops.expert_weights import how_they_lie
 from moeopt.ops.experts import Lists, decode, gradients_of_lists, run_kernel, unflatten
 from moeopt.ops.forward_mode import refusing_tangents
+from moeopt.ops.gradients import fits, lists_gradients
 from moeopt.ops.reference import experts_reference
+from moeopt.ops.unfit import Unfit
 from moeopt.value_types import PyObject
 
 MOST_WEIGHTS = 32
@@ -77,9 +80,12 @@ def _backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of those of [x, weights, *w_in, *w_out, *b_in, *b_out, *norm] that ``needs`` indexes.
 
-    Recomputes the reference with gradients on. Stacked weights are taken apart into leaves first: the
-    gradient of ``w[e]`` with respect to a whole stack would be E stacks.
+    What is not written out recomputes the reference with gradients on. Stacked weights are taken apart into leaves
+    first: the gradient of ``w[e]`` with respect to a whole stack would be E stacks.
     """
+    if fits(x, decode(spec)):
+        with contextlib.suppress(Unfit):
+            return lists_gradients(grad, x, ids, weights, (w_in, w_out, b_in, b_out, norm), decode(spec), needs)
     known, E = decode(spec), w_out[0].shape[0] if w_out[0].dim() == 3 else 0
     lists = [w_in, w_out, b_in, b_out, norm]
     whole = [x, weights, *(t for part in lists for t in part)]

@@ -53,9 +53,13 @@ def quantized_experts(
     if needs_grad:
         lists = flatten(bank)
         gradients = functools.partial(_gradients_of, [len(part) for part in lists], (spec.text, bank.format.text))
-        kernel = functools.partial(run, x_TH, ids_TK, weights_TK, bank, spec)
         held = [t for part in lists for t in part]
-        return recorded("moeopt::quantized_experts", kernel, gradients, x_TH, ids_TK, weights_TK, held)
+        return recorded(
+            "moeopt::quantized_experts",
+            lambda: (run(x_TH, ids_TK, weights_TK, bank, spec), None),
+            lambda grad, saved, needs, kept: gradients(grad, saved, needs),
+            x_TH, ids_TK, weights_TK, held,
+        )  # fmt: skip
     return run(x_TH, ids_TK, weights_TK, bank, spec)
 
 

@@ -10,19 +10,25 @@ Shape legend: T tokens, E experts, K chosen per token, H hidden.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.ops.bank_gradients import HeldAt
 from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights
+from moeopt.ops.gradients import fits, held_gradients
 from moeopt.ops.reference import experts_reference
+from moeopt.ops.unfit import Unfit
 from moeopt.value_types import PyObject
 
-Gradients = Callable[[Tensor, list[Tensor], list[int]], Sequence["Tensor | None"]]
-"""From the gradient of y, [x, ids, weights, *held] and ``needs`` to the gradients of those of [x, weights, *held] that
-``needs`` indexes."""
+KernelCall = Callable[[], tuple[Tensor, "Tensor | None"]]
+"""Computes y, and what is kept of h for the backward pass: see ``native.hidden.Hidden``."""
+Gradients = Callable[[Tensor, list[Tensor], list[int], "Tensor | None"], Sequence["Tensor | None"]]
+"""From the gradient of y, [x, ids, weights, *held], ``needs`` and what was kept of h to the gradients of those of
+[x, weights, *held] that ``needs`` indexes."""
 
 MOST = 16
 """Experts up to which all are read at once sooner than those that are named, one by one."""
@@ -31,8 +37,7 @@ FEW = 4096
 
 
 def recorded(
-    op: str, run: Callable[[], Tensor], gradients: Gradients, x: Tensor, ids: Tensor, weights: Tensor,
-    held: Sequence[Tensor],
+    op: str, run: KernelCall, gradients: Gradients, x: Tensor, ids: Tensor, weights: Tensor, held: Sequence[Tensor]
 ) -> Tensor:  # fmt: skip
     """``run()``, with ``gradients`` as its derivative by x, the routing weights, and what is ``held`` of the bank.
 
@@ -47,11 +52,12 @@ def recorded(
 
 class _Recorded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: PyObject, op: str, run: Callable[[], Tensor], gradients: Gradients, *tensors: Tensor) -> Tensor:
+    def forward(ctx: PyObject, op: str, run: KernelCall, gradients: Gradients, *tensors: Tensor) -> Tensor:
+        y, kept = run()
         # of what was made in torch.inference_mode() a copy may be saved; the original keeps x[rows], which is one
-        ctx.save_for_backward(*[t.clone() if t.is_inference() else t for t in tensors])
+        ctx.save_for_backward(*[t.clone() if t.is_inference() else t for t in tensors], kept)
         ctx.op, ctx.gradients = op, gradients
-        return run()
+        return y
 
     @staticmethod
     def backward(ctx: PyObject, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,11 +67,12 @@ class _Recorded(torch.autograd.Function):
             )
         wants_x, _, *wants = ctx.needs_input_grad[3:]
         needs = [i for i, wanted in enumerate((wants_x, *wants)) if wanted]
-        found = dict(zip(needs, ctx.gradients(grad, _saved(ctx), needs), strict=True))
+        *saved, kept = _saved(ctx)
+        found = dict(zip(needs, ctx.gradients(grad, saved, needs, kept), strict=True))
         return None, None, None, found.get(0), None, *(found.get(i) for i in range(1, 1 + len(wants)))
 
 
-def _saved(ctx: PyObject) -> list[Tensor]:
+def _saved(ctx: PyObject) -> list[PyObject]:
     try:
         return list(ctx.saved_tensors)
     except RuntimeError as err:
@@ -78,8 +85,8 @@ def _saved(ctx: PyObject) -> list[Tensor]:
         ) from err
 
 
-Rebuild = Callable[[Sequence[Tensor]], ExpertWeights]
-"""The bank of tensors that stand for those that were held."""
+Rebuild = Callable[[Sequence[PyObject]], ExpertWeights]
+"""The bank of tensors that stand for those that were held; or of their places, as ``HeldAt``."""
 
 
 def separate_experts(
@@ -109,8 +116,8 @@ def separate_experts(
     others = {n: tensors[n].detach() for e in order[len(hit) :] for n in experts.of[e] if n not in reached}
     numbers, P = (*reached, *others), len(tensors)
 
-    def rebuild(held: Sequence[Tensor]) -> ExpertWeights:
-        placed: list[Tensor | None] = [None] * P
+    def rebuild(held: Sequence[PyObject]) -> ExpertWeights:
+        placed: list[PyObject] = [None] * P
         for n, tensor in zip(numbers, held, strict=True):
             placed[n] = tensor
         listed: ExpertWeights = experts.listed_as(placed, [e if e in named else order[0] for e in range(E)])
@@ -138,7 +145,7 @@ def _read_one_by_one(bank: ExpertWeights, order: list[int], hit: Collection[int]
         alive.append(read)
         parts[e] = [[place(t, e in hit) for t in part] for part in read]
 
-    def rebuild(tensors: Sequence[Tensor]) -> ListExpertWeights:
+    def rebuild(tensors: Sequence[PyObject]) -> ListExpertWeights:
         experts = [parts.get(e, parts[order[0]]) for e in range(bank.num_experts)]
 
         def column(part: int, index: int) -> list[PyObject]:
@@ -154,9 +161,16 @@ def _read_one_by_one(bank: ExpertWeights, order: list[int], hit: Collection[int]
 
 
 def gradients_of(rebuild: Rebuild, spec: ExpertsSpec) -> Gradients:
-    """The definition again, with gradients on, on the experts that ``rebuild`` makes of what was held."""
+    """Those that are written out; of what they do not know, the definition again, with gradients on.
 
-    def gradients(grad: Tensor, saved: list[Tensor], needs: list[int]) -> list[Tensor]:
+    Both are of the experts that ``rebuild`` makes of what was held.
+    """
+
+    def gradients(grad: Tensor, saved: list[Tensor], needs: list[int], kept: Tensor | None) -> list[Tensor]:
+        if fits(saved[0], spec):
+            bank = rebuild([HeldAt(n) for n in range(len(saved) - 3)])
+            with contextlib.suppress(Unfit):
+                return held_gradients(grad, saved, bank, spec, needs, kept)
         ids = saved.pop(1)
         leaves = [t.detach() for t in saved]
         wanted = [leaves[i].requires_grad_() for i in needs]

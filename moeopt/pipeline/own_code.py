@@ -5,20 +5,25 @@ around the op is not won back; on hundreds of tokens that every expert takes, th
 quicker. The same block gains where it has other sizes. So each kind of block is timed beside its own code at a few
 numbers of tokens (``ops.measured``: milliseconds, once, remembered), and the calls near those at which its own code is
 the quicker are left to it: they were the yardstick of the verification, so they need none. Ties, and machines that may
-not be timed, run the rewritten code. A model that runs without ``torch.no_grad()`` records every call, which costs both
-ways something else, so that is asked by itself.
+not be timed, run the rewritten code.
+
+A model that runs without ``torch.no_grad()`` records every call, which costs both ways something else, so that is asked
+by itself. And a backward pass may follow or not, which no call can know: one in training mode is timed with it, one in
+evaluation mode without.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import time
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from moeopt.capture.tree import ArgsKwargs
+from moeopt.capture.tree import ArgsKwargs, leaves_of, tree_map
 from moeopt.errors import Declined
 from moeopt.listed import listed
 from moeopt.ops.measured import TimedCall, Way, fastest
@@ -43,6 +48,9 @@ TURN = 1e-3
 CALLS = 16
 GAIN = 1.03
 """By how much the own code must be the quicker, with what it takes to see that a call is left to it."""
+PLAIN, RECORDED, TRAINED = "", " recorded,", " trained,"
+MODES = {PLAIN: " under torch.no_grad()", RECORDED: " outside of torch.no_grad()", TRAINED: " in training"}
+"""The modes in which a call is timed, as a question and as a note name them."""
 
 
 def choose_own_code(model: nn.Module, outcome: PipelineResult) -> list[str]:
@@ -56,15 +64,15 @@ def choose_own_code(model: nn.Module, outcome: PipelineResult) -> list[str]:
         if name not in mixtures or forward is None or not (own := own_code_of(forward.program)):
             continue
         call = outcome.calls[path]
-        slower = {False: tuple(_slower(forward, call, own, False))}
-        slower[True] = tuple(_slower(forward, call, own, True)) if _records(forward) else slower[False]
+        slower = {mode: tuple(_slower(forward, call, own, mode)) for mode in MODES if _happens(forward, mode)}
+        slower.setdefault(RECORDED, slower[PLAIN])
+        slower.setdefault(TRAINED, ())
         if any(slower.values()):
-            counts = ([count for n in slower[recorded] for count in NEAR[n]] for recorded in (False, True))
-            forward.own_code = own.at(*counts)
-        modes = {" under torch.no_grad()": slower[False], " outside of torch.no_grad()": slower[True]}
-        for mode, tokens in {"": slower[False]}.items() if slower[False] == slower[True] else modes.items():
+            forward.own_code = own.at(*([count for n in slower[mode] for count in NEAR[n]] for mode in MODES))
+        modes = {mode: slower[mode] for mode in MODES} if len(set(slower.values())) > 1 else {"": slower[PLAIN]}
+        for mode, tokens in modes.items():
             if tokens:
-                left.setdefault((mode, tokens), []).append(name)
+                left.setdefault((MODES[mode] if len(modes) > 1 else "", tokens), []).append(name)
     return [
         f"calls of {_in_words(tokens)}{mode} are left to the own code of {listed(names)}: timed on this machine it is "
         "the quicker there, and computes the same; a bundle saved of this model and ranks that it is divided over run "
@@ -79,14 +87,23 @@ def _in_words(slower: tuple[int, ...]) -> str:
     return f"{', '.join(parts[:-1])}{' and ' if len(parts) > 1 else ''}{parts[-1]} token{'s' * (slower != (1,))}"
 
 
-def _records(forward: RewrittenForward) -> bool:
-    """Whether a call outside of ``torch.no_grad()`` is recorded, and no call that the original answers."""
+def _happens(forward: RewrittenForward, mode: str) -> bool:
+    """Whether there are such calls, that cost something else than those without gradients.
+
+    Those that the original answers are none. Of a frozen block no call is recorded, but for its tokens' gradient.
+    """
     guard = forward.program.guard
-    return not guard.gradients and not guard.no_grad and any(t.requires_grad for t in forward.module.parameters())
+    if mode == PLAIN:
+        return True
+    if guard.gradients or guard.no_grad:
+        return False
+    if mode == TRAINED:
+        return guard.training is not False
+    return any(t.requires_grad for t in forward.module.parameters())
 
 
-def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode, recorded: bool) -> list[int]:
-    """The numbers of tokens at which the own code of the block is the quicker, with gradients recorded or without."""
+def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode, mode: str) -> list[int]:
+    """The numbers of tokens at which the own code of the block is the quicker, in a mode of ``MODES``."""
     block, module = forward.program.block, forward.module
     held = [*module.parameters(), *module.buffers()]
     numbers, on_cpu = sum(t.numel() for t in held), all(t.is_cpu for t in held)
@@ -94,15 +111,16 @@ def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode, recorded:
         return []
     found, kind, silent = list[int](), "", forward.silent
     forward.silent = True  # a number of tokens that is refused is no news
+    work = WORK // 3 if mode == TRAINED else WORK  # a backward pass multiplies twice as much
     try:
-        with torch.inference_mode(False), RestoreState(module), buffers_kept(module), quiet():
-            for tokens in (n for n in NEAR if n * numbers <= WORK):
+        with torch.inference_mode(False), RestoreState(module), buffers_kept(module), quiet(), _as_in(module, mode):
+            for tokens in (n for n in NEAR if n * numbers <= work):
                 try:
                     ((_, (args, kwargs)),) = sized_calls(call, (tokens,))
-                    left = own.at((tokens,), (tokens,))
-                    kind = kind or _kind(forward) + (" recorded," if recorded else "")
+                    left = own.at((tokens,), (tokens,), (tokens,))
+                    kind = kind or _kind(forward) + mode
                     question = f"{kind} on {tokens} tokens"
-                    ways = functools.partial(_ways, forward, left, (args, kwargs), recorded)
+                    ways = functools.partial(_ways, forward, left, (args, kwargs), mode)
                     if fastest(question, ways, "rewritten", advantage=GAIN) == "own":
                         found.append(tokens)
                 except Exception:  # a number of tokens that the block cannot take
@@ -112,18 +130,40 @@ def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode, recorded:
     return found
 
 
+@contextlib.contextmanager
+def _as_in(module: nn.Module, mode: str) -> Iterator[None]:
+    """The module in training mode, where that is asked about."""
+    flags = [(m, m.training) for m in module.modules()]
+    try:
+        if mode == TRAINED:
+            module.train()
+        yield
+    finally:
+        for m, flag in flags:
+            m.training = flag
+
+
 def _kind(forward: RewrittenForward) -> str:
-    """What decides the time of both ways: the code of the modules, the graph, and the shapes of the weights."""
+    """What decides the time of both ways: code and configuration of the modules, the graph, the weights' shapes."""
     module, block = forward.module, forward.program.block
     parts = [fingerprint(type(m).forward) for m in module.modules()]
     parts += [f"{p.dtype} {tuple(p.shape)} {p.stride()}" for p in module.parameters()]
     parts += [str(spec) for _, spec in block.weights]
+    parts += [said for m in module.modules() for said in _values(m)]
     parts += [block.graph.python_code("self").src, str(module.training)]
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return f"{type(module).__qualname__} {digest}, rewritten or its own code,"
 
 
-def _ways(forward: RewrittenForward, left: OwnCode, call: ArgsKwargs, recorded: bool) -> dict[str, Way]:
+def _values(module: nn.Module) -> list[str]:
+    """The plain values of a module and of its configuration: one forward may run several implementations by them."""
+    config = vars(module).get("config")
+    held = [vars(module), vars(config) if hasattr(config, "__dict__") else {}]
+    plain = str, int, float, bool, type(None)
+    return [f"{name}={value!r}" for one in held for name, value in sorted(one.items()) if isinstance(value, plain)]
+
+
+def _ways(forward: RewrittenForward, left: OwnCode, call: ArgsKwargs, mode: str) -> dict[str, Way]:
     """Both on the same call, several times where one is short.
 
     Raises:
@@ -131,14 +171,15 @@ def _ways(forward: RewrittenForward, left: OwnCode, call: ArgsKwargs, recorded: 
     """
     before = forward.fallbacks
     args, kwargs = call
+    once_more = functools.partial(_step, forward, call) if mode == TRAINED else lambda: forward(*args, **kwargs)
 
     def calls(own: OwnCode | None, several: int) -> TimedCall:
         def run() -> None:
             forward.own_code = own
             try:
-                with torch.set_grad_enabled(recorded):
+                with torch.set_grad_enabled(mode != PLAIN):
                     for _ in range(several):
-                        forward(*args, **kwargs)
+                        once_more()
             finally:
                 forward.own_code = None
 
@@ -155,3 +196,11 @@ def _ways(forward: RewrittenForward, left: OwnCode, call: ArgsKwargs, recorded: 
         raise Declined(forward.last_refusal or "the number of tokens is not that of its first argument")
     several = max(1, min(CALLS, round(TURN / max(once, 1e-6))))
     return {"rewritten": calls(None, several), "own": calls(left, several)}
+
+
+def _step(forward: RewrittenForward, call: ArgsKwargs) -> None:
+    """A call and its backward pass, to the tokens and to the Parameters that want a gradient; none is stored."""
+    args, kwargs = tree_map(Tensor, lambda t: t.detach().requires_grad_(t.is_floating_point()), call)
+    results = [t for t in leaves_of(Tensor, forward(*args, **kwargs)) if t.requires_grad]
+    wanted = [t for t in (*leaves_of(Tensor, (args, kwargs)), *forward.module.parameters()) if t.requires_grad]
+    torch.autograd.grad(results, wanted, [torch.ones_like(t) for t in results], allow_unused=True)

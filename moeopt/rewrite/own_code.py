@@ -29,18 +29,20 @@ class OwnCode:
         name: the block's first parameter, which holds the tokens.
         row: how many numbers of it are one token.
         sizes: how many numbers it has in the calls that are left to the own code.
-        recorded: the same where gradients are recorded.
+        recorded: the same where gradients are recorded, in evaluation mode.
+        trained: the same in training mode, where a backward pass follows.
     """
 
     name: str
     row: int
     sizes: frozenset[int] = frozenset()
     recorded: frozenset[int] = frozenset()
+    trained: frozenset[int] = frozenset()
 
-    def at(self, counts: Iterable[int], recorded: Iterable[int]) -> OwnCode:
-        """For calls of so many tokens, and for those whose gradients are recorded."""
-        sizes, others = (frozenset(self.row * count for count in one) for one in (counts, recorded))
-        return replace(self, sizes=sizes, recorded=others)
+    def at(self, counts: Iterable[int], recorded: Iterable[int], trained: Iterable[int]) -> OwnCode:
+        """For calls of so many tokens, for those whose gradients are recorded, and for those that are trained."""
+        sizes, others, steps = (frozenset(self.row * count for count in one) for one in (counts, recorded, trained))
+        return replace(self, sizes=sizes, recorded=others, trained=steps)
 
 
 def own_code_of(program: BlockProgram) -> OwnCode | None:

@@ -103,7 +103,9 @@ def test_torch_compile_fullgraph(backend, stacked):
     torch.testing.assert_close(got, want, rtol=0, atol=0)  # the same kernel
     got_grads = torch.autograd.grad(got.sum(), [x, *block.parameters()])
     want_grads = torch.autograd.grad(want.sum(), [x, *block.parameters()])
-    torch.testing.assert_close(got_grads, want_grads, rtol=0, atol=0)
+    # eagerly h is what the kernel kept; compiled, it is multiplied again by torch, which adds in another order
+    for g, w in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(g, w, rtol=0, atol=16 * torch.finfo(w.dtype).eps * w.abs().max().item())
 
 
 @pytest.mark.parametrize("strict", (True, False))

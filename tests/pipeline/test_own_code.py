@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import types
 import warnings
 
 import pytest
@@ -32,12 +33,13 @@ def x(tokens, seed=3):
 def slower_at(monkeypatch):
     """Makes a machine on which the rewritten code is slower at these numbers of tokens, and ties or wins elsewhere."""
 
-    def machine(*counts, asked=None, recorded=None):
+    def machine(*counts, asked=None, recorded=None, trained=None):
         def fastest(question, ways, default, advantage):
-            tokens, records = int(question.split()[-2]), "recorded, on" in question
-            if asked is not None and not records:
+            tokens, records, trains = int(question.split()[-2]), "recorded, on" in question, "trained, on" in question
+            if asked is not None and not records and not trains:
                 asked.append(tokens)
-            return "own" if tokens in (counts if recorded is None or not records else recorded) else default
+            answer = recorded if records else trained if trains else None
+            return "own" if tokens in (counts if answer is None else answer) else default
 
         monkeypatch.setattr(own_code, "measuring", lambda: True)
         monkeypatch.setattr(own_code, "fastest", fastest)
@@ -76,17 +78,21 @@ def test_calls_of_so_many_tokens_run_the_own_code_and_the_others_the_rewritten(s
 
 
 def test_calls_whose_gradients_are_recorded_are_asked_by_themselves(slower_at):
-    slower_at(8, recorded=(64,))
+    slower_at(8, recorded=(64,), trained=(512,))
     opt = optimized()
     forward = rewritten_forward(opt.model)
-    for tokens, recorded, rewritten in ((8, False, 0), (8, True, 1), (64, False, 1), (64, True, 0)):
-        before = forward.calls
-        with torch.set_grad_enabled(recorded):
-            assert opt.model(x(tokens)).requires_grad == recorded
-        assert forward.calls - before == rewritten, (tokens, recorded)
+    left = {("eval", False): 8, ("eval", True): 64, ("train", False): 8, ("train", True): 512}
+    for (mode, recorded), own in left.items():
+        getattr(opt.model, mode)()
+        for tokens in (8, 64, 512):
+            before = forward.calls
+            with torch.set_grad_enabled(recorded):
+                assert opt.model(x(tokens)).requires_grad == recorded
+            assert forward.calls - before == (tokens != own), (tokens, mode, recorded)
     notes = [n.split(" are left")[0] for n in opt.report.notes if "own code" in n]
     assert notes == [
-        "calls of 2 to 16 tokens under torch.no_grad()", "calls of 17 to 128 tokens outside of torch.no_grad()"
+        "calls of 2 to 16 tokens under torch.no_grad()", "calls of 17 to 128 tokens outside of torch.no_grad()",
+        "calls of 129 to 512 tokens in training",
     ]  # fmt: skip
 
 
@@ -94,8 +100,22 @@ def test_without_a_parameter_that_wants_a_gradient_nothing_is_recorded(slower_at
     slower_at(8, recorded=(64,))
     opt = optimized(model().requires_grad_(False))
     own = rewritten_forward(opt.model).own_code
-    assert own.recorded == own.sizes == {D * tokens for tokens in range(2, 17)}
+    assert own.recorded == own.sizes == own.trained == {D * tokens for tokens in range(2, 17)}
     assert [n.split(" are left")[0] for n in opt.report.notes] == ["calls of 2 to 16 tokens"]
+
+
+class Steadied(EinsumAll):
+    """Computes something else in training mode."""
+
+    def forward(self, x):
+        return super().forward(x) * (2 if self.training else 1)
+
+
+def test_what_was_verified_in_evaluation_mode_alone_is_asked_about_no_training(slower_at):
+    slower_at(8)
+    torch.manual_seed(0)
+    own = rewritten_forward(optimized(Steadied(d=D).eval()).model).own_code
+    assert own.sizes == own.recorded and own.sizes and not own.trained
 
 
 def test_the_note_names_every_range(slower_at):
@@ -184,7 +204,7 @@ def test_calls_of_the_own_code_are_looked_at_once_in_a_while(slower_at, monkeypa
 def test_a_call_that_is_not_left_to_the_own_code_is_no_answer(monkeypatch):
     opt = optimized()
     monkeypatch.setattr(own_code, "fastest", lambda question, ways, *rest, **more: ways() and "own")
-    assert own_code._slower(rewritten_forward(opt.model), ((x(24),), {}), OwnCode("x", D + 1), False) == []
+    assert own_code._slower(rewritten_forward(opt.model), ((x(24),), {}), OwnCode("x", D + 1), own_code.PLAIN) == []
 
 
 def test_of_what_the_rewritten_code_would_refuse_calls_of_the_own_code_tell_too(slower_at):
@@ -238,17 +258,20 @@ def test_a_limit_of_tokens_is_compiled_with_sizes_that_are_free():
             assert torch.allclose(compiled(x(tokens)), model()(x(tokens)), atol=1e-5)
 
 
-@pytest.mark.parametrize("recorded", (False, True))
-def test_both_ways_are_timed_on_the_same_call(monkeypatch, recorded):
-    took = {}
+@pytest.mark.parametrize("mode", own_code.MODES)
+def test_both_ways_are_timed_on_the_same_call(monkeypatch, mode):
+    took, steps = {}, []
+    honest = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **more: steps.append(args) or honest(*args, **more))
 
     def fastest(question, ways, default, advantage):
         forward = question_of[0]
         for name, way in ways().items():
-            before = forward.calls
+            before, stepped = forward.calls, len(steps)
             way()
             took[question.split()[-2], name] = forward.calls - before
-            assert ("recorded, on" in question) == recorded
+            assert f"own code,{mode} on" in question and forward.module.training == (mode == own_code.TRAINED)
+            assert (len(steps) > stepped) == (mode == own_code.TRAINED)
         assert default == "rewritten" and advantage == own_code.GAIN
         return default
 
@@ -256,7 +279,11 @@ def test_both_ways_are_timed_on_the_same_call(monkeypatch, recorded):
     question_of = [rewritten_forward(opt.model)]
     monkeypatch.setattr(own_code, "fastest", fastest)
     call = ((x(24),), {})
-    assert own_code._slower(question_of[0], call, OwnCode("x", D), recorded) == []
+    assert own_code._slower(question_of[0], call, OwnCode("x", D), mode) == []
+    module = question_of[0].module
+    assert not module.training and all(p.grad is None for p in module.parameters())
+    for _, wanted, *_ in steps[:1]:
+        assert len(wanted) == 1 + len(list(module.parameters()))
     for tokens in map(str, own_code.NEAR):
         assert 1 <= took[tokens, "rewritten"] <= own_code.CALLS and took[tokens, "own"] == 0
     assert not question_of[0].silent
@@ -280,4 +307,20 @@ def test_a_call_that_the_rewritten_code_refuses_is_no_answer(monkeypatch):
     forward.program.guard.most = 10  # as many tokens as were verified
     asked = []
     monkeypatch.setattr(own_code, "fastest", lambda question, ways, *rest, **more: asked.append(ways()) or "own")
-    assert own_code._slower(forward, ((x(24),), {}), OwnCode("x", D), False) == [1, 8] and len(asked) == 2
+    assert own_code._slower(forward, ((x(24),), {}), OwnCode("x", D), own_code.PLAIN) == [1, 8] and len(asked) == 2
+
+
+class Either(EinsumAll):
+    """Runs one of two implementations, as its configuration says."""
+
+    def __init__(self, way, **sizes):
+        super().__init__(**sizes)
+        self.config = types.SimpleNamespace(way=way)
+
+
+def test_what_configurations_decide_is_a_question_of_its_own():
+    kinds = set()
+    for way in ("eager", "grouped", "grouped"):
+        torch.manual_seed(0)
+        kinds.add(own_code._kind(rewritten_forward(optimized(Either(way, d=D).eval()).model)))
+    assert len(kinds) == 2

@@ -70,7 +70,7 @@ def in_turn(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeight
         return _one_token(x_TH, ids_TK[0].tolist(), weights_TK, bank, spec).to(out)
     if bank.num_experts <= 2 * T * K:
         bank = listed(bank)
-    order_R, experts, counts = _by_expert(ids_TK)
+    order_R, experts, counts = by_expert(ids_TK)
     x_RH = x_TH.index_select(0, order_R if K == 1 else order_R.div(K, rounding_mode="floor"))
     w_R1 = weights_TK.reshape(-1).index_select(0, order_R).unsqueeze(1)
     parts = zip(experts, x_RH.split(counts), w_R1.split(counts), strict=True)
@@ -100,7 +100,7 @@ def _one_token(x_1H: Tensor, ids: list[int], weights_1K: Tensor, bank: ExpertWei
     return y_1H.contiguous()
 
 
-def _by_expert(ids_TK: Tensor) -> tuple[Tensor, list[int], list[int]]:
+def by_expert(ids_TK: Tensor) -> tuple[Tensor, list[int], list[int]]:
     """The rows in the order of their experts and tokens; the experts, and how many rows each has."""
     if ids_TK.numel() > SORTED_HERE:
         sorted_R, order_R = ids_TK.reshape(-1).sort(stable=True)

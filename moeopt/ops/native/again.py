@@ -21,6 +21,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.every_ids import is_kept, names_every
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.native.call import ADDRESSES, INTEGERS, NativeRun, Prepared, prepared_call, transformed
+from moeopt.ops.native.hidden import KEPT, Hidden
 
 SMALL = 64
 """Rows up to which a call is remembered; with more, the products take so long that the rest does not count."""
@@ -43,10 +44,10 @@ class CallDone(NamedTuple):
 
 def call(
     run: NativeRun, x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec, isa: int,
-    known: KnownCalls | None = None,
+    known: KnownCalls | None = None, hidden: Hidden | None = None,
 ) -> Tensor:  # fmt: skip
     """As ``native.call.call``; it is kept among what is ``known`` of the bank's weights, if it is small."""
-    y, prepared = prepared_call(run, x, ids, weights, bank, spec, isa, known)
+    y, prepared = prepared_call(run, x, ids, weights, bank, spec, isa, known, hidden)
     if known is None or ids.numel() > SMALL or ids.dtype not in INTEGERS or not prepared.whole:
         return y  # ids of another dtype were converted
     if _in_one_run(x) and _in_one_run(weights) and (is_kept(ids) or _in_one_run(ids)):
@@ -57,13 +58,15 @@ def call(
 
 
 def again(
-    known: KnownCalls, run: NativeRun, x: Tensor, ids: Tensor, weights: Tensor, spec: ExpertsSpec, experts: int
-) -> Tensor | None:
+    known: KnownCalls, run: NativeRun, x: Tensor, ids: Tensor, weights: Tensor, spec: ExpertsSpec, experts: int,
+    hidden: Hidden | None = None,
+) -> Tensor | None:  # fmt: skip
     """The answer (T, D) to a call that was remembered; None where it is another.
 
     Args:
         known: calls on the weights as they lie now; who calls keeps those alive.
         experts: E.
+        hidden: as for ``native.call.prepared_call``.
     """
     if ids.numel() > SMALL or ids.dim() != 2:
         return None
@@ -76,7 +79,13 @@ def again(
     y = x.new_empty(words[2], words[6], dtype=done.dtype)
     for at, t in zip(ADDRESSES, (x, ids, weights, y), strict=True):
         words[at] = t.data_ptr()
-    return None if run(ctypes.c_void_p(words.buffer_info()[0])) else y
+    words[KEPT] = words[KEPT + 1] = 0
+    rows = None if hidden is None else hidden.place(words, x, spec, done.prepared.held[1])
+    if run(ctypes.c_void_p(words.buffer_info()[0])):
+        return None
+    if hidden is not None:
+        hidden.rows = rows
+    return y
 
 
 def _key(x: Tensor, ids: Tensor, weights: Tensor, experts: int) -> tuple[object, ...]:

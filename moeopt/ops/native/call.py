@@ -17,12 +17,13 @@ from torch.autograd import forward_ad
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights, how_they_lie
+from moeopt.ops.native.hidden import Hidden
 from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.ops.quantized_weight import QuantizedWeight
 from moeopt.ops.reference import dtypes
 from moeopt.ops.unfit import Unfit
 
-ABI = 2
+ABI = 3
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 7}
 _LOW = "low nibble first"
 CODES = {("int8", True, _LOW): 5, ("uint4", True, _LOW): 6}
@@ -95,7 +96,7 @@ class Prepared(NamedTuple):
     """A ``moeopt_call``, what its words point to but for x, ids, weights and y, and whether it has every expert."""
 
     words: array[int]
-    held: tuple[object, ...]
+    held: tuple[_Spec, array[int], object]
     whole: bool
 
 
@@ -112,12 +113,13 @@ def call(
 
 def prepared_call(
     run: NativeRun, x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertWeights, spec: ExpertsSpec, isa: int,
-    known: dict[Any, Any] | None = None,
+    known: dict[Any, Any] | None = None, hidden: Hidden | None = None,
 ) -> tuple[Tensor, Prepared]:  # fmt: skip
     """As :func:`call`; and the words of the call.
 
     Args:
         known: what was worked out before of the weights of this bank, which lie as they lay then and are kept alive.
+        hidden: where what a backward pass reads is to be kept.
     """
     if transformed():
         raise Unfit("a functional transform (torch.func) or forward-mode differentiation is at work")
@@ -137,13 +139,16 @@ def prepared_call(
         weights.data_ptr(), FLOATS[weights.dtype], *weights.stride(),
         y.data_ptr(), FLOATS[y.dtype],
         entries.buffer_info()[0], index.buffer_info()[0] if index else 0, *steps,
-        torch.get_num_threads(), isa,
+        torch.get_num_threads(), isa, 0, 0,
     ))  # fmt: skip
+    rows = None if hidden is None else hidden.place(words, x, spec, entries)
     status = run(ctypes.c_void_p(words.buffer_info()[0]))
     if status == 2:
         raise MemoryError(f"experts: no memory for {T * K} rows of {H} and {D} numbers")
     if status:
         raise Unfit("the weights' shapes do not fit one another")
+    if hidden is not None:
+        hidden.rows = rows
     return y, Prepared(words, (encoded, entries, index), index is None or -1 not in index)
 
 

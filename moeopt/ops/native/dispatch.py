@@ -19,6 +19,7 @@ from moeopt.ops.kernels.gemm import LARGE, power_of_two
 from moeopt.ops.measured import Way, fastest
 from moeopt.ops.native.again import again, call
 from moeopt.ops.native.call import transformed
+from moeopt.ops.native.hidden import Hidden
 from moeopt.ops.native.library import Library, library
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, check_bank
 from moeopt.ops.reference import check, experts_reference
@@ -37,8 +38,15 @@ WORK = 1 << 24
 """Multiply-adds of one product of one measured call: a few milliseconds."""
 
 
-def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> Tensor:
-    """``experts_reference``, by the fastest kernel for this call; differentiable by ``torch.func`` only."""
+def experts_on_cpu(
+    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: ExpertWeights, spec: ExpertsSpec,
+    hidden: Hidden | None = None,
+) -> Tensor:  # fmt: skip
+    """``experts_reference``, by the fastest kernel for this call; differentiable by ``torch.func`` only.
+
+    Args:
+        hidden: where the kernel in C++, if it runs, keeps what a backward pass reads.
+    """
     if transformed():
         check(x_TH, ids_TK, weights_TK, bank, spec)
         return experts_reference(x_TH, ids_TK, weights_TK, bank.stacked() or bank, spec)  # fast kernels write in place
@@ -47,7 +55,7 @@ def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Exper
     held = None if native is None or remembered is None else remembered(ids_TK.numel())
     known = None if held is None else held[0]
     if native is not None and known:
-        known_TH = again(known, native.run, x_TH, ids_TK, weights_TK, spec, bank.num_experts)
+        known_TH = again(known, native.run, x_TH, ids_TK, weights_TK, spec, bank.num_experts, hidden)
         if known_TH is not None:
             return known_TH
     check(x_TH, ids_TK, weights_TK, bank, spec)
@@ -64,7 +72,7 @@ def experts_on_cpu(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, bank: Exper
         way = "native"
     if way == "native" and native is not None:
         try:
-            return call(native.run, x_TH, ids_TK, weights_TK, bank, spec, native.bit, known)
+            return call(native.run, x_TH, ids_TK, weights_TK, bank, spec, native.bit, known, hidden)
         except Unfit:
             pass  # what the kernel does not take, torch's matmuls do
     return experts_cpu(x_TH, every_ids(*ids_TK.shape) if every else ids_TK, weights_TK, bank, spec)

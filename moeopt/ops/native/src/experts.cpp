@@ -158,7 +158,9 @@ struct Plan {
       if (ends[e] == row) continue;
       experts.push_back(entry(c, e));
       check(experts.back(), c, k.wide);
-      const int64_t I = experts.back().w_out.in, n = ends[e] - row, parts = (n + MOST_ROWS - 1) / MOST_ROWS;
+      const int64_t I = experts.back().w_out.in;
+      if (c.kept && I * (c.spec->rows == PLAIN ? 1 : 2) > c.kept_step) throw Wrong();
+      const int64_t n = ends[e] - row, parts = (n + MOST_ROWS - 1) / MOST_ROWS;
       products += n * I * (c.H * (c.spec->rows == PLAIN ? 1 : 2) + c.D);
       for (int64_t p = 0; p < parts; p++) {
         const int64_t count = (n - 1) / parts + 1, first = row + p * count;

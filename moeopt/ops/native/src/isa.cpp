@@ -42,6 +42,11 @@ inline void load_bias(float *to, const moeopt_vector &b, int64_t first, int64_t 
   for (int64_t j = 0; j < n; j++) to[j] = b.data ? round_one(load_one(b.data, b.dtype, (first + j * step) * b.stride), compute) : 0.f;
 }
 
+inline void store_up_to(void *p, int64_t dtype, int64_t i, V v, int64_t n) {
+  if (n == L) store_as(p, dtype, i, v);
+  else store_some(p, dtype, i, v, n);
+}
+
 void gather(const Job &job, int64_t row, int64_t end) {
   const moeopt_call &c = *job.call;
   const moeopt_spec &s = *c.spec;
@@ -102,6 +107,7 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
     }
     for (int64_t m = 0; m < M; m++) {
       char *h = (char *)job.h + (seg.h + (m0 + m) * seg.ldh) * (job.short_h ? 2 : 4);
+      char *kept_row = (char *)c.kept + (seg.row + m0 + m) * c.kept_step * (s.compute == MOEOPT_F32 ? 4 : 2);
       for (int64_t j = 0; j < n; j += L) {
         V gate, up{};
         if (step == 1) {
@@ -114,9 +120,13 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
           }
         }
         gate = round_to(gate + load(bg + j), s.compute), up = round_to(up + load(bu + j), s.compute);
+        if (c.kept) {
+          const int64_t left = smaller(L, n - j);
+          store_up_to(kept_row, s.compute, first + j, gate, left);
+          if (gated) store_up_to(kept_row, s.compute, seg.I + first + j, up, left);
+        }
         const V a = gate_product(gate, up, s);
-        if (j + L <= n) store_as(h, kept, first + j, a);
-        else store_some(h, kept, first + j, a, n - j);
+        store_up_to(h, kept, first + j, a, smaller(L, n - j));
       }
       if (end == seg.I) memset(h + end * (job.short_h ? 2 : 4), 0, (up_to(end, PAD) - end) * (job.short_h ? 2 : 4));
     }
@@ -139,8 +149,7 @@ void output(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
       float *o = job.o + (seg.row + m0 + m) * job.ldo + first;
       for (int64_t j = 0; j < n; j += L) {
         const V out = round_to(load(to + m * ldt + j) + load(bias + j), s.compute);
-        if (j + L <= n) store(o + j, out);
-        else store_some(o, MOEOPT_F32, j, out, n - j);
+        store_up_to(o, MOEOPT_F32, j, out, smaller(L, n - j));
       }
     }
   }
@@ -197,8 +206,7 @@ void combine(const Job &job, int64_t token, int64_t end, float *scratch) {
         }
         y = round_to(y + round_to(term, s.accum), s.accum);
       }
-      if (n == L) store_as(c.y, c.y_dtype, token * c.D + j, y);
-      else store_some(c.y, c.y_dtype, token * c.D + j, y, n);
+      store_up_to(c.y, c.y_dtype, token * c.D + j, y, n);
     }
   }
 }

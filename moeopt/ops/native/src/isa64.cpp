@@ -185,6 +185,10 @@ void gather(const Job &job, int64_t row, int64_t end) {
   }
 }
 
+inline void keep(const Job &job, int64_t row, int64_t at, const double *from, int64_t n) {
+  memcpy((double *)job.call->kept + row * job.call->kept_step + at, from, n * sizeof(double));
+}
+
 void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, float *scratch) {
   const moeopt_spec &s = *job.call->spec;
   const moeopt_expert &e = *seg.weights;
@@ -203,12 +207,14 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
       double *g = gates + m * COLUMNS, *u = ups + m * COLUMNS;
       if (e.b_in[0].data)
         for (int64_t j = 0; j < n; j++) g[j] += bias_of(e.b_in[0], gate_at + j * step);
+      if (job.call->kept) keep(job, seg.row + m0 + m, first, g, n);
       clamp(g, n, s, GATE_MIN);
       activate(g, n, s);
       clamp(g, n, s, ACT_MIN);
       if (gated) {
         if (e.b_in[second].data)
           for (int64_t j = 0; j < n; j++) u[j] += bias_of(e.b_in[second], up_at + j * step);
+        if (job.call->kept) keep(job, seg.row + m0 + m, seg.I + first, u, n);
         clamp(u, n, s, UP_MIN);
         if (s.up_offset != 0.) each(u, n, [&](double v) { return v + s.up_offset; });
         for (int64_t j = 0; j < n; j++) g[j] *= u[j];

@@ -9,7 +9,7 @@
 #define MOEOPT_EXPERTS_H
 #include <stdint.h>
 
-#define MOEOPT_ABI 2
+#define MOEOPT_ABI 3
 
 /* F64: all but the routing weights are of it, or nothing is. I8 and U4 are codes of quantised weights; U4: two in a byte, the first in the low half, less 8 */
 enum moeopt_dtype {
@@ -65,6 +65,10 @@ typedef struct {
   const int64_t *index;
   int64_t expert_step[7];
   int64_t threads, isa; /* isa: one that moeopt_isas names, as its bit */
+  /* NULL, or where W_in's products are kept for a backward pass, with their bias, in the compute dtype: of each row, the
+   * gates, then the ups. Rows are those of pairs (t,k) that name an expert, by their experts, then t, then k. */
+  void *kept;
+  int64_t kept_step; /* elements from one row to the next */
 } moeopt_call;
 
 #if defined(_WIN32)

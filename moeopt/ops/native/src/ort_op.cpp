@@ -169,7 +169,7 @@ struct Node {
     static const int64_t cores = std::max(1u, std::min(64u, std::thread::hardware_concurrency()));
     moeopt_call call{MOEOPT_ABI, &spec, T, K, (int64_t)experts.size(), H, D, in[0].data, MOEOPT_F32, {H, 1},
                      in[1].data, MOEOPT_I64, {K, 1}, in[2].data, MOEOPT_F32, {K, 1}, y, MOEOPT_F32,
-                     experts.data(), index.data(), {}, cores, isa};
+                     experts.data(), index.data(), {}, cores, isa, nullptr, 0};
     const std::pair<const Api *, ort::Context *> threads{&api, context};
     const int64_t status = run_experts(&call, in_session, (void *)&threads);
     if (status) throw Bad{status == 2 ? "there is no memory for its rows" : "the kernel refuses the call"};
