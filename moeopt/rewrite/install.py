@@ -31,11 +31,11 @@ from moeopt.rewrite.floats_gone import check_dtypes
 from moeopt.rewrite.id_range import IdOutOfRange
 from moeopt.rewrite.live_bank import watched_bank
 from moeopt.rewrite.live_codes import LiveCodes, dequantized
-from moeopt.rewrite.live_weights import Stale
 from moeopt.rewrite.own_code import LOOK, OwnCode
 from moeopt.rewrite.prepared_attribute import PreparedAttribute
 from moeopt.rewrite.scratch import UNSET
 from moeopt.rewrite.source import Source
+from moeopt.rewrite.stale import Stale
 from moeopt.rewrite.usual_call import usual_call
 from moeopt.value_types import PyObject
 

@@ -21,7 +21,7 @@ from moeopt.capture.held_contents import copied, is_container, put_back
 from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tape import Tape
 from moeopt.rewrite.id_range import IdOutOfRange
-from moeopt.rewrite.live_weights import Stale
+from moeopt.rewrite.stale import Stale
 from moeopt.value_types import PyObject
 
 _ABSENT = object()
