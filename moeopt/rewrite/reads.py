@@ -58,6 +58,15 @@ class Reads:
         """The whole numbers that its code holds or reads."""
         return {*self.ran.numbers, *(int(text) for kind, text in self.entries.values() if kind == "int")}
 
+    def sequences(self) -> set[tuple[int, ...]]:
+        """The sequences of whole numbers that its code holds or reads: lists, lists of lists."""
+        found: dict[str, list[int]] = {}
+        for place, (kind, text) in self.entries.items():
+            while kind == "int" and place.endswith("]"):
+                place = place.rpartition("[")[0]
+                found.setdefault(place, []).append(int(text))
+        return {*self.ran.sequences, *(tuple(numbers) for numbers in found.values() if len(numbers) > 1)}
+
     def walk(
         self, root: nn.Module, probe: GuardExpression, links: Callable[[str], GuardExpression],
         called: Iterable[int] = (), *, code: bool = True,
