@@ -70,9 +70,10 @@ def check_few_tokens(
         with contextlib.suppress(Exception):  # a block that does not take so many
             record_selections(rewritten, everyone.args, everyone.kwargs)
         ids = rewritten.ids
-        pairs = [(original, rewritten, case) for case in itertools.chain(calls.cases(ids), calls.alone(ids))]
-        ordered = _in_order(capture, program, (original, rewritten), calls, ids)
-        for own, new, case in itertools.chain(pairs, itertools.islice(ordered, count)):
+        pair: tuple[RunsBlock, RunsBlock] = (original, rewritten)
+        alike = ((*pair, case) for case in itertools.chain(calls.cases(ids), calls.alone(ids)))
+        ordered = itertools.islice(_in_order(capture, program, pair, calls, ids), count)
+        for own, new, case in itertools.chain(alike, ordered):
             if not any(unlike(own, new, [case])):
                 continue
             check = verify_block(capture.name, own, new, [case], level=options.verify)

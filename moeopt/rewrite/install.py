@@ -28,14 +28,14 @@ from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.call_guard import OPAQUE, TENSOR, CallGuard, bind, by_position
 from moeopt.rewrite.floats_gone import check_dtypes
-from moeopt.rewrite.id_range import IdOutOfRange
+from moeopt.rewrite.kept_effects import given_again
 from moeopt.rewrite.live_bank import watched_bank
 from moeopt.rewrite.live_codes import LiveCodes, dequantized
 from moeopt.rewrite.own_code import LOOK, OwnCode
 from moeopt.rewrite.prepared_attribute import PreparedAttribute
 from moeopt.rewrite.scratch import UNSET
 from moeopt.rewrite.source import Source
-from moeopt.rewrite.stale import Stale
+from moeopt.rewrite.stale import Gave, Stale
 from moeopt.rewrite.usual_call import usual_call
 from moeopt.value_types import PyObject
 
@@ -86,7 +86,7 @@ class RewrittenForward:
         program, block = self.program, self.program.block
         self.watch = watch = program.watch(self.module)
         self.change = _change_of(self)
-        self.constants, self._undoing = block.constants, program.undoing(self.module)
+        self.constants, self._noting = block.constants, program.noting(self.module)
         self._plain = isinstance(block.output, Slot) and not block.mutations and not block.attributes
         self._run = compiled(block.graph)
         self._names = by_position(program.signature)
@@ -140,7 +140,7 @@ class RewrittenForward:
         self._prepare()
 
     def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
-        left, refusal, tensors = False, "", cast("Sequence[torch.Tensor] | None", None)
+        left, refusal, tensors, gave = False, "", cast("Sequence[torch.Tensor] | None", None), Stale.gave
         if not torch.compiler.is_compiling():
             if (own := self.own_code) is not None:
                 x = args[0] if args else kwargs.get(own.name)
@@ -169,13 +169,12 @@ class RewrittenForward:
                     if left:
                         self._unlooked = LOOK - 1
                         return self.own()(*args, **kwargs)
-                    return self._undoing(self._forward, tensors)
+                    return self._noting(self._forward, tensors)
                 self._changed = True
-            except IdOutOfRange as outside:
-                refusal = str(outside)
             except Stale as stale:
-                self._stale, refusal = True, str(stale)
-        return self._fall_back(refusal, args, kwargs)
+                refusal, gave = str(stale), stale.gave
+                self._stale |= type(stale) is Stale  # an id out of range is none of the module's
+        return self._fall_back(refusal, args, kwargs, gave)
 
     def _asked(self, args: tuple[PyObject, ...], kwargs: dict[str, PyObject]) -> tuple[str, Sequence[torch.Tensor]]:
         """Why a call that is not known as the usual one is refused; and its tensors."""
@@ -219,7 +218,7 @@ class RewrittenForward:
         """The block's own forward."""
         return self.original if self.original is not None else MethodType(type(self.module).forward, self.module)
 
-    def _fall_back(self, refusal: str, args: PyObject, kwargs: PyObject) -> PyObject:
+    def _fall_back(self, refusal: str, args: PyObject, kwargs: PyObject, gave: Gave) -> PyObject:
         if self.last_refusal != refusal:
             self.last_refusal = refusal
             if not self.silent:
@@ -230,7 +229,8 @@ class RewrittenForward:
                     stacklevel=3,
                 )
         self.fallbacks += 1
-        with dequantized(self.module, [bank for bank, _ in self.banks] if self.program.block.formats else []):
+        coded = [bank for bank, _ in self.banks] if self.program.block.formats else []
+        with dequantized(self.module, coded), given_again(gave):
             try:
                 return self.own()(*args, **kwargs)
             except RuntimeError as err:  # torch's, of two dtypes that meet
@@ -251,7 +251,7 @@ class RewrittenForward:
         return {k: getattr(self, k) for k in keep} | {"calls": 0, "fallbacks": 0, "last_refusal": "", "_stale": False}
 
 
-for _name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names", "_usual", "_usual_of", "_undoing"):
+for _name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names", "_usual", "_usual_of", "_noting"):
     setattr(RewrittenForward, _name, PreparedAttribute(_name))
 
 
