@@ -100,6 +100,7 @@ class Capture:
         self.routers: list[RouterReading] = []
         self._reads: dict[Any, Reads] = {}
         self._written = written_in(self.tapes)
+        self._assigned = sorted({place for t in self.tapes for place in (*t.attributes, *t.in_place)})
         _stateless(self.tapes[0], self.plans, self.shapes)
 
     def _watch(self, tokens: int, seed: int, variant: int) -> list[Recognition]:
@@ -137,8 +138,10 @@ class Capture:
 
     def program(self, block: BlockGraph) -> BlockProgram:
         """``block`` as it is installed, with what the block's code read outside its modules."""
-        written = tuple(block.attributes)
-        key = (*block.kept_modules, *written)
+        kept = tuple(block.kept_modules)
+        live = (p for p in self._assigned if any(p[0] == k or p[0].startswith(f"{k}.") for k in kept))
+        written = (*block.attributes, *live)
+        key = (*kept, *written)
         if key not in self._reads:
             with undone(self.module) as watched:  # after all runs: what one of them writes, the next one must show
                 runs = [functools.partial(_run_under, watched, self.module, self.calls[i]) for i in (0, 2, 1)]

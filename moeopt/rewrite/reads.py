@@ -21,6 +21,7 @@ from moeopt.rewrite.guard_expression import GuardExpression
 from moeopt.rewrite.ran import Ran, observing
 from moeopt.rewrite.spell import Spelled
 from moeopt.rewrite.walk import MOST, Walk
+from moeopt.rewrite.walk_live import read_live
 
 _SHOWN = 60
 _NUMBERS = ("int", "float", "bool")
@@ -80,13 +81,16 @@ class Reads:
             code: whether to follow classes and globals too.
         """
         walk = Walk(root, self, probe, called=frozenset(called))
-        modules = [
-            (p, m) for p, m in root.named_modules() if not any(p == k or p.startswith(f"{k}.") for k in self.kept)
-        ]
-        for _, module in modules if code else ():
-            walk.klass(type(module))
-        for path, module in modules:
-            walk.module(path, module, {name for p, name in self.written if p == path}, links(path))
+        kept = {p for p, _ in root.named_modules() if any(p == k or p.startswith(f"{k}.") for k in self.kept)}
+        modules = [(p, m, {name for at, name in self.written if at == p}) for p, m in root.named_modules()]
+        for path, module, _ in modules if code else ():
+            if path not in kept:
+                walk.klass(type(module))
+        for path, module, written in modules:
+            if path in kept:
+                read_live(walk, path, module, written, links(path))
+            else:
+                walk.module(path, module, written, links(path))
         if code:
             walk.functions()
         return walk
@@ -181,7 +185,8 @@ def observe(
     if changed:
         runs[1]()  # fills no memo any more, and stores what the last run did not
         again = reads.walk(root, unused, lambda path: unused).entries
-        reads.effects = _effects(changed, root, later, again)
+        own = (p for p in changed if not any(p.startswith(f"{k}.") for k in kept))  # what kept modules write is live
+        reads.effects = _effects(own, root, later, again)
     reads.ignored = changed
     reads.entries = reads.walk(root, unused, lambda path: unused).entries
     return reads
