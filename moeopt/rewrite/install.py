@@ -13,6 +13,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from sys import getrefcount
 from types import MethodType
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ from moeopt.rewrite.live_codes import LiveCodes, dequantized
 from moeopt.rewrite.own_code import LOOK, OwnCode
 from moeopt.rewrite.prepared_attribute import PreparedAttribute
 from moeopt.rewrite.scratch import UNSET
+from moeopt.rewrite.shallow_copies import REFERENCES, shallow_copy_of
 from moeopt.rewrite.source import Source
 from moeopt.rewrite.stale import Gave, Stale
 from moeopt.rewrite.usual_call import usual_call
@@ -41,9 +43,9 @@ from moeopt.value_types import PyObject
 
 __all__ = ["OPAQUE", "TENSOR", "CallGuard", "BlockProgram", "RewrittenForward", "bind", "install", "uninstall"]
 
-aten = torch.ops.aten
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _traced_by_jit = torch._C._get_tracing_state
+_REFERENCES = REFERENCES + 1  # what tells of changes refers to the forward
 
 
 def _change_of(forward: RewrittenForward) -> Callable[[], str]:
@@ -119,21 +121,6 @@ class RewrittenForward:
                 raise Stale(f"its router chose {chosen} experts for a token, and {known} when it was verified")
         return experts(x, ids, weights, bank, spec, self.program.guard.skip_idle)
 
-    def let_gradients_through(self) -> fx.Graph | None:
-        """Make every detach of the graph an alias; the graph as it was, None where it has no detach.
-
-        A trace without gradients holds detaches that nobody wrote: in-place ops and factories leave them.
-        """
-        before = self.program.block.graph
-        if not any(n.target is aten.detach.default for n in before.nodes):
-            return None
-        self.set_graph(before)
-        for node in self.program.block.graph.nodes:
-            if node.target is aten.detach.default:
-                node.target = aten.alias.default
-        self._prepare()
-        return before
-
     def set_graph(self, graph: fx.Graph) -> None:
         """Run a copy of ``graph``, which computes what the program's own computes, from now on."""
         self.program.block.set_graph(graph)
@@ -142,9 +129,12 @@ class RewrittenForward:
     def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
         left, refusal, tensors, gave = False, "", cast("Sequence[torch.Tensor] | None", None), Stale.gave
         if not torch.compiler.is_compiling():
+            other = shallow_copy_of(self.module) if getrefcount(self) != _REFERENCES else None
+            if other is not None:
+                return self._of(other)(*args, **kwargs)
             if (own := self.own_code) is not None:
                 x = args[0] if args else kwargs.get(own.name)
-                sizes = own.recorded if torch.is_grad_enabled() else own.sizes
+                sizes = (own.sizes, own.recorded)[torch.is_grad_enabled()]
                 left = (  # here and in no function: of 80 microseconds a call of one takes 1.3
                     type(x) is torch.Tensor and x.numel() in sizes and x.is_cpu and not _dispatch_modes()
                     and not _function_modes() and _traced_by_jit() is None and override.current() is None
@@ -241,9 +231,15 @@ class RewrittenForward:
         module = memo.get(id(self.module))
         if module is None:
             return cast(RewrittenForward, copy.deepcopy(self.module, memo).forward)
+        new = memo[id(self)] = self._of(module)
+        new.original = copy.deepcopy(self.original, memo)
+        return new
+
+    def _of(self, module: nn.Module) -> RewrittenForward:
+        """The same for a copy of the module, which runs it from now on."""
         new = RewrittenForward.__new__(RewrittenForward)
-        memo[id(self)] = new
-        new.__dict__.update(self.__getstate__(), module=module, original=copy.deepcopy(self.original, memo))
+        new.__dict__.update(self.__getstate__(), module=module)
+        module.__dict__.update({key: new for key in ("forward",) if module.__dict__.get(key) is self})
         return new
 
     def __getstate__(self) -> dict[str, Any]:
