@@ -62,7 +62,7 @@ class Bound:
     def program(self, block: BlockGraph) -> BlockProgram:
         """``block`` as it is installed: what it watches for is taken from the block that was recorded."""
         known = self.known.program
-        return BlockProgram(block, known.signature, known.facts, known.reads, effects=known.effects)
+        return BlockProgram(block, known.signature, known.facts, known.reads, written=known.written)
 
 
 @dataclass

@@ -40,6 +40,30 @@ def _of_inference(t: Tensor) -> Tensor:
         return t.clone()
 
 
+def _computed(t: Tensor) -> Tensor:
+    """Recorded by autograd, with a hook, and to be given a gradient."""
+    with torch.enable_grad():
+        new = t.clone().requires_grad_() * 1
+        new.retain_grad()
+        new.register_hook(lambda gradient: gradient)
+    return new
+
+
+def _with_gradient(t: Tensor) -> Tensor:
+    new = t.clone().requires_grad_()
+    new.grad = torch.zeros_like(t)
+    return new
+
+
+def _of_floats(make: MakeSpecial) -> MakeSpecial:
+    return lambda t: make(t) if t.is_floating_point() else t
+
+
+def _first_repeated(t: Tensor) -> Tensor:
+    """Steps of 0 along the first dimension."""
+    return t[:1].expand_as(t) if t.dim() else t
+
+
 _LIES = ("storage_offset", "data_ptr", "untyped_storage", "storage", "nbytes", "_base", "_is_view")
 _QUESTIONS: tuple[tuple[tuple[str, ...], MakeSpecial], ...] = (
     (_LIES, _further_on),
@@ -47,6 +71,9 @@ _QUESTIONS: tuple[tuple[tuple[str, ...], MakeSpecial], ...] = (
     (("_version",), _written),
     (("is_inference",), _of_inference),
     (("is_shared",), lambda t: t.clone().share_memory_()),
+    (("grad_fn", "is_leaf", "requires_grad", "retains_grad", "_backward_hooks"), _of_floats(_computed)),
+    (("grad",), _of_floats(_with_gradient)),
+    (("stride",), _first_repeated),
 )
 
 
@@ -59,6 +86,8 @@ def argument_decides(module: nn.Module, original: Callable[..., Any], call: Args
     """Why ``module`` has other outputs for other tensors of the same values, in a sentence; "" where it has not."""
     for names, make in _QUESTIONS:
         asked = [name for name in names if reads is not None and name in reads.names]
+        if asked and make is _first_repeated:  # of which all rows are alike, as those of the given call are not
+            call = tree_map(Tensor, lambda t: _first_repeated(t).clone(), call)
         if asked and _differs(original, module, call, make):
             return (
                 f"its forward asks more of its input than values and shape ({' or '.join(asked)}) and computes "

@@ -37,7 +37,7 @@ from moeopt.rewrite.block_graph import BlockGraph, Captured, ExpertWeightRefs
 from moeopt.rewrite.id_range import IdRange
 from moeopt.rewrite.install import BlockProgram, CallGuard, RewrittenForward, bind
 from moeopt.rewrite.keep import kept_steps
-from moeopt.rewrite.kept_effects import effects_of
+from moeopt.rewrite.kept_effects import written_in
 from moeopt.rewrite.kept_steps import KeptSteps
 from moeopt.rewrite.legality import check_experts, frozen_values, neutral_reason, unreached_reason
 from moeopt.rewrite.reads import Reads, observe
@@ -100,7 +100,8 @@ class Capture:
         self.shapes = [[tuple(t.shape) for t in tensors_of(c)] for c in self.calls]
         self.routers: list[RouterReading] = []
         self._reads: dict[Any, Reads] = {}
-        self._effects = effects_of(self.tapes)
+        self._written = written_in(self.tapes)
+        self._assigned = sorted({place for t in self.tapes for place in (*t.attributes, *t.in_place)})
         _stateless(self.tapes[0], self.plans, self.shapes)
 
     def _watch(self, tokens: int, seed: int, variant: int) -> list[Recognition]:
@@ -138,13 +139,15 @@ class Capture:
 
     def program(self, block: BlockGraph) -> BlockProgram:
         """``block`` as it is installed, with what the block's code read outside its modules."""
-        written = tuple(block.attributes)
-        key = (*block.kept_modules, *written)
+        kept = tuple(block.kept_modules)
+        live = (p for p in self._assigned if any(p[0] == k or p[0].startswith(f"{k}.") for k in kept))
+        written = (*block.attributes, *live)
+        key = (*kept, *written)
         if key not in self._reads:
             with undone(self.module) as watched:  # after all runs: what one of them writes, the next one must show
                 runs = [functools.partial(_run_under, watched, self.module, self.calls[i]) for i in (0, 2, 1)]
                 self._reads[key] = observe(self.module, block.kept_modules, written, runs)
-        return BlockProgram(block, self.signature, reads=self._reads[key], effects=self._effects)
+        return BlockProgram(block, self.signature, reads=self._reads[key], written=self._written)
 
     def _finish(self) -> tuple[CallGuard, list[RouterSpec | None]]:
         check_order(self.calls[0], self.bounds[0].tensors())

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import fx, nn
 
 from moeopt.capture.probe_inputs import call_specs
 from moeopt.capture.tree import ArgsKwargs
@@ -16,6 +17,8 @@ from moeopt.rewrite.live_codes import DequantizedForward, LiveCodes
 from moeopt.value_types import PyObject
 from moeopt.verification.cases import adversarial_cases
 from moeopt.verification.gradients import STOPPED, gradients_differ, skips_idle
+
+aten = torch.ops.aten
 
 
 def check_gradients(twin: nn.Module, rewrites: Mapping[str, Rewrite], calls: Mapping[str, ArgsKwargs]) -> None:
@@ -41,7 +44,7 @@ def check_gradients(twin: nn.Module, rewrites: Mapping[str, Rewrite], calls: Map
         if codes:  # the quantised model's own code is the judge; what codes stand for has no gradient in either
             original = DequantizedForward(module, original, codes)
         guard.gradients = _differ(module, original, forward, args, kwargs)
-        if (reason := guard.gradients) and reason != STOPPED and (before := forward.let_gradients_through()):
+        if (reason := guard.gradients) and reason != STOPPED and (before := _let_gradients_through(forward)):
             guard.gradients = ""  # so that the rewritten code runs
             if _differ(module, original, forward, args, kwargs):  # then they were the author's own
                 forward.set_graph(before)
@@ -86,6 +89,22 @@ def _differ(
     if all(r == STOPPED for r in reasons):
         return STOPPED
     return next((r if r != STOPPED else "in one of its modes " + r for r in reasons if r), "")
+
+
+def _let_gradients_through(forward: RewrittenForward) -> fx.Graph | None:
+    """Make every detach of its graph an alias; the graph as it was, None where it has no detach.
+
+    A trace without gradients holds detaches that nobody wrote: in-place ops and factories leave them.
+    """
+    before, through = forward.program.block.graph, fx.Graph()
+    if not any(node.target is aten.detach.default for node in before.nodes):
+        return None
+    through.output(through.graph_copy(before, {}))
+    for node in through.nodes:
+        if node.target is aten.detach.default:
+            node.target = aten.alias.default
+    forward.set_graph(through)
+    return before
 
 
 def _idle_calls(args: PyObject, kwargs: PyObject, experts: int, fits: Callable[[ArgsKwargs], bool]) -> list[ArgsKwargs]:

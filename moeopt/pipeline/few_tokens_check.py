@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -19,9 +19,10 @@ from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.install import RewrittenForward
 from moeopt.rewrite.live_codes import dequantized
 from moeopt.verification.block import verify_block
-from moeopt.verification.few_tokens import FewTokens, unlike
+from moeopt.verification.few_tokens import ROWS, FewTokens, unlike
+from moeopt.verification.ids_in_order import Choosing, choice_of, orders
 from moeopt.verification.oracle import record_selections
-from moeopt.verification.results import BlockCheck
+from moeopt.verification.results import BlockCheck, Case
 
 _CALLS = {"strict": 48, "fast": 24}
 _FEWEST = 8
@@ -29,10 +30,13 @@ _WEIGHTS = 4 * 10**9
 """That all calls together may read."""
 _EXPERTS = 4096
 """That all calls together may ask for."""
+_LISTED = 64
+"""Numbers of a buffer that may be ids in a certain order."""
 _LEFT_OUT = (
     "its Python reads numbers or sizes that its routing gives, and what it makes of them is left out of the rewritten "
     "code; compute with them as tensors"
 )
+RunsBlock = Callable[..., Any]
 
 
 class _TellsIds(RewrittenForward):
@@ -66,9 +70,38 @@ def check_few_tokens(
         with contextlib.suppress(Exception):  # a block that does not take so many
             record_selections(rewritten, everyone.args, everyone.kwargs)
         ids = rewritten.ids
-        for case in unlike(original, rewritten, itertools.chain(calls.cases(ids), calls.alone(ids))):
-            check = verify_block(capture.name, original, rewritten, [case], level=options.verify)
+        pair: tuple[RunsBlock, RunsBlock] = (original, rewritten)
+        alike = ((*pair, case) for case in itertools.chain(calls.cases(ids), calls.alone(ids)))
+        ordered = itertools.islice(_in_order(capture, program, pair, calls, ids), count)
+        for own, new, case in itertools.chain(alike, ordered):
+            if not any(unlike(own, new, [case])):
+                continue
+            check = verify_block(capture.name, own, new, [case], level=options.verify)
             if any(result.status == "failed" for result in check.cases):
                 check.reason = f"{check.reason}; {_LEFT_OUT}"
                 return check
     return None
+
+
+def _in_order(
+    capture: Capture, program: BlockProgram, pair: tuple[RunsBlock, RunsBlock], calls: FewTokens, ids: Tensor | None
+) -> Iterator[tuple[RunsBlock, RunsBlock, Case]]:
+    """The two of ``pair``, and a call, for each exact order of experts; ``ids`` are those of ``calls.all_rows``."""
+    module, (original, rewritten) = capture.module, pair
+    given = bool(capture.call_spec.routed())
+    if ids is None or len(capture.found) != 1:
+        return
+    at: int | None = None
+    with contextlib.suppress(Exception):  # as above
+        at = None if given else choice_of(original, module, calls.all_rows, ids)
+    if at is None and not given:
+        return
+    listed = program.reads.sequences() if program.reads is not None else set()
+    small = (b for b in module.buffers() if not b.is_floating_point() and 1 < b.numel() <= _LISTED)
+    listed |= {tuple(b.flatten().tolist()) for b in small}
+    for ids_TK in orders(len(capture.found[0].experts), ids.shape[-1], sorted(listed), ROWS):
+        case = calls.of(ids_TK)
+        if at is None:
+            yield original, rewritten, case
+        else:
+            yield Choosing(original, module, at, ids_TK), Choosing(rewritten, module, at, ids_TK), case

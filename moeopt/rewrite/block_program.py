@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from moeopt.ir.specs import RouterSpec
 from moeopt.ir.weight_refs import expert_paths
 from moeopt.rewrite.block_graph import BlockGraph
 from moeopt.rewrite.call_guard import BoundArguments, CallGuard, overlap
-from moeopt.rewrite.kept_effects import KeptEffects, RunUndoing
+from moeopt.rewrite.kept_effects import RunNoting, noting
 from moeopt.rewrite.live_weights import own_code_of
 from moeopt.rewrite.module_facts import Fact, take_facts
 from moeopt.rewrite.module_guard import Watch
@@ -26,7 +26,7 @@ class BlockProgram:
 
     ``facts`` is what was verified of the module's own code, taken from the first module that asks; ``weights`` of its
     experts' Parameters the shapes, the dtypes, and whose code runs them; ``reads`` what the block's code read outside
-    its modules; ``effects`` what it writes to its modules.
+    its modules; ``written`` the paths of the modules to which it writes.
     """
 
     block: BlockGraph
@@ -34,7 +34,7 @@ class BlockProgram:
     facts: list[Fact] | None = None
     reads: Reads | None = None
     weights: dict[str, tuple[torch.Size, torch.dtype, str]] | None = None
-    effects: KeptEffects = field(default_factory=KeptEffects)
+    written: frozenset[str] = frozenset()
 
     @property
     def guard(self) -> CallGuard:
@@ -67,9 +67,9 @@ class BlockProgram:
             return "it writes to tensors in place, which the rewritten code does not differentiate"
         return ""
 
-    def undoing(self, module: nn.Module) -> RunUndoing:
-        """What runs a call and undoes the effects of the kept submodules of ``module`` where it is refused."""
-        return self.effects.inside(self.block.kept_modules).undoing(module)
+    def noting(self, module: nn.Module) -> RunNoting:
+        """What runs a call and notes what the kept submodules of ``module`` give, for a call that is refused."""
+        return noting(module, self.block.kept_modules, self.written)
 
     def watch(self, module: nn.Module) -> Watch:
         """What was verified of ``module``'s own code, bound to it; the first module to ask is the verified one."""

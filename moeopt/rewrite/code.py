@@ -8,7 +8,7 @@ import math
 import re
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class CodeNames:
         names: every attribute, global, method and short string in it.
         open: whether it reads attributes whose names are computed.
         numbers: the whole numbers in it.
+        sequences: of such numbers, two or more after each other.
     """
 
     globals: tuple[str, ...]
@@ -38,6 +39,7 @@ class CodeNames:
     names: frozenset[str]
     open: bool
     numbers: frozenset[int]
+    sequences: frozenset[tuple[int, ...]]
 
 
 _WORDS: weakref.WeakKeyDictionary[types.CodeType, CodeNames] = weakref.WeakKeyDictionary()
@@ -74,7 +76,8 @@ def _read(code: types.CodeType) -> CodeNames:
             computed = computed or name.startswith(_COMPUTES)
     strings = {s for s in _strings(code.co_consts) if _WORD.match(s)}
     named = frozenset({*code.co_names, code.co_name, *strings})
-    return CodeNames(tuple(reads), tuple(imports), named, open_, frozenset(_numbers(code.co_consts)))
+    numbers, lists = frozenset(_numbers(code.co_consts)), frozenset(_sequences(code.co_consts))
+    return CodeNames(tuple(reads), tuple(imports), named, open_, numbers, lists)
 
 
 def _numbers(value: PyObject) -> Iterator[int]:
@@ -83,6 +86,16 @@ def _numbers(value: PyObject) -> Iterator[int]:
     elif isinstance(value, (tuple, frozenset)):
         for part in value:
             yield from _numbers(part)
+
+
+def _sequences(constants: Iterable[PyObject]) -> Iterator[tuple[int, ...]]:
+    for value in constants:
+        if isinstance(value, tuple) and len(value) > 1:
+            if all(type(n) is int for n in value):
+                yield value
+            elif all(isinstance(part, tuple) for part in value):
+                yield tuple(_numbers(value))
+                yield from _sequences(value)
 
 
 def _strings(value: PyObject) -> Iterator[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
-from moeopt.rewrite.live_weights import Stale
+from moeopt.rewrite.stale import Stale
 
 
 @dataclass(frozen=True)

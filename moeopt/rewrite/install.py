@@ -13,6 +13,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from sys import getrefcount
 from types import MethodType
 from typing import Any, cast
 
@@ -28,22 +29,23 @@ from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.call_guard import OPAQUE, TENSOR, CallGuard, bind, by_position
 from moeopt.rewrite.floats_gone import check_dtypes
-from moeopt.rewrite.id_range import IdOutOfRange
+from moeopt.rewrite.kept_effects import given_again
 from moeopt.rewrite.live_bank import watched_bank
 from moeopt.rewrite.live_codes import LiveCodes, dequantized
-from moeopt.rewrite.live_weights import Stale
 from moeopt.rewrite.own_code import LOOK, OwnCode
 from moeopt.rewrite.prepared_attribute import PreparedAttribute
 from moeopt.rewrite.scratch import UNSET
+from moeopt.rewrite.shallow_copies import REFERENCES, shallow_copy_of
 from moeopt.rewrite.source import Source
+from moeopt.rewrite.stale import Gave, Stale
 from moeopt.rewrite.usual_call import usual_call
 from moeopt.value_types import PyObject
 
 __all__ = ["OPAQUE", "TENSOR", "CallGuard", "BlockProgram", "RewrittenForward", "bind", "install", "uninstall"]
 
-aten = torch.ops.aten
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _traced_by_jit = torch._C._get_tracing_state
+_REFERENCES = REFERENCES + 1  # what tells of changes refers to the forward
 
 
 def _change_of(forward: RewrittenForward) -> Callable[[], str]:
@@ -86,7 +88,7 @@ class RewrittenForward:
         program, block = self.program, self.program.block
         self.watch = watch = program.watch(self.module)
         self.change = _change_of(self)
-        self.constants, self._undoing = block.constants, program.undoing(self.module)
+        self.constants, self._noting = block.constants, program.noting(self.module)
         self._plain = isinstance(block.output, Slot) and not block.mutations and not block.attributes
         self._run = compiled(block.graph)
         self._names = by_position(program.signature)
@@ -119,29 +121,17 @@ class RewrittenForward:
                 raise Stale(f"its router chose {chosen} experts for a token, and {known} when it was verified")
         return experts(x, ids, weights, bank, spec, self.program.guard.skip_idle)
 
-    def let_gradients_through(self) -> fx.Graph | None:
-        """Make every detach of the graph an alias; the graph as it was, None where it has no detach.
-
-        A trace without gradients holds detaches that nobody wrote: in-place ops and factories leave them.
-        """
-        before = self.program.block.graph
-        if not any(n.target is aten.detach.default for n in before.nodes):
-            return None
-        self.set_graph(before)
-        for node in self.program.block.graph.nodes:
-            if node.target is aten.detach.default:
-                node.target = aten.alias.default
-        self._prepare()
-        return before
-
     def set_graph(self, graph: fx.Graph) -> None:
         """Run a copy of ``graph``, which computes what the program's own computes, from now on."""
         self.program.block.set_graph(graph)
         self._prepare()
 
     def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
-        left, refusal, tensors = False, "", cast("Sequence[torch.Tensor] | None", None)
+        left, refusal, tensors, gave = False, "", cast("Sequence[torch.Tensor] | None", None), Stale.gave
         if not torch.compiler.is_compiling():
+            other = shallow_copy_of(self.module) if getrefcount(self) != _REFERENCES else None
+            if other is not None:
+                return self._of(other)(*args, **kwargs)
             if (own := self.own_code) is not None:
                 x = args[0] if args else kwargs.get(own.name)
                 sizes = (own.sizes, own.recorded, own.trained)[torch.is_grad_enabled() and 1 + self.module.training]
@@ -169,13 +159,12 @@ class RewrittenForward:
                     if left:
                         self._unlooked = LOOK - 1
                         return self.own()(*args, **kwargs)
-                    return self._undoing(self._forward, tensors)
+                    return self._noting(self._forward, tensors)
                 self._changed = True
-            except IdOutOfRange as outside:
-                refusal = str(outside)
             except Stale as stale:
-                self._stale, refusal = True, str(stale)
-        return self._fall_back(refusal, args, kwargs)
+                refusal, gave = str(stale), stale.gave
+                self._stale |= type(stale) is Stale  # an id out of range is none of the module's
+        return self._fall_back(refusal, args, kwargs, gave)
 
     def _asked(self, args: tuple[PyObject, ...], kwargs: dict[str, PyObject]) -> tuple[str, Sequence[torch.Tensor]]:
         """Why a call that is not known as the usual one is refused; and its tensors."""
@@ -219,7 +208,7 @@ class RewrittenForward:
         """The block's own forward."""
         return self.original if self.original is not None else MethodType(type(self.module).forward, self.module)
 
-    def _fall_back(self, refusal: str, args: PyObject, kwargs: PyObject) -> PyObject:
+    def _fall_back(self, refusal: str, args: PyObject, kwargs: PyObject, gave: Gave) -> PyObject:
         if self.last_refusal != refusal:
             self.last_refusal = refusal
             if not self.silent:
@@ -230,7 +219,8 @@ class RewrittenForward:
                     stacklevel=3,
                 )
         self.fallbacks += 1
-        with dequantized(self.module, [bank for bank, _ in self.banks] if self.program.block.formats else []):
+        coded = [bank for bank, _ in self.banks] if self.program.block.formats else []
+        with dequantized(self.module, coded), given_again(gave):
             try:
                 return self.own()(*args, **kwargs)
             except RuntimeError as err:  # torch's, of two dtypes that meet
@@ -241,9 +231,15 @@ class RewrittenForward:
         module = memo.get(id(self.module))
         if module is None:
             return cast(RewrittenForward, copy.deepcopy(self.module, memo).forward)
+        new = memo[id(self)] = self._of(module)
+        new.original = copy.deepcopy(self.original, memo)
+        return new
+
+    def _of(self, module: nn.Module) -> RewrittenForward:
+        """The same for a copy of the module, which runs it from now on."""
         new = RewrittenForward.__new__(RewrittenForward)
-        memo[id(self)] = new
-        new.__dict__.update(self.__getstate__(), module=module, original=copy.deepcopy(self.original, memo))
+        new.__dict__.update(self.__getstate__(), module=module)
+        module.__dict__.update({key: new for key in ("forward",) if module.__dict__.get(key) is self})
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -251,7 +247,7 @@ class RewrittenForward:
         return {k: getattr(self, k) for k in keep} | {"calls": 0, "fallbacks": 0, "last_refusal": "", "_stale": False}
 
 
-for _name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names", "_usual", "_usual_of", "_undoing"):
+for _name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names", "_usual", "_usual_of", "_noting"):
     setattr(RewrittenForward, _name, PreparedAttribute(_name))
 
 

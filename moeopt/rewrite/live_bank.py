@@ -10,8 +10,9 @@ from torch import nn
 from moeopt.ir.row_function import RowFunction
 from moeopt.rewrite.as_it_lay import Arm
 from moeopt.rewrite.live_slots import LiveSlots
-from moeopt.rewrite.live_weights import LiveExpertWeights, Place, Stale
+from moeopt.rewrite.live_weights import LiveExpertWeights, Place
 from moeopt.rewrite.module_guard import Watch
+from moeopt.rewrite.stale import Stale
 from moeopt.value_types import PyObject
 
 

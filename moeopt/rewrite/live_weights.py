@@ -20,16 +20,13 @@ from moeopt.ops.expert_weights import ListExpertWeights, StackedExpertWeights
 from moeopt.rewrite.all_places import AllPlaces
 from moeopt.rewrite.as_it_lay import FEW, Arm, AsItLay, Remembered
 from moeopt.rewrite.regular_steps import flat, steps_between
+from moeopt.rewrite.stale import Stale
 from moeopt.rewrite.weight_regions import IRREGULAR, from_origin, region, region_of
 from moeopt.rewrite.whole_experts import WholeExperts
 from moeopt.rewrite.whole_stacks import WholeStacks, detached, numbers_of
 from moeopt.value_types import PyObject
 
 _PLAIN = {Tensor, nn.Parameter}
-
-
-class Stale(Exception):
-    """The module no longer is what was verified; the message says what changed."""
 
 
 def own_code_of(tensor: Tensor) -> str:

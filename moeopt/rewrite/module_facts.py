@@ -33,7 +33,8 @@ class Fact:
     """What was verified of one module. It holds no module, so it can be copied and pickled.
 
     ``children`` are watched, ``live`` ones called as modules; ``absent`` names those of the Parameters and buffers
-    ``tensors`` that are None; ``written`` are attributes that the forward itself sets.
+    ``tensors`` that are None; ``written`` are attributes that the forward itself sets; ``modes`` are the training flags
+    of ``live`` ones, which the module's own code may ask for, where they matter.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Fact:
     written: tuple[str, ...]
     hooks: int
     patched: bool
+    modes: tuple[tuple[str, bool], ...] = ()
 
 
 def take_facts(root: nn.Module, live: Iterable[str], written: Iterable[tuple[str, str]], mode: bool) -> list[Fact]:
@@ -80,9 +82,16 @@ def take_facts(root: nn.Module, live: Iterable[str], written: Iterable[tuple[str
                 tuple(n for p, n in own if p == path),
                 hook_count(module),
                 bool(path) and "forward" in module.__dict__,
+                _modes(module, prefix, kept, mode),
             )
         )
     return facts
+
+
+def _modes(module: nn.Module, prefix: str, live: tuple[str, ...], mode: bool) -> tuple[tuple[str, bool], ...]:
+    """The training flags of the children that are called as modules, where they matter."""
+    children = module._modules.items() if mode else ()
+    return tuple((name, c.training) for name, c in children if c is not None and _inside(prefix + name, live))
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor | None]:

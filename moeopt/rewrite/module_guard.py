@@ -75,6 +75,9 @@ class _Watched:
             if any(name in table for _, table in self.tables):
                 probe.lacks(d, name)
         probe.entries(d["_modules"], ordered=isinstance(module, _ORDERED))
+        for name, training in fact.modes:
+            if (child := module._modules.get(name)) is not None:
+                probe.item(child.__dict__, "training", training)
         tables = [(d, fact.names)]
         for table in (d["_parameters"], d["_buffers"]):
             tables.append((table, tuple(n for n in fact.absent if n in table)))
@@ -115,6 +118,9 @@ class _Watched:
         for tensor in fact.absent:
             if tensors_of(module).get(tensor) is not None:
                 return f"{name} has a {tensor}, and had none"
+        for live, training in fact.modes:
+            if (child := module._modules.get(live)) is not None and child.training != training:
+                return f"training of {f'{fact.path}.{live}'.lstrip('.')} is {child.training} and was {training}"
         return self._more(name)
 
     def _more(self, name: str) -> str:

@@ -35,6 +35,7 @@ class Ran:
         imports: (importing module, level, imported module) of import statements inside functions.
         open: whether attributes are read whose names are computed.
         numbers: the whole numbers in it.
+        sequences: of such numbers, two or more after each other.
     """
 
     names: frozenset[str] = frozenset()
@@ -43,6 +44,7 @@ class Ran:
     imports: tuple[tuple[str, int, str], ...] = ()
     open: bool = False
     numbers: frozenset[int] = frozenset()
+    sequences: frozenset[tuple[int, ...]] = frozenset()
 
 
 class Observed:
@@ -85,6 +87,7 @@ class Observed:
 def _ran(codes: dict[types.CodeType, dict[str, Any]]) -> Ran:
     names: set[str] = set()
     numbers: set[int] = set()
+    sequences: set[tuple[int, ...]] = set()
     reads: dict[str, dict[str, None]] = {}
     imports: dict[tuple[str, int, str], None] = {}
     open_ = False
@@ -97,6 +100,7 @@ def _ran(codes: dict[types.CodeType, dict[str, Any]]) -> Ran:
         open_ = open_ or found.open
         if not foreign(module):
             numbers |= found.numbers
+            sequences |= found.sequences
             reads.setdefault(module, {}).update(dict.fromkeys(found.globals))
             imports.update({(module, *one): None for one in found.imports})
     return Ran(
@@ -106,6 +110,7 @@ def _ran(codes: dict[types.CodeType, dict[str, Any]]) -> Ran:
         tuple(imports),
         open_,
         frozenset(numbers),
+        frozenset(sequences),
     )
 
 

@@ -21,6 +21,7 @@ from moeopt.rewrite.guard_expression import GuardExpression
 from moeopt.rewrite.ran import Ran, observing
 from moeopt.rewrite.spell import Spelled
 from moeopt.rewrite.walk import MOST, Walk
+from moeopt.rewrite.walk_live import read_live
 
 _SHOWN = 60
 _NUMBERS = ("int", "float", "bool")
@@ -58,6 +59,15 @@ class Reads:
         """The whole numbers that its code holds or reads."""
         return {*self.ran.numbers, *(int(text) for kind, text in self.entries.values() if kind == "int")}
 
+    def sequences(self) -> set[tuple[int, ...]]:
+        """The sequences of whole numbers that its code holds or reads: lists, lists of lists."""
+        found: dict[str, list[int]] = {}
+        for place, (kind, text) in self.entries.items():
+            while kind == "int" and place.endswith("]"):
+                place = place.rpartition("[")[0]
+                found.setdefault(place, []).append(int(text))
+        return {*self.ran.sequences, *(tuple(numbers) for numbers in found.values() if len(numbers) > 1)}
+
     def walk(
         self, root: nn.Module, probe: GuardExpression, links: Callable[[str], GuardExpression],
         called: Iterable[int] = (), *, code: bool = True,
@@ -71,13 +81,16 @@ class Reads:
             code: whether to follow classes and globals too.
         """
         walk = Walk(root, self, probe, called=frozenset(called))
-        modules = [
-            (p, m) for p, m in root.named_modules() if not any(p == k or p.startswith(f"{k}.") for k in self.kept)
-        ]
-        for _, module in modules if code else ():
-            walk.klass(type(module))
-        for path, module in modules:
-            walk.module(path, module, {name for p, name in self.written if p == path}, links(path))
+        kept = {p for p, _ in root.named_modules() if any(p == k or p.startswith(f"{k}.") for k in self.kept)}
+        modules = [(p, m, {name for at, name in self.written if at == p}) for p, m in root.named_modules()]
+        for path, module, _ in modules if code else ():
+            if path not in kept:
+                walk.klass(type(module))
+        for path, module, written in modules:
+            if path in kept:
+                read_live(walk, path, module, written, links(path))
+            else:
+                walk.module(path, module, written, links(path))
         if code:
             walk.functions()
         return walk
@@ -172,7 +185,8 @@ def observe(
     if changed:
         runs[1]()  # fills no memo any more, and stores what the last run did not
         again = reads.walk(root, unused, lambda path: unused).entries
-        reads.effects = _effects(changed, root, later, again)
+        own = (p for p in changed if not any(p.startswith(f"{k}.") for k in kept))  # what kept modules write is live
+        reads.effects = _effects(own, root, later, again)
     reads.ignored = changed
     reads.entries = reads.walk(root, unused, lambda path: unused).entries
     return reads

@@ -29,6 +29,9 @@ _CALL, _PART, _LEAST, _CODE = 2400, 650, 300, 60
 own, and at least; and those of the code of one module."""
 
 
+_TABLES = ("_modules", "_parameters", "_buffers")
+
+
 def _registries(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return module._modules, module._parameters, module._buffers
 
@@ -93,7 +96,8 @@ class _ModuleFacts:
 
 
 class _Code:
-    """The class of one module of the source, a forward of its own, and how many modules and tensors it holds."""
+    """The class of one module of the source, a forward of its own, and its tables of modules and tensors: which they
+    are, and how many they hold."""
 
     def __init__(self, path: str, module: nn.Module) -> None:
         self.path, self._module = path, weakref.ref(module)
@@ -103,7 +107,8 @@ class _Code:
         module = self._module()
         if module is None:
             return ()
-        return type(module), id(module.__dict__.get("forward")), *map(len, _registries(module))
+        tables = _registries(module)
+        return type(module), id(module.__dict__.get("forward")), *map(len, tables), *tables
 
     def arm(self, probe: GuardExpression) -> None:
         """A term each; none that would hold the root."""
@@ -114,13 +119,16 @@ class _Code:
             probe.attribute(module, "__class__", type(module))
         if "forward" not in module.__dict__:
             probe.lacks(module.__dict__, "forward")
-        for registry in _registries(module):
+        for name, registry in zip(_TABLES, _registries(module), strict=True):
+            probe.item(module.__dict__, name, registry)
             probe.add(f"{{0}}({{1}}) == {len(registry)}" if registry else "not {1}", len, registry)
 
     def changed(self) -> str:
         """As that of ``_ModuleFacts``."""
         before, self._before = self._before, self._facts()
-        return f"the code or the contents of {self.path or 'the model itself'}" if self._before != before else ""
+        pairs = zip(before, self._before, strict=False)  # a module that is gone has no facts
+        same = len(before) == len(self._before) and all(a is b or (type(a) is int and a == b) for a, b in pairs)
+        return "" if same else f"the code or the contents of {self.path or 'the model itself'}"
 
 
 class _Block:

@@ -13,6 +13,7 @@ import collections
 import contextvars
 import functools
 import importlib.util
+import logging
 import sys
 import types
 import weakref
@@ -26,14 +27,12 @@ from moeopt.rewrite.code import digest, filled, fingerprint, installed, words
 from moeopt.rewrite.guard_expression import GuardExpression
 from moeopt.rewrite.ran import Ran
 from moeopt.rewrite.spell import Spelled, inert, is_array, plain, tells_nothing
-from moeopt.rewrite.walk_ambient import bare_lookup, read_context, read_modes, read_variables
+from moeopt.rewrite.walk_ambient import bare_lookup, read_ambient, read_library, read_modes
 from moeopt.rewrite.walk_containers import SMALL, read_array, read_dict, read_sequence, read_set, read_tensor
 from moeopt.value_types import PyObject
 
 MOST = 4096
 """Places that one block may read; more would make each call slow."""
-
-
 _MODULE = frozenset(nn.Module().__dict__)
 _BUILTIN = (
     types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.GetSetDescriptorType,
@@ -87,7 +86,7 @@ class Walk:
     def module(self, path: str, module: nn.Module, written: set[str], probe: GuardExpression) -> None:
         """The attributes of a module of the block but those ``written`` by it; ``probe`` gets the links to them."""
         held = module.__dict__
-        for name in self._mentioned(held):
+        for name in self.mentioned(held):
             if name not in written and name not in _MODULE and name not in ("forward", "_old_forward", "_hf_hook"):
                 self.link(probe, held, name, held[name], f"{path}.{name}" if path else name)
         if not foreign(type(module).__module__):
@@ -174,10 +173,10 @@ class Walk:
             self.note(place, "module", value.__name__)
             if not foreign(value.__name__):
                 self._named(place, value.__dict__)
-            elif value.__name__ == "os":
-                read_variables(self)
-        elif isinstance(value, contextvars.ContextVar):
-            read_context(self, place, value)
+            else:
+                read_library(self, value)
+        elif isinstance(value, (contextvars.ContextVar, logging.Logger)):
+            read_ambient(self, place, value)
         elif isinstance(value, weakref.ref):
             self.note(place, "reference", "")
             self.visit(f"{place}()", value())
@@ -229,11 +228,11 @@ class Walk:
 
     def _named(self, place: str, table: PyObject, every: bool = False) -> None:
         """The entries of a namespace that the code names."""
-        for name in list(table) if every else self._mentioned(table):
+        for name in list(table) if every else self.mentioned(table):
             if type(table[name]) not in (types.MemberDescriptorType, types.GetSetDescriptorType):
                 self.link(self.probe, table, name, table[name], f"{place}.{name}")
 
-    def _mentioned(self, table: PyObject) -> list[str]:
+    def mentioned(self, table: PyObject) -> list[str]:
         return [n for n in table if n in self.names]
 
     def _object(self, place: str, value: PyObject, parts: dict[str, Any], alone: bool = False) -> None:

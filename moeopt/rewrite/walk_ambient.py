@@ -6,11 +6,18 @@ dtype and a few modes. Each is noted with its value where the walk runs, and its
 
 from __future__ import annotations
 
+import decimal
+import gc
+import logging
+import os
+import sys
 import threading
+import types
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from moeopt.options import variables
@@ -25,21 +32,44 @@ _ASKED: dict[PyObject, tuple[str, ...]] = {
         "is_inference_mode_enabled", "are_deterministic_algorithms_enabled", "get_deterministic_debug_mode",
         "is_deterministic_algorithms_warn_only_enabled", "get_float32_matmul_precision", "get_default_device",
         "get_num_threads", "get_num_interop_threads", "initial_seed", "is_anomaly_enabled",
+        "is_autocast_cache_enabled", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype",
     ),
     torch.distributed: ("is_initialized", "get_rank", "get_world_size"),
-    threading: ("current_thread", "get_ident"),
+    threading: ("current_thread", "get_ident", "active_count"),
+    gc: ("isenabled",),
+    os: ("getcwd", "getpid"),
+    np: ("geterr", "get_printoptions"),
 }  # fmt: skip
 """Functions without arguments by which code asks for a mode, or where it runs. Gradient mode and autocast are the call
 guard's."""
-_BACKENDS = {
-    "torch.backends.mkldnn": torch.backends.mkldnn, "torch.backends.cudnn": torch.backends.cudnn,
-    "torch.backends.cuda.matmul": torch.backends.cuda.matmul,
-}  # fmt: skip
-_FLAGS = frozenset(("enabled", "deterministic", "benchmark", "allow_tf32"))
+_ASKED_OF_DEVICES = ("get_autocast_dtype", "is_autocast_enabled")
+_DEVICES = ("cuda", "hpu", "mps", "mtia", "xpu")
+_OF_PYTHON = ("argv", "flags")
+_LEVELS = frozenset(("isEnabledFor", "getEffectiveLevel", "level", "disabled"))
+_DECIMALS = frozenset(("Decimal", "getcontext"))
+_BACKENDS = "torch.backends"
 _UNSET = object()
 
 
-def read_context(walk: Walk, place: str, value: ContextVar[PyObject]) -> None:
+def read_ambient(walk: Walk, place: str, value: ContextVar[PyObject] | logging.Logger) -> None:
+    """What is another in each context, or for each level of what is logged."""
+    if isinstance(value, logging.Logger):
+        _logger(walk, place, value)
+    else:
+        _context(walk, place, value)
+
+
+def read_library(walk: Walk, module: types.ModuleType) -> None:
+    """The state of a module of Python's or PyTorch's that the code holds."""
+    if module is os:
+        _variables(walk)
+    elif module.__name__ == _BACKENDS:
+        _backends(walk)
+    elif module.__name__.startswith(_BACKENDS):
+        _backend(walk, module.__name__, module)
+
+
+def _context(walk: Walk, place: str, value: ContextVar[PyObject]) -> None:
     """A context variable: the value that it has here, its own default included."""
     walk.note(place, "context variable", value.name)
     held = value.get(_UNSET)
@@ -54,23 +84,79 @@ def read_context(walk: Walk, place: str, value: ContextVar[PyObject]) -> None:
 
 def read_modes(walk: Walk) -> None:
     """PyTorch's default dtype, which tensors made without a dtype have, and the modes that the code asks for."""
-    named = [(holder, name) for holder, names in _ASKED.items() for name in names if name in walk.names]
-    for holder, name in ((torch, _DTYPE), *named):
+    for holder, name in ((torch, _DTYPE), *((h, n) for h, names in _ASKED.items() for n in names if n in walk.names)):
+        _ask(walk, f"{holder.__name__}.{name}", getattr(holder, name, None))
+    for name in _ASKED_OF_DEVICES:
+        for device in ("cpu", *(d for d in _DEVICES if d in walk.names)) if name in walk.names else ():
+            _ask(walk, f"torch.{name}", getattr(torch, name, None), device)
+    for name in _OF_PYTHON if "sys" in walk.names else ():
+        if name in walk.names:
+            walk.probe.attribute(sys, name, getattr(sys, name))
+            walk.visit(f"sys.{name}", getattr(sys, name))
+    if walk.names & _DECIMALS:
+        walk.probe.add("({0}().prec, {0}().rounding) == {1}", decimal.getcontext, _decimals())
+        walk.note("decimal.getcontext()", "context", "{} digits, {}".format(*_decimals()))
+    if "getLogger" in walk.names:
+        named = (logging.root.manager.loggerDict.get(name) for name in (*walk.names, *dict(walk.ran.globals)))
+        for logger in (logging.root, *named):
+            if isinstance(logger, logging.Logger):
+                _logger(walk, f"the logger {logger.name}", logger)
+    if "backends" in walk.names:
+        _backends(walk)
+
+
+def _decimals() -> tuple[int, str]:
+    context = decimal.getcontext()
+    return context.prec, context.rounding
+
+
+def _ask(walk: Walk, place: str, ask: Callable[..., PyObject] | None, *of: str) -> None:
+    """What ``ask(*of)`` answers, now and at each call."""
+    try:
+        value = ask(*of)  # type: ignore[misc]  # None and others raise
+    except Exception:  # not in this build, or of a group of processes that there is not
+        return
+    place = f"{place}({', '.join(map(repr, of))})"
+    walk.probe.add("{0}({2}) == {1}" if of else "{0}() == {1}", ask, value, *of)
+    if isinstance(value, dict):
+        walk.note(place, "dict", repr(value))
+    else:
+        walk.visit(place, value.name if isinstance(value, threading.Thread) else value)
+
+
+def _logger(walk: Walk, place: str, logger: logging.Logger) -> None:
+    """What a logger lets through, where the code asks for that."""
+    walk.note(place, "logger", logger.name)
+    if walk.names & _LEVELS:
+        lets = logger.getEffectiveLevel(), logger.manager.disable, logger.disabled
+        asked = logger.getEffectiveLevel, logger.manager, logger
+        walk.probe.add("({0}(), {1}.disable, {2}.disabled) == {3}", *asked, lets)
+        walk.note(f"{place}.level", "level", "{}, all below {} disabled, disabled: {}".format(*lets))
+
+
+def _backends(walk: Walk) -> None:
+    for name in sorted(walk.names):
+        if (module := sys.modules.get(f"{_BACKENDS}.{name}")) is not None:
+            _backend(walk, f"{_BACKENDS}.{name}", module)
+
+
+def _backend(walk: Walk, place: str, holder: PyObject, depth: int = 2) -> None:
+    """The flags of a module of ``torch.backends`` that the code names, and of the objects in it."""
+    for name in sorted(walk.names):
         try:
-            ask = getattr(holder, name)
-            value = ask()
-        except Exception:  # not in this build, or of a group of processes that there is not
+            value = getattr(holder, name)
+        except Exception:  # it has no such flag, or not in this build
             continue
-        walk.probe.add("{0}() == {1}", ask, value)
-        walk.visit(f"{holder.__name__}.{name}()", value.name if isinstance(value, threading.Thread) else value)
-    for place, holder in _BACKENDS.items() if "backends" in walk.names else ():
-        for name in walk.names & _FLAGS:
-            if hasattr(holder, name):
-                walk.probe.attribute(holder, name, getattr(holder, name))
-                walk.visit(f"{place}.{name}", getattr(holder, name))
+        if type(value) in (bool, int, float, str):
+            walk.probe.add(f"{{0}}.{name} == {{1}}", holder, value)
+            walk.visit(f"{place}.{name}", value)
+        elif isinstance(value, types.FunctionType) and name.endswith("_enabled"):
+            _ask(walk, f"{place}.{name}", value)
+        elif depth and type(value).__module__.startswith(_BACKENDS):
+            _backend(walk, f"{place}.{name}", value, depth - 1)
 
 
-def read_variables(walk: Walk) -> None:
+def _variables(walk: Walk) -> None:
     """The variables of the process that the code names, and that no other was added."""
     table, keys = variables(walk.names)
     if table:

@@ -107,6 +107,13 @@ class FewTokens:
             for row in list(row_of.values())[: 2 * self._count]:
                 yield self._case("one token", [row])
 
+    def of(self, ids_TK: Tensor) -> Case:
+        """A call of as many tokens; where the block is given its ids, of these."""
+        tokens = len(ids_TK)
+        case_rows = {n: value[torch.arange(tokens, device=value.device) % ROWS] for n, value in self._rows.items()}
+        case_rows |= {n: self._spec.naming(n, ids_TK) for n in self._spec.routed()}
+        return Case("experts in an exact order", *self._spec.with_tokens(self._build.flat(tokens), case_rows))
+
     def _named(self, ids_RK: Tensor) -> list[list[int]]:
         """The experts of each row; other ids stand for none."""
         return [[e for e in ids if 0 <= e < self._experts] for ids in ids_RK.tolist()]

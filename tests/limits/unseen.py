@@ -2,7 +2,11 @@
 
 import copy
 import math
+import os
+import pathlib
 import pickle
+import tempfile
+import time
 import types
 
 import numpy as np
@@ -73,6 +77,30 @@ def replaced_functions(_):
         lambda m, patch: patch.setattr(math, "sqrt", lambda v: 9.0),
         lambda m, patch: patch.setattr(torch, "sigmoid", torch.tan),
     )
+
+
+class Outside(Block):
+    """Asks whether a file is there, and for the time."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.file = file
+
+    def loop(self, x, ids, w):
+        return super().loop(x, ids, w * (1.0 + os.path.exists(self.file) + 2 * (time.monotonic() > 1e12)))
+
+
+@limit("Clocks and files")
+def clocks_and_files(_):
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        file = pathlib.Path(folder) / "there"
+        model = build(Outside, file=str(file))
+        opt = optimized(model)
+        before, _ = told(lambda: opt(X))
+        for change in (file.touch, lambda: patch.setattr(time, "monotonic", lambda: 1e15)):  # as it will be one day
+            change()
+            (want, got), warned = told(lambda: (model(X), opt(X)))
+            assert far(want, before) and torch.equal(got, before) and not warned
 
 
 @limit("Large containers")

@@ -16,6 +16,13 @@ QUESTIONS = {
     "_version": lambda x: x._version,
     "is_inference": lambda x: x.is_inference(),
     "is_shared": lambda x: x.is_shared(),
+    "grad_fn": lambda x: x.grad_fn is not None,
+    "is_leaf": lambda x: not x.is_leaf,
+    "requires_grad": lambda x: x.requires_grad,
+    "retains_grad": lambda x: x.retains_grad,
+    "_backward_hooks": lambda x: bool(x._backward_hooks),
+    "grad": lambda x: x.grad is not None,
+    "stride": lambda x: x.stride(0) == 0,
 }
 
 

@@ -93,3 +93,59 @@ def test_rows_are_aimed_at_a_router_of_the_experts_shape():
     block = moeopt.explain(build(Rare), torch.randn(24, H)).blocks[0]
     assert block.status == "declined" and "it was rewritten, verified and reverted" in block.reason
     assert "its Python reads numbers or sizes that its routing gives" in block.reason
+
+
+ORDER = [3, 1, 2, 0]
+ORDERED = {
+    "all experts": lambda self, ids: 1 + (ids.flatten().tolist() == list(range(E))),
+    "all experts from behind": lambda self, ids: 1 + (ids.flatten().tolist() == list(range(E))[::-1]),
+    "columns": lambda self, ids: 1 + (ids.t().flatten().tolist() == list(range(E))),
+    "rows that ascend": lambda self, ids: 1 + (len(ids) == 3) * (ids.sort(1)[0].tolist() == ids.tolist()),
+    "all ascends": lambda self, ids: 1 + (len(ids) > 1) * (sorted(ids.flatten().tolist()) == ids.flatten().tolist()),
+    "there and back": lambda self, ids: 1 + (len(ids) == 4) * (ids.flatten().tolist() == ids.flatten().tolist()[::-1]),
+    "one pair": lambda self, ids: 1 + (ids.tolist() == [[2, 0]]),
+    "a constant": lambda self, ids: 1 + (ids.flatten().tolist() == [3, 0, 1, 2]),
+    "a global": lambda self, ids: 1 + (ids.flatten().tolist() == ORDER),
+    "an attribute": lambda self, ids: 1 + (ids.tolist() == self.pairs),
+    "a buffer": lambda self, ids: 1 + (ids.tolist() == self.order.tolist()),
+}
+
+
+class Ordered(Block):
+    """Its result is doubled where the ids come in an exact order; no router is likely to give one."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.ask, self.pairs = name, [[3, 0], [2, 1]]
+        self.register_buffer("order", torch.tensor([[1, 0], [3, 2], [1, 3]]))
+
+    def forward(self, x):
+        ids, w = self.route(x)
+        return self.loop(x, ids, w) * ORDERED[self.ask](self, ids)
+
+
+@pytest.mark.parametrize("name", ORDERED)
+def test_a_factor_that_asks_for_one_order_of_the_experts_is_declined(name):
+    block = moeopt.explain(build(Ordered, name=name), torch.randn(24, H)).blocks[0]
+    assert block.status == "declined" and block.reason.startswith("it was rewritten, verified and reverted: case '")
+    assert "its Python reads numbers or sizes that its routing gives" in block.reason
+
+
+class Sorted(Ordered):
+    """Experts chosen by a sort of all scores."""
+
+    def route(self, x):
+        w, ids = self.gate(x).softmax(-1).sort(-1, descending=True)
+        return ids[:, :2], w[:, :2]
+
+
+class Given(Ordered):
+    def forward(self, x, ids):
+        return self.loop(x, ids, torch.ones(ids.shape) / 2) * ORDERED[self.ask](self, ids)
+
+
+def test_it_is_declined_where_a_sort_chooses_or_the_caller_gives_the_ids():
+    given = torch.randn(24, H), torch.stack([torch.randperm(E)[:2] for _ in range(24)])
+    for cls, call in ((Sorted, torch.randn(24, H)), (Given, given)):
+        block = moeopt.explain(build(cls, name="a constant"), call).blocks[0]
+        assert block.status == "declined" and "experts in an exact order" in block.reason

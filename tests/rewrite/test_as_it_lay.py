@@ -19,7 +19,8 @@ from moeopt.ops.native.library import library
 from moeopt.rewrite import as_it_lay, live_weights, module_guard
 from moeopt.rewrite.all_places import AllPlaces
 from moeopt.rewrite.install import rewritten_forward
-from moeopt.rewrite.live_weights import LiveExpertWeights, Place, Stale
+from moeopt.rewrite.live_weights import LiveExpertWeights, Place
+from moeopt.rewrite.stale import Stale
 from tests.rewrite.test_all_places import deleted_and_new, new_parameter, swapped_data
 from tests.rewrite.test_known_entries import negated, transposed, written
 from tests.rewrite.test_live_weights import E, H, listed

@@ -8,7 +8,8 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import experts_reference
 from moeopt.ops.native.call import call
 from moeopt.ops.native.library import library
-from moeopt.rewrite.live_weights import LiveExpertWeights, Place, Stale
+from moeopt.rewrite.live_weights import LiveExpertWeights, Place
+from moeopt.rewrite.stale import Stale
 from tests.rewrite.test_all_places import deleted_and_new, new_parameter, swapped_data
 from tests.rewrite.test_live_weights import H, listed
 

@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize
 import moeopt
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef, expert_paths, tensor_at
 from moeopt.rewrite.install import rewritten_forward
-from moeopt.rewrite.live_weights import LiveExpertWeights, Stale
+from moeopt.rewrite.live_weights import LiveExpertWeights
+from moeopt.rewrite.stale import Stale
 from tests.capture.tiny import Run, rand
 
 E, H, I = 3, 4, 5

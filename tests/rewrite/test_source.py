@@ -84,7 +84,21 @@ TOLD = {
 }
 
 
-LATER = {"class", "forward of an expert", "module added"}
+TABLES = {
+    f"{table} of {path} replaced whole": (
+        lambda m, table=table, path=path, new=new: setattr(
+            m.get_submodule(path), table, dict(getattr(m.get_submodule(path), table), **new)
+        ),
+        f"code or the contents of {path}",
+    )
+    for table, path, new in (
+        ("_modules", "moe.experts", {"1": Expert()}),
+        ("_modules", "moe.experts.2", {"act": nn.ReLU()}),
+        ("_parameters", "moe.gate", {"weight": nn.Parameter(seeded(4, H))}),
+    )
+}
+TOLD |= TABLES
+LATER = {"class", "forward of an expert", "module added", *TABLES}
 SOME = 40
 """Calls: each compares one part of the classes and contents of the source's modules."""
 

@@ -1,10 +1,16 @@
 """A function without arguments that tells where code runs, or in which mode: another answer is told."""
 
 import contextlib
+import decimal
+import gc
+import logging
+import os
 import re
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,7 +61,97 @@ def flag(holder, name):
     return changed
 
 
+LOGGER = logging.getLogger(__name__)
+BACKENDS, CUDA, MHA = torch.backends, torch.backends.cuda, torch.backends.mha
+
+
+@contextlib.contextmanager
+def autocast_in_half():
+    before = torch.get_autocast_dtype("cpu")
+    torch.set_autocast_dtype("cpu", torch.float16)
+    yield
+    torch.set_autocast_dtype("cpu", before)
+
+
+@contextlib.contextmanager
+def autocast_on_mps():
+    torch.set_autocast_enabled("mps", True)
+    yield
+    torch.set_autocast_enabled("mps", False)
+
+
+@contextlib.contextmanager
+def level(logger):
+    before = logger.level
+    logger.setLevel(logging.DEBUG)
+    yield
+    logger.setLevel(before)
+
+
+@contextlib.contextmanager
+def elsewhere():
+    before = os.getcwd()
+    os.chdir(os.path.dirname(before))
+    yield
+    os.chdir(before)
+
+
+@contextlib.contextmanager
+def no_collector():
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@contextlib.contextmanager
+def with_another_argument():
+    sys.argv.append("--all")
+    yield
+    sys.argv.pop()
+
+
+@contextlib.contextmanager
+def precision_of_mkldnn():
+    before = BACKENDS.mkldnn.matmul.fp32_precision
+    BACKENDS.mkldnn.matmul.fp32_precision = "bf16"
+    yield
+    BACKENDS.mkldnn.matmul.fp32_precision = before
+
+
+@contextlib.contextmanager
+def no_fastpath():
+    MHA.set_fastpath_enabled(False)
+    yield
+    MHA.set_fastpath_enabled(True)
+
+
 ASKED = {
+    "torch.get_autocast_dtype('cpu')": (
+        lambda: torch.get_autocast_dtype("cpu") is torch.float16, autocast_in_half,
+    ),
+    "torch.is_autocast_enabled('mps')": (lambda: torch.is_autocast_enabled("mps"), autocast_on_mps),
+    "LOGGER.level": (lambda: LOGGER.isEnabledFor(logging.DEBUG), lambda: level(LOGGER)),
+    "the logger root.level": (lambda: logging.getLogger().isEnabledFor(logging.DEBUG), lambda: level(logging.root)),
+    "the logger a.b.level": (
+        lambda: logging.getLogger("a.b").getEffectiveLevel() == 10, lambda: level(logging.getLogger("a.b")),
+    ),
+    "decimal.getcontext()": (
+        lambda: decimal.getcontext().prec == 5, lambda: decimal.localcontext(decimal.Context(prec=5)),
+    ),
+    "numpy.geterr()": (lambda: np.geterr()["divide"] == "ignore", lambda: np.errstate(divide="ignore")),
+    "gc.isenabled()": (lambda: not gc.isenabled(), no_collector),
+    "os.getcwd()": (lambda: len(os.getcwd()) % 7, elsewhere),
+    "sys.argv": (lambda: "--all" in sys.argv, with_another_argument),
+    "torch.backends.opt_einsum.enabled": (
+        lambda: not torch.backends.opt_einsum.enabled, flag(torch.backends.opt_einsum, "enabled"),
+    ),
+    "torch.backends.cuda.matmul.allow_fp16_accumulation": (
+        lambda: CUDA.matmul.allow_fp16_accumulation, flag(CUDA.matmul, "allow_fp16_accumulation"),
+    ),
+    "torch.backends.mkldnn.matmul.fp32_precision": (
+        lambda: BACKENDS.mkldnn.matmul.fp32_precision == "bf16", precision_of_mkldnn,
+    ),
+    "torch.backends.mha.get_fastpath_enabled()": (lambda: not MHA.get_fastpath_enabled(), no_fastpath),
     "torch.backends.cudnn.deterministic": (
         lambda: torch.backends.cudnn.deterministic, flag(torch.backends.cudnn, "deterministic"),
     ),

@@ -1,0 +1,119 @@
+"""Calls whose experts come in an exact order, for a block whose Python reads numbers of its routing.
+
+A factor that is 2 where ``ids.flatten().tolist() == [0, 1, 2, 3]``, where each row of ids ascends, or where they read
+the same from behind, follows from no row that a router is likely to give. So the choice itself is replaced, in the
+original and in the rewritten block alike: the router runs, and what it chose is exchanged before the dispatch sees it.
+
+    in order      all experts once, ascending or descending, row by row or column by column
+    each row      ascending, descending; one row repeated
+    there and     back: the same read from behind
+    as in code    a list of numbers in the block's code or attributes, as ids
+    one token     each order of a few experts
+
+Shape legend: T tokens, K experts of a token, E experts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeopt.value_types import PyObject
+from moeopt.verification.oracle import record_selections
+from moeopt.verification.pins import RoutingLog
+from moeopt.verification.results import Case
+
+_ORDERS = 24
+"""Calls of one token."""
+_LONG = 4
+"""Rows of the calls whose rows are alike in their order."""
+
+
+def orders(experts: int, chosen: int, listed: Iterable[Sequence[int]], most: int) -> Iterator[Tensor]:
+    """Ids (T, K), each row of different experts.
+
+    Args:
+        listed: numbers that may be ids in a certain order.
+        most: rows of a call.
+    """
+    if not 0 < chosen <= experts:
+        return
+    given = [_rows(numbers, chosen) for numbers in listed if all(0 <= n < experts for n in numbers)]
+    tokens = min(-(-experts // chosen), most)
+    every = [[(token * chosen + slot) % experts for slot in range(chosen)] for token in range(tokens)]
+    columns = [[(token + slot * tokens) % experts for slot in range(chosen)] for token in range(tokens)]
+    ascending = [list(range(e, e + chosen)) for e in range(min(experts - chosen + 1, most))]
+    kinds = [every, columns, ascending, [every[0]] * _LONG, [every[-1]] * _LONG, every[:2]]
+    kinds += [_reversed(rows) for rows in kinds] + [[*rows, *_reversed(rows)] for rows in (every[:1], every[:2])]
+    few = list(itertools.islice(itertools.permutations(range(min(experts, _LONG)), min(chosen, _LONG)), _ORDERS))
+    rest = list(range(_LONG, chosen))  # behind the first few
+    kinds += [[[*order, *rest]] for order in few]
+    seen = set()
+    for rows in (*given, *kinds):
+        known = tuple(map(tuple, rows))
+        if rows and known not in seen and all(len(set(row)) == chosen for row in rows):
+            seen.add(known)
+            yield torch.tensor(rows)
+
+
+def _rows(numbers: Sequence[int], chosen: int) -> list[list[int]]:
+    """``numbers`` as ids of tokens one after the other; nothing where they do not make whole rows."""
+    whole = numbers and len(numbers) % chosen == 0
+    return [list(numbers[n : n + chosen]) for n in range(0, len(numbers), chosen)] if whole else []
+
+
+def _reversed(rows: list[list[int]]) -> list[list[int]]:
+    """Read from behind."""
+    return [row[::-1] for row in rows[::-1]]
+
+
+class Choosing:
+    """``run``, a call of a block, which goes on with ``ids_TK`` in the place of its choice number ``at``."""
+
+    def __init__(self, run: Callable[..., Any], module: PyObject, at: int, ids_TK: Tensor) -> None:
+        self.run, self.module, self.at, self.ids = run, module, at, ids_TK
+
+    def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
+        with RoutingLog({self.at: self._exchanged}):
+            return self.run(*args, **kwargs)
+
+    def _exchanged(self, own: Tensor) -> Tensor:
+        """The ids in the form of the choice ``own`` (..., K or more): what else it chose comes behind them."""
+        tokens, chosen = self.ids.shape
+        if own.numel() != tokens * own.shape[-1] or own.shape[-1] < chosen:
+            return own
+        rows = []
+        for row, now in zip(self.ids.tolist(), own.reshape(tokens, -1).tolist(), strict=True):
+            rows.append((row + [e for e in now if e not in row])[: own.shape[-1]])
+        return torch.tensor(rows, dtype=own.dtype, device=own.device).view(own.shape)
+
+
+class _Logged:
+    """``run``, a call of a block, whose choices are kept."""
+
+    def __init__(self, run: Callable[..., Any], module: PyObject) -> None:
+        self.run, self.module = run, module
+        self.chosen: list[Tensor] = []
+
+    def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
+        with RoutingLog() as log:
+            out = self.run(*args, **kwargs)
+        self.chosen = [event.ids for event in log.events]
+        return out
+
+
+def choice_of(run: Callable[..., Any], module: PyObject, case: Case, ids_TK: Tensor) -> int | None:
+    """The number of the choice that gives ``ids_TK`` where ``run``, a call of ``module``, gets ``case``; None where
+    none does."""
+    logged = _Logged(run, module)
+    record_selections(logged, case.args, case.kwargs)
+    tokens, chosen = ids_TK.shape
+    for number, own in enumerate(logged.chosen):
+        if own.shape[-1] >= chosen and own.numel() == tokens * own.shape[-1]:
+            if torch.equal(own.reshape(tokens, -1)[:, :chosen].cpu(), ids_TK.cpu().long()):
+                return number
+    return None

@@ -1,0 +1,97 @@
+"""A shallow copy of a rewritten module is a module of its own: what is changed in it is not looked up in the other."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import moeopt.rewrite.install as install
+from moeopt.errors import StaleModelWarning
+from moeopt.rewrite.shallow_copies import REFERENCES
+from tests.toy_moe import Block, E, H, X, build, close, far, optimized
+
+
+def copied(model):
+    """As ``copy.copy``, with a table of modules of its own."""
+    twin = copy.copy(model)
+    twin._modules = dict(twin._modules)
+    return twin
+
+
+def another_gate(model):
+    torch.manual_seed(4)
+    model.gate = nn.Linear(H, E)
+
+
+def other_experts(model):
+    torch.manual_seed(4)
+    model.experts = Block().experts
+
+
+CHANGES = {
+    "a number": (lambda m: setattr(m, "top_k", 1), "top_k of the block is 1"),
+    "a router": (another_gate, None),
+    "experts": (other_experts, None),
+    "an expert of another kind": (lambda m: m.experts[0].__setattr__("act", nn.ReLU()), "act|class|module"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("called", [False, True], ids=["before", "after a call"])
+@pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
+def test_a_shallow_copy_runs_what_it_holds(name, called, hooked):
+    change, told = CHANGES[name]
+    own = build()
+    fast = optimized(build()).model
+    if called:
+        fast(X)
+    twin, own_twin = copied(fast), copied(own)
+    if hooked:
+        for one in (twin, own_twin):
+            one._forward_hooks = one._forward_hooks.copy()
+            one.register_forward_hook(lambda module, args, out: 2 * out)
+    before = own_twin(X)
+    change(twin), change(own_twin)
+    if told is None:
+        got = twin(X)
+    else:
+        with pytest.warns(StaleModelWarning, match=told):
+            got = twin(X)
+    close(got, own_twin(X))
+    if name != "an expert of another kind":  # which both share
+        assert far(got, before)
+        close(fast(X), own(X))
+        assert not fast.forward.fallbacks
+    assert twin.forward is not fast.forward and twin.forward.module is twin
+
+
+def test_replicas_of_data_parallel_run_their_own_weights():
+    fast = optimized(build()).model
+    replica = fast._replicate_for_data_parallel()
+    replica.gate = nn.Linear(H, E, bias=False)
+    own = build()
+    own.gate = replica.gate
+    close(replica(X), own(X))
+    close(fast(X), build()(X))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_only_a_forward_with_other_references_looks_who_calls(monkeypatch, grad):
+    asked = []
+    monkeypatch.setattr(install, "shallow_copy_of", lambda module: asked.append(module))
+    fast = optimized(build())
+    asked.clear()  # of trials
+    with torch.set_grad_enabled(grad):
+        fast(X), fast.model(X)
+    assert not asked and install._REFERENCES == REFERENCES + 1
+    twin = copy.copy(fast.model)
+    fast(X), twin(X)
+    assert asked == [fast.model, fast.model]
+
+
+def test_a_call_of_the_forward_itself_is_the_module_s_own():
+    fast = optimized(build()).model
+    kept, twin = fast.forward, copied(fast)
+    twin.top_k = 1
+    close(kept(X), build()(X))
