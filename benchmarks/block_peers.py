@@ -168,12 +168,8 @@ def _openvino(module: Any) -> Call:
     return run(model)
 
 
-def openvino_program(module: Any, more: dict[str, Any] | None = None) -> tuple[Any, Callable[[Any], Call]]:
-    """The form that OpenVINO's plugin turns into ``GatherMatmul``, as transformers' exporter writes it; what runs it.
-
-    Args:
-        more: of the plugin's configuration.
-    """
+def openvino_program(module: Any) -> tuple[Any, Callable[[Any], Call]]:
+    """The form that OpenVINO's plugin turns into ``GatherMatmul``, as transformers' exporter writes it; its runner."""
     import openvino
     from transformers.exporters.exporter_openvino import _tiled_experts_forward
 
@@ -195,7 +191,7 @@ def openvino_program(module: Any, more: dict[str, Any] | None = None) -> tuple[A
     }  # fmt: skip
 
     def run(model: Any) -> Call:
-        compiled = openvino.Core().compile_model(model, "CPU", config | (more or {}))
+        compiled = openvino.Core().compile_model(model, "CPU", config)
         request = compiled.create_infer_request()
 
         def call(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

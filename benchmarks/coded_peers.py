@@ -1,4 +1,4 @@
-"""Ways to run a block's experts from codes of 8 or 4 bits in blocks of 32: what ``native_experts.py --dtype int8`` runs.
+"""Ways to run a block's experts from codes of 8 or 4 bits in blocks of 32: what ``native_experts --dtype int8`` runs.
 
 All but ggml and fbgemm read the very codes of moeopt's bank; ggml rounds the weights that these stand for again, in
 blocks of 32 of its own, and fbgemm has a scale for each row. What becomes of the activations is a class of its own: a
@@ -34,7 +34,7 @@ from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 BLOCK = 32
 FORMATS = {"int8": INT8_BLOCK32, "int4": INT4_BLOCK32}
-_ROUNDED = ("ggml", "ggml repacked", "ORT MatMulNBits level 4", "ORT QMoE level 4", "OpenVINO dynamic")
+_ROUNDED = ("ggml", "ggml repacked", "ORT MatMulNBits level 4", "ORT QMoE level 4")
 ACTIVATIONS = {**dict.fromkeys(_ROUNDED, "int8, blocks of 32"), "fbgemm": "int8, one scale a call"}
 """Of the peers that round them; those of the others are float32."""
 
@@ -70,12 +70,11 @@ def peers(module: Any, K: int, dtype: str, only: list[str] | None) -> dict[str, 
         "moeopt, a scale a row": lambda: _op(coded(module, INT8_CHANNEL)),
         "ORT native": lambda: _session(session_of(site, native)),
         "ORT MatMulNBits": lambda: _session(session_of(site, by_name(codes))),
-        "OpenVINO": lambda: _openvino(module, bank, dtype, 0),
+        "OpenVINO": lambda: _openvino(module, bank, dtype),
         "ggml": lambda: GgmlExperts(module.gate_up_proj.data, module.down_proj.data, K, _ggml(dtype)),
         "ggml repacked": lambda: GgmlExperts(module.gate_up_proj.data, module.down_proj.data, K, "Q4_0", repacked=True),
         "ORT MatMulNBits level 4": lambda: _session(_rounded(site, codes)),
         "ORT QMoE level 4": lambda: _qmoe(bank, K, 8 if dtype == "int8" else 4),
-        "OpenVINO dynamic": lambda: _openvino(module, bank, dtype, BLOCK),
         "fbgemm": lambda: _fbgemm(module),
     }
     for name, of in (("moeopt, a scale a row", "int8"), ("fbgemm", "int8"), ("ggml repacked", "int4")):
@@ -95,9 +94,16 @@ def _ggml(dtype: str) -> str:
     return {"int8": "Q8_0", "int4": "Q4_0"}[dtype]
 
 
+class _Held(QuantizedExpertWeights):
+    """Keeps what a kernel worked out of its weights, as the banks of models do while these lie as they lay."""
+
+    def remembered(self, rows: int) -> tuple[dict[Any, Any], None]:
+        return self.__dict__.setdefault("known", {}), None
+
+
 def _op(bank: QuantizedExpertWeights) -> Call:
-    spec = ExpertsSpec()
-    return lambda x, ids, weights: experts(x, ids, weights, bank, spec)
+    held, spec = _Held(bank.w_in_q, bank.w_out_q), ExpertsSpec()
+    return lambda x, ids, weights: experts(x, ids, weights, held, spec)
 
 
 def _session(session: Session) -> Call:
@@ -148,13 +154,13 @@ def _qmoe(bank: QuantizedExpertWeights, K: int, bits: int) -> Call:
     return call
 
 
-def _openvino(module: Any, bank: QuantizedExpertWeights, dtype: str, rounded: int) -> Call:
-    """OpenVINO's ``GatherMatmul`` on compressed weights; ``rounded``: the block of activations in 8 bits, 0: floats."""
+def _openvino(module: Any, bank: QuantizedExpertWeights, dtype: str) -> Call:
+    """OpenVINO's ``GatherMatmul`` on compressed weights: of 2026.4 it keeps float rows, whatever a plugin is told."""
     import numpy as np
     import openvino
     from openvino import opset13 as ops
 
-    model, run = openvino_program(module, {"DYNAMIC_QUANTIZATION_GROUP_SIZE": rounded})
+    model, run = openvino_program(module)
     kind = openvino.Type.i8 if dtype == "int8" else openvino.Type.i4
     codes_in, codes_out, scales_in, scales_out = (
         torch.stack([getattr(matrices[e], part) for e in range(bank.num_experts)])
@@ -163,18 +169,21 @@ def _openvino(module: Any, bank: QuantizedExpertWeights, dtype: str, rounded: in
     )
     gate_and_up = zip(codes_in.chunk(2, dim=1), scales_in.chunk(2, dim=1), strict=True)
     multiplied = [node for node in model.get_ordered_ops() if node.get_type_name() == "MatMul"]
+    kept = []  # constants are read where numpy has them, until the model is compiled
     for node, (codes, scales) in zip(multiplied, [*gate_and_up, (codes_out, scales_out)], strict=True):
         if dtype == "int4":
             codes = codes ^ 0x88  # zero is 8 in ours, and 0 in a signed code
         count, N, blocks = scales.shape
-        raw = np.ascontiguousarray(codes.numpy())
-        held = ops.constant(openvino.Tensor(raw, [count, N, blocks, BLOCK], kind))
+        kept.append(np.ascontiguousarray(codes.numpy()))
+        held = ops.constant(openvino.Tensor(kept[-1], [count, N, blocks, BLOCK], kind))
         floats = ops.multiply(ops.convert(held, "f16"), ops.constant(scales.half()[..., None].numpy()))
         shape = ops.constant(np.array([count, N, blocks * BLOCK]))
         whole = ops.convert(ops.reshape(floats, shape, False), "f32")
         product = ops.matmul(node.input_value(0), whole, False, True)
         openvino.utils.replace_node(node, product)
-    return run(model)
+    call = run(model)
+    kept.clear()
+    return call
 
 
 def _fbgemm(module: Any) -> Call:
