@@ -81,6 +81,11 @@ def _lowering(name: str, module: Any, K: int) -> Call:
     return lambda x, ids, weights: session.run({"x": x, "ids": ids, "weights": weights})[0]
 
 
+def logits_of(ids: Tensor, weights: Tensor, E: int) -> Tensor:
+    """Logits (T, E) whose softmax over the chosen experts is in the ratio of ``weights``."""
+    return torch.full((len(ids), E), -1e9).scatter(1, ids, weights.log())
+
+
 def _kernel(module: Any) -> Call:
     """``com.microsoft::MoE`` on ready logits, which no model has: the floor of what that kernel can do."""
     import onnx
@@ -116,8 +121,7 @@ def _kernel(module: Any) -> Call:
         session = onnxruntime.InferenceSession(f"{folder}/moe.onnx", options, providers=["CPUExecutionProvider"])
 
     def call(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        logits = torch.full((len(x), E), -1e9).scatter(1, ids, weights.log())
-        y = session.run(None, {"x": x.numpy(), "logits": logits.numpy()})[0]
+        y = session.run(None, {"x": x.numpy(), "logits": logits_of(ids, weights, E).numpy()})[0]
         return torch.from_numpy(y) * weights.sum(-1, keepdim=True)
 
     return call
@@ -160,7 +164,12 @@ def _products(module: Any) -> Call:
 
 
 def _openvino(module: Any) -> Call:
-    """The form that OpenVINO's plugin turns into ``GatherMatmul``, as transformers' exporter writes it."""
+    model, run = openvino_program(module)
+    return run(model)
+
+
+def openvino_program(module: Any) -> tuple[Any, Callable[[Any], Call]]:
+    """The form that OpenVINO's plugin turns into ``GatherMatmul``, as transformers' exporter writes it; its runner."""
     import openvino
     from transformers.exporters.exporter_openvino import _tiled_experts_forward
 
@@ -180,14 +189,18 @@ def _openvino(module: Any) -> Call:
         "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": "f32",
     }  # fmt: skip
-    compiled = openvino.Core().compile_model(openvino.convert_model(program), "CPU", config)
-    request = compiled.create_infer_request()
 
-    def call(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        found = request.infer([x.numpy(), ids.numpy(), weights.numpy()], share_inputs=True)
-        return torch.from_numpy(found[compiled.outputs[0]])
+    def run(model: Any) -> Call:
+        compiled = openvino.Core().compile_model(model, "CPU", config)
+        request = compiled.create_infer_request()
 
-    return call
+        def call(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            found = request.infer([x.numpy(), ids.numpy(), weights.numpy()], share_inputs=True)
+            return torch.from_numpy(found[compiled.outputs[0]])
+
+        return call
+
+    return openvino.convert_model(program), run
 
 
 PEERS: dict[str, Callable[[Any], Call]] = {

@@ -61,11 +61,12 @@ def test_equals_the_reference(kernel, name, H, I):
         assert eps_off(kernel(*args), experts_reference(*args), ExpertsSpec(), torch.float32) <= BUDGET
 
 
+@pytest.mark.parametrize(("H", "I"), [(40, 24), (96, 64)], ids=["odd", "whole blocks"])
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_each_field_of_the_spec(kernel, name):
+def test_each_field_of_the_spec(kernel, name, H, I):
     for number, spec in enumerate(all_fields()):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            args = call_of(bank_of(spec, FORMATS[name], 40, 24, dtype), spec, 1 + number % 11, 40, dtype)
+            args = call_of(bank_of(spec, FORMATS[name], H, I, dtype), spec, 1 + number % 11, H, dtype)
             assert eps_off(kernel(*args), experts_reference(*args), spec, dtype) <= BUDGET, spec
 
 
@@ -79,6 +80,18 @@ def test_a_token_s_bits_do_not_depend_on_the_others(kernel, name, H, I):
     for t in (0, 7, 32):
         row = slice(t, t + 1)
         assert torch.equal(kernel(x[row], ids[row], weights[row], bank, spec), whole[row])
+
+
+@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize(("H", "I"), [(1100, 136), (1120, 160)])
+def test_a_row_s_bits_are_the_same_beside_any_number_of_rows(kernel, name, H, I):
+    """Of one expert, some rows are multiplied by codes in registers and some by a panel: in one order of the sum."""
+    spec, rng = ExpertsSpec(), torch.Generator().manual_seed(2)
+    bank = bank_of(spec, FORMATS[name], H, I, torch.float32)
+    x, ids, weights = torch.randn(13, H, generator=rng), torch.ones(13, 1, dtype=torch.int64), torch.ones(13, 1)
+    whole = kernel(x, ids, weights, bank, spec)
+    for M in range(1, 13):
+        assert torch.equal(kernel(x[:M], ids[:M], weights[:M], bank, spec), whole[:M]), M
 
 
 @pytest.mark.parametrize("name", ["fp8", "mxfp4", "int4-asymmetric32", "nf4"])

@@ -29,6 +29,9 @@ struct I8 {
 #endif
   }
   static constexpr int64_t bytes(int64_t codes) { return codes; }
+  typedef const char *Block;  // 32 codes under one scale, of which part q has L from q on
+  static Block block(const char *at) { return at; }
+  static V part(Block codes, int q, Scale scale) { return weights(codes, q, scale); }
 };
 struct U4 {  // i is a multiple of 8, of L on AVX-512: a lane shifts its code down, from a word that lanes share
 #if defined(__AVX512F__)
@@ -64,7 +67,19 @@ struct U4 {  // i is a multiple of 8, of L on AVX-512: a lane shifts its code do
   }
 #endif
   static constexpr int64_t bytes(int64_t codes) { return codes / 2; }
+  typedef const char *Block;
+  static Block block(const char *at) { return at; }
+  static V part(Block codes, int q, Scale scale) { return weights(codes, q, scale); }
 };
+#if defined(__AVX512F__)
+struct Evens : U4 {  // for rows of x whose even numbers come first: the codes of a byte go to the same lane of two parts, not side by side
+  typedef __m512i Block;
+  static Block block(const char *at) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at)); }
+  static V part(Block bytes, int q, Scale scale) {
+    return (V)_mm512_permutexvar_ps(q ? _mm512_srli_epi32(bytes, 4) : bytes, scale);
+  }
+};
+#endif
 
 inline float scale_at(const View &v, int64_t o, int64_t block) {
   const int64_t at = o * v.ss + block;
@@ -78,6 +93,13 @@ inline float scale_at(const View &v, int64_t o, int64_t block) {
 inline float load_code(const void *row, int64_t dtype, int64_t i) {
   if (dtype == MOEOPT_I8) return (float)((const int8_t *)row)[i];
   return (float)(((((const uint8_t *)row)[i / 2] >> (i % 2 * 4)) & 15) - 8);
+}
+
+// the scales of row o from block `first` on, as floats
+inline void scales_of_row(float *to, const View &v, int64_t o, int64_t first, int64_t count) {
+  int64_t b = 0;
+  for (; b + L <= count; b += L) store(to + b, load_as(v.scales, v.scale_dtype, o * v.ss + first + b));
+  for (; b < count; b++) to[b] = scale_at(v, o, first + b);
 }
 
 // weights k .. k + n of row o as floats
@@ -96,11 +118,17 @@ inline void row_of_codes(float *to, const View &v, int64_t o, int64_t k, int64_t
   }
 }
 
-// the scales of row o from block `first` on, as floats
-inline void scales_of_row(float *to, const View &v, int64_t o, int64_t first, int64_t count) {
-  int64_t b = 0;
-  for (; b + L <= count; b += L) store(to + b, load_as(v.scales, v.scale_dtype, o * v.ss + first + b));
-  for (; b < count; b++) to[b] = scale_at(v, o, first + b);
+// The same to float32, where a row is whole blocks of BLOCK: what stands around a block of a few vectors took as long as they do.
+template <class C, int BLOCK>
+inline void row_of_blocks(float *to, const View &v, int64_t o, int64_t k, int64_t n) {
+  const char *row = (const char *)v.data + C::bytes(o * v.so + k);
+  float scales[DOT_CHUNK / BLOCK];
+  scales_of_row(scales, v, o, k / BLOCK, n / BLOCK);
+  for (int64_t b = 0; b < n / BLOCK; b++) {
+    const typename C::Scale scale = C::scale(scales[b]);
+    const typename C::Block codes = C::block(row + b * C::bytes(BLOCK));
+    UNROLL for (int q = 0; q < BLOCK; q += L) store(to + b * BLOCK + q, C::part(codes, q, scale));
+  }
 }
 
 // NW rows of codes times NX rows of x, each code made float in a register: no panel is written. Blocks are whole vectors.
@@ -162,12 +190,13 @@ inline void blocks_tile(const View &v, const int64_t *row, int64_t k, int64_t n,
       UNROLL for (int j = 0; j < NW; j++) __builtin_prefetch(w[j] + ahead + b * bytes, 0, 2);
     }
     typename C::Scale scale[NW];
-    UNROLL for (int j = 0; j < NW; j++) scale[j] = C::scale(scales[j][b]);
+    typename C::Block codes[NW];
+    UNROLL for (int j = 0; j < NW; j++) scale[j] = C::scale(scales[j][b]), codes[j] = C::block(w[j] + b * bytes);
     UNROLL for (int q = 0; q < BLOCK; q += L) {
       V values[NX];
       UNROLL for (int m = 0; m < NX; m++) values[m] = load(x + m * ldx + b * BLOCK + q);
       UNROLL for (int j = 0; j < NW; j++) {
-        const V a = C::weights(w[j] + b * bytes, q, scale[j]);
+        const V a = C::part(codes[j], q, scale[j]);
         UNROLL for (int m = 0; m < NX; m++) acc[m][j] += a * values[m];
       }
     }
@@ -179,6 +208,21 @@ template <class C, int BLOCK, int NW, int NX>
 inline void some_codes(const View &v, const int64_t *row, int64_t k, int64_t n, const float *x, int64_t ldx, float *to, int64_t ldt, bool add) {
   if constexpr (BLOCK > 0) blocks_tile<C, BLOCK, NW, NX>(v, row, k, n, x, ldx, to, ldt, add);
   else codes_tile<C, NW, NX>(v, row, k, n, x, ldx, to, ldt, add);
+}
+
+// rows of x up to which codes become floats in registers, and beyond it in a panel: as many as leave the sums there
+constexpr int64_t FEW_CODES = VBYTES == 64 ? 6 : 3;
+
+template <class C, int BLOCK>
+void some_rows(const View &v, const int64_t *row, int64_t k, int64_t n, const float *x, int64_t ldx, int64_t M, float *to, int64_t ldt, bool add) {
+  switch (M) {
+    case 6: some_codes<C, BLOCK, 4, FEW_CODES < 6 ? 1 : 6>(v, row, k, n, x, ldx, to, ldt, add); return;
+    case 5: some_codes<C, BLOCK, 4, FEW_CODES < 6 ? 1 : 5>(v, row, k, n, x, ldx, to, ldt, add); return;
+    case 4: some_codes<C, BLOCK, 4, FEW_CODES < 6 ? 1 : 4>(v, row, k, n, x, ldx, to, ldt, add); return;
+    case 3: some_codes<C, BLOCK, 4, 3>(v, row, k, n, x, ldx, to, ldt, add); return;
+    case 2: some_codes<C, BLOCK, 4, 2>(v, row, k, n, x, ldx, to, ldt, add); return;
+    default: some_codes<C, BLOCK, 4, 1>(v, row, k, n, x, ldx, to, ldt, add); return;
+  }
 }
 
 // BLOCK: the size of v's blocks, of which K is a multiple; 0: any size
@@ -194,26 +238,19 @@ void dot_codes_direct(const View &v, int64_t first, int64_t n, const float *x, i
         some_codes<C, BLOCK, 8, 1>(v, row, k, kc, x + k, ldx, to + j, ldt, k > 0), j += 8;
         continue;
       }
-      for (int64_t m = 0; m < M;) {
-        const float *at = x + m * ldx + k;
-        float *out = to + m * ldt + j;
-        if (M - m >= 3) some_codes<C, BLOCK, 4, 3>(v, row, k, kc, at, ldx, out, ldt, k > 0), m += 3;
-        else if (M - m == 2) some_codes<C, BLOCK, 4, 2>(v, row, k, kc, at, ldx, out, ldt, k > 0), m += 2;
-        else some_codes<C, BLOCK, 4, 1>(v, row, k, kc, at, ldx, out, ldt, k > 0), m += 1;
-      }
+      some_rows<C, BLOCK>(v, row, k, kc, x + k, ldx, M, to + j, ldt, k > 0);
       j += 4;
     }
   }
 }
 
-constexpr int64_t FEW_CODES = 3;  // rows of x up to which codes become floats in registers, and beyond it in a panel
-
-void dot_codes(const View &v, int64_t compute, int64_t first, int64_t n, const float *x, int64_t ldx, int64_t K, int64_t M,
-               float *to, int64_t ldt, float *panel) {
-  if (M <= FEW_CODES && compute == MOEOPT_F32 && (v.block % L == 0 || v.block >= K)) {
-    if (v.dtype == MOEOPT_I8) return dot_codes_direct<I8, 0>(v, first, n, x, ldx, K, M, to, ldt);
-    if (v.block == 32 && K % 32 == 0) return dot_codes_direct<U4, 32>(v, first, n, x, ldx, K, M, to, ldt);
-    return dot_codes_direct<U4, 0>(v, first, n, x, ldx, K, M, to, ldt);
+template <class C>
+void dot_codes_of(const View &v, int64_t compute, int64_t first, int64_t n, const float *x, int64_t ldx, int64_t K, int64_t M,
+                  float *to, int64_t ldt, float *panel) {
+  const bool blocks = v.block == 32 && K % 32 == 0, plain = compute == MOEOPT_F32;
+  if (M <= FEW_CODES && plain && (v.block % L == 0 || v.block >= K)) {
+    if (blocks) return dot_codes_direct<C, 32>(v, first, n, x, ldx, K, M, to, ldt);
+    return dot_codes_direct<C, 0>(v, first, n, x, ldx, K, M, to, ldt);
   }
   const int64_t chunk = chunk_of(K, DOT_CHUNK), ld = chunk + 16;
   const float *w[4] = {panel, panel + ld, panel + 2 * ld, panel + 3 * ld};
@@ -222,12 +259,23 @@ void dot_codes(const View &v, int64_t compute, int64_t first, int64_t n, const f
     for (int64_t j = 0; j < n; j += 4) {
       for (int i = 0; i < 4; i++) {
         const int64_t row = first + smaller(j + i, n - 1);
-        if (v.dtype == MOEOPT_I8) row_of_codes<I8>(panel + i * ld, v, row, k, kc, compute);
-        else row_of_codes<U4>(panel + i * ld, v, row, k, kc, compute);
+        const char *codes = (const char *)v.data + C::bytes((row + 4) * v.so + k);  // the next rows, fetched meanwhile
+        for (int64_t c = 0; c < C::bytes(kc); c += 64) __builtin_prefetch(codes + c, 0, 2);
+        if (blocks && plain) row_of_blocks<C, 32>(panel + i * ld, v, row, k, kc);
+        else row_of_codes<C>(panel + i * ld, v, row, k, kc, compute);
       }
       dot_rows<F32, 4>(w, 0, x + k, ldx, kc, M, to + j, ldt, k > 0);
     }
   }
+}
+
+void dot_codes(const View &v, int64_t compute, int64_t first, int64_t n, const float *x, int64_t ldx, int64_t K, int64_t M,
+               float *to, int64_t ldt, float *panel) {
+#if defined(__AVX512F__)
+  if (v.evens) return dot_codes_of<Evens>(v, compute, first, n, x, ldx, K, M, to, ldt, panel);
+#endif
+  if (v.dtype == MOEOPT_I8) dot_codes_of<I8>(v, compute, first, n, x, ldx, K, M, to, ldt, panel);
+  else dot_codes_of<U4>(v, compute, first, n, x, ldx, K, M, to, ldt, panel);
 }
 
 }  // namespace

@@ -116,6 +116,12 @@ struct Plan {
       job.short_x = job.short_x && paired(x.w_in[0]) && (c.spec->rows != SEPARATE || paired(x.w_in[1]));
       job.short_h = job.short_h && paired(x.w_out);
     }
+    job.evens_x = job.evens_h = k.evens && c.spec->compute == MOEOPT_F32;
+    for (const moeopt_expert &x : experts) {
+      auto pairs = [](const moeopt_matrix &m) { return m.dtype == MOEOPT_U4 && m.block == 32 && m.in % 32 == 0; };
+      job.evens_x = job.evens_x && pairs(x.w_in[0]) && (c.spec->rows != SEPARATE || pairs(x.w_in[1]));
+      job.evens_h = job.evens_h && pairs(x.w_out);
+    }
     job.call = &c;
     job.rows = rows;
     job.ldx = padded(c.H, job.short_x ? 2 : size);

@@ -25,9 +25,9 @@ inline float weight_of(const moeopt_call &c, int64_t t, int64_t k) {
   return load_one(c.weights, c.weights_dtype, t * c.weights_stride[0] + k * c.weights_stride[1]);
 }
 
-inline View view(const moeopt_matrix &m, const moeopt_spec &s) {
+inline View view(const moeopt_matrix &m, const moeopt_spec &s, bool evens) {
   const bool exact = m.dtype == s.compute || s.compute == MOEOPT_F32;
-  return {m.data, m.dtype, m.stride_out, m.stride_in, exact, m.scales, m.scale_dtype, m.scale_stride, m.block};
+  return {m.data, m.dtype, m.stride_out, m.stride_in, exact, m.scales, m.scale_dtype, m.scale_stride, m.block, evens};
 }
 
 inline View rows_of(View v, int64_t first, int64_t step) {
@@ -64,7 +64,8 @@ void gather(const Job &job, int64_t row, int64_t end) {
       v = round_to(v, s.compute);
       if (i + L > c.H)
         for (int j = 0; j < L; j++) v[j] = i + j < c.H ? v[j] : 0.f;  // 0 * w is a NaN where w is one
-      store_as(r, kept, i, v);
+      if (job.evens_x) store_evens_first((float *)r, i, v);
+      else store_as(r, kept, i, v);
     }
   }
 }
@@ -75,7 +76,7 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
   const moeopt_expert &e = *seg.weights;
   const int64_t n = end - first, x_size = job.short_x ? 2 : 4, kept = job.short_h ? MOEOPT_BF16 : MOEOPT_F32;
   const bool mixed = s.rows == INTERLEAVED || s.rows == INTERLEAVED_UP, gated = s.rows != PLAIN;
-  View one = view(e.w_in[0], s), g = one, u = one;
+  View one = view(e.w_in[0], s, job.evens_x), g = one, u = one;
   const int64_t half = up_to(n, 256), ldt = 2 * half + APART;  // a row of sums: gates, then ups, or in turns
   float *bg = scratch, *bu = bg + MOST_COLUMNS, *panel = scratch + BIAS, *hg = panel + PANEL, *hu = hg + half;
   int64_t step = 1;  // from one gate to the next in a row of scratch
@@ -85,7 +86,7 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
   if (together) {
     hg = panel + PANEL + gate_at, hu = panel + PANEL + up_at, step = 2;
   } else if (s.rows == SEPARATE) {
-    u = view(e.w_in[1], s);
+    u = view(e.w_in[1], s, job.evens_x);
   } else if (gated) {
     g = rows_of(one, gate_at, mixed ? 2 : 1), u = rows_of(one, up_at, mixed ? 2 : 1);
   }
@@ -126,7 +127,8 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
           if (gated) store_up_to(kept_row, s.compute, seg.I + first + j, up, left);
         }
         const V a = gate_product(gate, up, s);
-        store_up_to(h, kept, first + j, a, smaller(L, n - j));
+        if (job.evens_h) store_evens_first((float *)h, first + j, a);  // then I is a multiple of 32, and n one of L
+        else store_up_to(h, kept, first + j, a, smaller(L, n - j));
       }
       if (end == seg.I) memset(h + end * (job.short_h ? 2 : 4), 0, (up_to(end, PAD) - end) * (job.short_h ? 2 : 4));
     }
@@ -139,7 +141,7 @@ void output(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
   const int64_t n = end - first, size = job.short_h ? 2 : 4;
   const int64_t ldt = up_to(n, 256) + APART;
   float *bias = scratch, *panel = scratch + BIAS, *to = panel + PANEL;
-  const View v = view(seg.weights->w_out, s);
+  const View v = view(seg.weights->w_out, s, job.evens_h);
   load_bias(bias, seg.weights->b_out, first, 1, n, s.compute);
   for (int64_t m0 = 0; m0 < seg.count; m0 += ROWS) {
     const int64_t M = smaller(ROWS, seg.count - m0);
@@ -220,7 +222,7 @@ const Kernels *MOEOPT_KERNELS() {
   constexpr bool paired = false;
 #endif
   static const Kernels table = {
-      MOEOPT_ISA, L, paired, BIAS + PANEL + 2 * MOST_SUMS + ROWS * APART, gather, hidden, output, combine, false, Outer<F32>::streams,
+      MOEOPT_ISA, L, paired, BIAS + PANEL + 2 * MOST_SUMS + ROWS * APART, gather, hidden, output, combine, false, Outer<F32>::streams, VBYTES == 64,
   };
   return &table;
 }

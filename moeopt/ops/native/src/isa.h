@@ -25,6 +25,7 @@ struct Job {  // one call, laid out: what every task reads
   const moeopt_call *call;
   int64_t rows, ldx, ldo;           // sorted rows; strides of r_RH and o_RD
   bool short_x, short_h;            // rows of bfloat16 instead of float32: both factors of a product stay 16 bits
+  bool evens_x, evens_h;            // of 32 numbers of a row the 16 of even places come first: W has two codes in a byte
   const int64_t *token, *slot;      // of each sorted row
   const int64_t *segment_of;        // of each sorted row
   const int64_t *row_of;            // (T, K): sorted row; -1: the id adds nothing; -2: it adds the token
@@ -44,6 +45,7 @@ struct Kernels {  // one instruction set
   void (*combine)(const Job &, int64_t token, int64_t end, float *scratch);                  // o -> y
   bool wide;                                                    // of float64: what is kept between has 8 bytes
   bool streams;                                                 // one row of x: rows of W from end to end (outer.h)
+  bool evens;                                                   // reads the two codes of a byte apart (codes.h)
 };
 
 

@@ -15,6 +15,7 @@ struct View {  // W[o][i] = data + o * so + i * si; exact: its values are of the
   bool exact;
   const void *scales;  // of codes: see codes.h
   int64_t scale_dtype, ss, block;
+  bool evens;  // x has the even numbers of each 32 first: see Job
 };
 
 constexpr int64_t DOT_CHUNK = 1024, PAIR_CHUNK = 2048;

@@ -120,6 +120,18 @@ inline void store_some(void *p, int64_t dtype, int64_t i, V v, int64_t n) {
   memcpy((char *)p + i * size, raw, n * size);
 }
 
+// L numbers from i on, of which those of even places go to the first half of their 32, and those of odd ones to the second
+inline void store_evens_first(float *row, int64_t i, V v) {
+#if defined(__AVX512F__)
+  const __m512i apart = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  const __m512 w = _mm512_permutexvar_ps(apart, (__m512)v);
+  float *to = row + (i & ~31) + (i & 31) / 2;
+  _mm256_storeu_ps(to, _mm512_castps512_ps256(w)), _mm256_storeu_ps(to + 16, _mm512_extractf32x8_ps(w, 1));
+#else
+  for (int j = 0; j < L; j++) row[((i + j) & ~31) + ((i + j) & 31) / 2 + ((i + j) & 1) * 16] = v[j];
+#endif
+}
+
 inline void load_row(float *to, const void *p, int64_t dtype, int64_t stride, int64_t n) {
   int64_t i = 0;
   if (stride == 1) {
