@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +20,7 @@ from moeopt.rewrite.install import RewrittenForward
 from moeopt.rewrite.live_codes import dequantized
 from moeopt.verification.block import verify_block
 from moeopt.verification.few_tokens import ROWS, FewTokens, unlike
-from moeopt.verification.ids_in_order import Choosing, choice_of, orders
+from moeopt.verification.ids_in_order import Choosing, choices_of, orders
 from moeopt.verification.oracle import record_selections
 from moeopt.verification.results import BlockCheck, Case
 
@@ -71,37 +71,45 @@ def check_few_tokens(
             record_selections(rewritten, everyone.args, everyone.kwargs)
         ids = rewritten.ids
         pair: tuple[RunsBlock, RunsBlock] = (original, rewritten)
-        alike = ((*pair, case) for case in itertools.chain(calls.cases(ids), calls.alone(ids)))
-        ordered = itertools.islice(_in_order(capture, program, pair, calls, ids), count)
-        for own, new, case in itertools.chain(alike, ordered):
-            if not any(unlike(own, new, [case])):
-                continue
-            check = verify_block(capture.name, own, new, [case], level=options.verify)
-            if any(result.status == "failed" for result in check.cases):
-                check.reason = f"{check.reason}; {_LEFT_OUT}"
-                return check
+        alike = (*pair, itertools.chain(calls.cases(ids), calls.alone(ids)))
+        own_order = _in_order(capture, program, pair, calls, ids)
+        for own, new, cases in (alike, (*own_order[:2], itertools.islice(own_order[2], count))):
+            for case in unlike(own, new, cases):
+                check = verify_block(capture.name, own, new, [case], level=options.verify)
+                if any(result.status == "failed" for result in check.cases):
+                    check.reason = f"{check.reason}; {_LEFT_OUT}"
+                    return check
     return None
 
 
 def _in_order(
     capture: Capture, program: BlockProgram, pair: tuple[RunsBlock, RunsBlock], calls: FewTokens, ids: Tensor | None
-) -> Iterator[tuple[RunsBlock, RunsBlock, Case]]:
-    """The two of ``pair``, and a call, for each exact order of experts; ``ids`` are those of ``calls.all_rows``."""
+) -> tuple[RunsBlock, RunsBlock, Iterable[Case]]:
+    """The two of ``pair``, and a call for each exact order of experts, which both are made to choose.
+
+    Args:
+        ids: of ``calls.all_rows``; None where that call is not taken.
+    """
     module, (original, rewritten) = capture.module, pair
-    given = bool(capture.call_spec.routed())
     if ids is None or len(capture.found) != 1:
-        return
-    at: int | None = None
-    with contextlib.suppress(Exception):  # as above
-        at = None if given else choice_of(original, module, calls.all_rows, ids)
-    if at is None and not given:
-        return
+        return *pair, ()
     listed = program.reads.sequences() if program.reads is not None else set()
     small = (b for b in module.buffers() if not b.is_floating_point() and 1 < b.numel() <= _LISTED)
     listed |= {tuple(b.flatten().tolist()) for b in small}
-    for ids_TK in orders(len(capture.found[0].experts), ids.shape[-1], sorted(listed), ROWS):
-        case = calls.of(ids_TK)
-        if at is None:
-            yield original, rewritten, case
-        else:
-            yield Choosing(original, module, at, ids_TK), Choosing(rewritten, module, at, ids_TK), case
+    wanted = orders(len(capture.found[0].experts), ids.shape[-1], sorted(listed), ROWS)
+    if capture.call_spec.routed():
+        return *pair, map(calls.of, wanted)
+    both: list[Choosing] = []
+    for run in (original, rewritten):
+        found: tuple[int, ...] = ()
+        with contextlib.suppress(Exception):  # as above
+            found = choices_of(run, module, calls.all_rows, ids)
+        both.append(Choosing(run, module, found))
+    own, new = both
+
+    def cases() -> Iterator[Case]:
+        for ids_TK in wanted:
+            own.ids = new.ids = ids_TK
+            yield calls.of(ids_TK)
+
+    return own, new, cases() if own.at and new.at else ()

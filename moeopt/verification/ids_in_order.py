@@ -72,13 +72,14 @@ def _reversed(rows: list[list[int]]) -> list[list[int]]:
 
 
 class Choosing:
-    """``run``, a call of a block, which goes on with ``ids_TK`` in the place of its choice number ``at``."""
+    """``run``, a call of a block, which goes on with ``ids`` (T, K) in the place of its choices number ``at``."""
 
-    def __init__(self, run: Callable[..., Any], module: PyObject, at: int, ids_TK: Tensor) -> None:
-        self.run, self.module, self.at, self.ids = run, module, at, ids_TK
+    def __init__(self, run: Callable[..., Any], module: PyObject, at: Sequence[int]) -> None:
+        self.run, self.module, self.at = run, module, at
+        self.ids = torch.empty(0, 0, dtype=torch.int64)
 
     def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
-        with RoutingLog({self.at: self._exchanged}):
+        with RoutingLog(dict.fromkeys(self.at, self._exchanged)):
             return self.run(*args, **kwargs)
 
     def _exchanged(self, own: Tensor) -> Tensor:
@@ -106,14 +107,18 @@ class _Logged:
         return out
 
 
-def choice_of(run: Callable[..., Any], module: PyObject, case: Case, ids_TK: Tensor) -> int | None:
-    """The number of the choice that gives ``ids_TK`` where ``run``, a call of ``module``, gets ``case``; None where
-    none does."""
+def choices_of(run: Callable[..., Any], module: PyObject, case: Case, ids_TK: Tensor) -> tuple[int, ...]:
+    """The numbers of the choices that give ``ids_TK`` where ``run``, a call of ``module``, gets ``case``.
+
+    Code may make one choice several times, once for each expert, and the rewritten code makes it once.
+    """
     logged = _Logged(run, module)
     record_selections(logged, case.args, case.kwargs)
     tokens, chosen = ids_TK.shape
-    for number, own in enumerate(logged.chosen):
-        if own.shape[-1] >= chosen and own.numel() == tokens * own.shape[-1]:
-            if torch.equal(own.reshape(tokens, -1)[:, :chosen].cpu(), ids_TK.cpu().long()):
-                return number
-    return None
+    return tuple(
+        number
+        for number, own in enumerate(logged.chosen)
+        if own.shape[-1] >= chosen
+        and own.numel() == tokens * own.shape[-1]
+        and torch.equal(own.reshape(tokens, -1)[:, :chosen].cpu(), ids_TK.cpu().long())
+    )

@@ -139,13 +139,21 @@ class Sorted(Ordered):
         return ids[:, :2], w[:, :2]
 
 
+class Twice(Ordered):
+    """The choice is made once for the experts and once for the factor."""
+
+    def forward(self, x):
+        ids, w = self.route(x)
+        return self.loop(x, ids, w) * ORDERED[self.ask](self, self.route(x)[0])
+
+
 class Given(Ordered):
     def forward(self, x, ids):
         return self.loop(x, ids, torch.ones(ids.shape) / 2) * ORDERED[self.ask](self, ids)
 
 
-def test_it_is_declined_where_a_sort_chooses_or_the_caller_gives_the_ids():
+def test_it_is_declined_where_a_sort_or_two_choose_or_the_caller_gives_the_ids():
     given = torch.randn(24, H), torch.stack([torch.randperm(E)[:2] for _ in range(24)])
-    for cls, call in ((Sorted, torch.randn(24, H)), (Given, given)):
+    for cls, call in ((Sorted, torch.randn(24, H)), (Twice, torch.randn(24, H)), (Given, given)):
         block = moeopt.explain(build(cls, name="a constant"), call).blocks[0]
         assert block.status == "declined" and "experts in an exact order" in block.reason
