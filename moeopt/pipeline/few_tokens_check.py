@@ -98,7 +98,7 @@ def _in_order(
     listed |= {tuple(b.flatten().tolist()) for b in small}
     wanted = orders(len(capture.found[0].experts), ids.shape[-1], sorted(listed), ROWS)
     if capture.call_spec.routed():
-        return *pair, map(calls.of, wanted)
+        return *pair, map(calls.of, wanted) if calls.names(ids.shape[-1]) else ()
     both: list[Choosing] = []
     for run in (original, rewritten):
         found: tuple[int, ...] = ()

@@ -107,12 +107,20 @@ class FewTokens:
             for row in list(row_of.values())[: 2 * self._count]:
                 yield self._case("one token", [row])
 
+    def names(self, chosen: int) -> bool:
+        """Whether each argument that names experts has a place for each of ``chosen`` experts of a token."""
+        return all(self._spec.slots(n) == chosen + self._is_mask(n) for n in self._spec.routed())
+
     def of(self, ids_TK: Tensor) -> Case:
-        """A call of as many tokens; where the block is given its ids, of these."""
+        """A call of as many tokens; where the block is given its ids, of these: then :meth:`names` K must hold."""
         tokens = len(ids_TK)
         case_rows = {n: value[torch.arange(tokens, device=value.device) % ROWS] for n, value in self._rows.items()}
-        case_rows |= {n: self._spec.naming(n, ids_TK) for n in self._spec.routed()}
+        again = torch.cat([ids_TK, ids_TK[:, :1]], 1)  # a mask may name one more
+        case_rows |= {n: self._spec.naming(n, again if self._is_mask(n) else ids_TK) for n in self._spec.routed()}
         return Case("experts in an exact order", *self._spec.with_tokens(self._build.flat(tokens), case_rows))
+
+    def _is_mask(self, n: int) -> bool:
+        return self._spec.leaves[n].role == "choices"
 
     def _named(self, ids_RK: Tensor) -> list[list[int]]:
         """The experts of each row; other ids stand for none."""

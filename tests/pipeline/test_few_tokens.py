@@ -157,3 +157,24 @@ def test_it_is_declined_where_a_sort_or_two_choose_or_the_caller_gives_the_ids()
     for cls, call in ((Sorted, torch.randn(24, H)), (Twice, torch.randn(24, H)), (Given, given)):
         block = moeopt.explain(build(cls, name="a constant"), call).blocks[0]
         assert block.status == "declined" and "experts in an exact order" in block.reason
+
+
+class Masked(Block):
+    """Its caller says in a mask, with a place for each choice or with one for all, which experts a token has."""
+
+    def forward(self, x, mask):
+        y = torch.zeros_like(x)
+        for e in range(E):
+            (t,) = torch.where(mask[..., e].reshape(len(x), -1).sum(-1) > 0)
+            if t.numel():
+                y[t] += self.experts[e](x[t])
+        return y
+
+
+@pytest.mark.parametrize("shape", ["one expert", "places", "one for all"])
+def test_a_caller_s_mask_is_no_obstacle(shape):
+    ids = torch.stack([torch.randperm(E)[: 1 if shape == "one expert" else 2] for _ in range(24)])
+    hot = torch.nn.functional.one_hot(ids, E)
+    mask = hot.sum(1) if shape == "one for all" else hot
+    block = moeopt.explain(build(Masked), (torch.randn(24, H), mask)).blocks[0]
+    assert block.status == "rewritten", block.reason
