@@ -21,6 +21,7 @@ from moeopt.inspection.structure import MoEBlock
 from moeopt.inspection.tree import Tree, parent, within
 from moeopt.patches import no_fake_tensor_errors
 from moeopt.value_types import FxTarget, PyObject
+from moeopt.verification.state import in_mode
 
 TOKENS = 4
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "linear", "grouped_mm_fallback")
@@ -134,9 +135,14 @@ def _inward(block: MoEBlock) -> list[str]:
 
 def _run(module: nn.Module, block: MoEBlock) -> Selection | None:
     try:
-        twin = shared_copy(module).eval()
+        twin = shared_copy(module)
     except UsageError:
         return None
+    with in_mode(twin, False):  # it shares the weights, which a train() of the user's may write
+        return _watched(twin, block)
+
+
+def _watched(twin: nn.Module, block: MoEBlock) -> Selection | None:
     for width in dict.fromkeys((block.bank.ffn.hidden, block.width, block.bank.ffn.inner)):
         for shape in ((1, TOKENS, width), (TOKENS, width)):
             watch, complete = _Watch(block.bank.choices), False
