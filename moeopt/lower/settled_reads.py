@@ -36,6 +36,8 @@ _WHETHER = (aten.any.default, aten.sum.default, aten.count_nonzero.default)
 _COMPARED = {aten.gt.Scalar: 0, aten.ne.Scalar: 0, aten.eq.Scalar: 0, aten.le.Scalar: 0, aten.ge.Scalar: 1,
              aten.lt.Scalar: 1}  # fmt: skip
 _NOTS = (aten.logical_not.default, aten.bitwise_not.default)
+_MANY = 1 << 12
+"""Rows that masks without any are given in one run: a ``while`` that waits for none would never end."""
 _ALL = (True,)
 _MORE = 16
 """Questions at one place beyond those that the model asked itself: a ``while`` that goes on for ever ends so."""
@@ -67,6 +69,7 @@ class _Questions(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch
         self.forced, self.emptied, self.most, self._turns = forced, emptied, most, turns
         self._met: Counter[Asked | None] = Counter()
+        self._given = 0
         self.terms: Terms | None = None
         self._known = known
         self.answers: dict[Asked, list[bool]] = {}
@@ -88,6 +91,9 @@ class _Questions(TorchDispatchMode):
                 self.terms.empty(mask)
             elif not mask.any():  # the others have a row, whatever these inputs choose
                 mask[(0,) * mask.dim()] = 1
+                self._given += 1
+        if self._given > _MANY:
+            raise _Endless
 
     def _call(self, func: FxTarget, args: PyObject, kwargs: PyObject) -> PyObject:
         return func(*args, **kwargs) if self.terms is None else self.terms.call(func, args, kwargs)

@@ -204,6 +204,36 @@ def test_what_an_idle_expert_does_to_others_is_seen(cls, seed):
     assert settled_reads(build(cls), (x,), {}) == {}
 
 
+class Forever(BaseException):
+    """Of a loop that does not end."""
+
+
+class UntilNoneIsLeft(Sequences):
+    """One helper picks the rows of experts, and those for which a loop waits, twice in each round."""
+
+    def rows(self, mask):
+        return torch.where(mask)[0]
+
+    def forward(self, x):
+        ids, y, rounds = self.gate(x.mean(1)).argmax(-1), torch.zeros_like(x), 0
+        for number, expert in enumerate(self.experts):
+            rows = self.rows(ids == number)
+            if len(rows) > 0:
+                y[rows] = expert(x[rows])
+        left = ids < 3
+        while True:
+            if self.rows(left).numel() == 0:
+                return y
+            y = y + len(self.rows(left))
+            left, rounds = left & (ids > rounds), rounds + 1
+            if rounds > 20_000:
+                raise Forever
+
+
+def test_a_loop_that_waits_for_an_empty_mask_is_not_followed_for_ever():
+    assert settled_reads(build(UntilNoneIsLeft), (torch.randn(5, 4, D),), {}) == {}
+
+
 @pytest.mark.parametrize("cls", [ManyRows, TwoRows, Halves, OtherRows, *IN_A_LOOP])
 def test_a_branch_on_a_size_that_does_more_is_refused(cls):
     model, x = build(cls), torch.randn(5, 4, D)
