@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.capture.shared_copy import shared_copy
-from moeopt.errors import UsageError
+from moeopt.errors import Declined, UsageError
 from moeopt.inspection.structure import MoEBlock
 from moeopt.inspection.tree import Tree, parent, within
 from moeopt.patches import no_fake_tensor_errors
@@ -136,10 +136,10 @@ def _inward(block: MoEBlock) -> list[str]:
 def _run(module: nn.Module, block: MoEBlock) -> Selection | None:
     try:
         twin = shared_copy(module)
-    except UsageError:
+        with in_mode(twin, False):  # it shares the weights, which a train() of the user's may write
+            return _watched(twin, block)
+    except (UsageError, Declined):
         return None
-    with in_mode(twin, False):  # it shares the weights, which a train() of the user's may write
-        return _watched(twin, block)
 
 
 def _watched(twin: nn.Module, block: MoEBlock) -> Selection | None:

@@ -262,8 +262,8 @@ def _same_in_other_mode(
     ranges: list[IdRange], scratch: Collection[tuple[str, str]],
 ) -> bool:  # fmt: skip
     """Whether training and evaluation mode compute the same, judged by a trace in the other mode."""
-    with in_mode(module, not module.training):
-        try:
+    try:
+        with in_mode(module, not module.training):
             light = record(module, *call, keep_values=False)
             if light.random_nodes():
                 return False
@@ -273,8 +273,8 @@ def _same_in_other_mode(
             other = _plan(tape, reader.again(tape, recognitions), ranges, scratch)
             generalize([plan, other], [[tuple(t.shape) for t in tensors_of(call)]] * 2)
             return True
-        except Declined:
-            return False
+    except Declined:
+        return False
 
 
 def _kept(tape: Tape, found: list[Recognition], given: Sequence[IdBounds]) -> tuple[IdBounds, ...]:

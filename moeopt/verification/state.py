@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from moeopt.capture.held_state import HeldState
 from moeopt.capture.isolated_run import WatchWrites
+from moeopt.errors import Declined
 from moeopt.value_types import PyObject
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module, type)
@@ -149,13 +150,19 @@ def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
 
     A ``train()`` of the user's may do more than set flags: one that merges an adapter into a weight writes that weight,
     which a copy of the model shares with the model. A module in that mode already is left as it is.
+
+    Raises:
+        Declined: its ``train()`` raises, as that of a graph does which was exported for one mode.
     """
     if module.training == training:
         yield
         return
     with RestoreState(module) as state:
-        with WatchWrites(state.before_write):
-            module.train(training)
+        try:
+            with WatchWrites(state.before_write):
+                module.train(training)
+        except Exception as err:
+            raise Declined(f"train({training}) of {type(module).__name__} raises {type(err).__name__}: {err}") from err
         yield
 
 

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import moeopt
+from moeopt.errors import Declined
 from moeopt.pipeline import own_code
+from moeopt.rewrite.install import rewritten_forward
 from moeopt.verification.state import in_mode
 from tests.capture.tiny import rand
 from tests.recognise.tiny import E, H, MoE, seeded
@@ -97,3 +99,29 @@ def test_inspecting_writes_no_weight(how):
     before = held(module)
     assert moeopt.inspect(module, device="H100").main.top_k == MoE.top_k
     assert same(module, before) and not module.router.merged
+
+
+class OfOneMode(nn.Linear):
+    """Refuses to be put in the other mode, as graphs do that were exported for one."""
+
+    def __init__(self):
+        super().__init__(H, E)
+        self.eval()
+        self.made = True
+
+    def train(self, mode=True):
+        if mode and hasattr(self, "made"):
+            raise NotImplementedError("calling train() is not supported")
+        return super().train(mode)
+
+
+def test_what_refuses_the_other_mode_is_verified_in_its_own():
+    module, x = seeded(lambda: MoE(router=OfOneMode())), rand(24, H)
+    opt = moeopt.optimize(module, x)
+    assert [b.status for b in opt.report.blocks] == ["rewritten"]
+    assert rewritten_forward(opt.model).program.guard.training is False
+    assert torch.allclose(opt.model(x), module(x), atol=1e-5)
+    said = r"train\(True\) of MoE raises NotImplementedError: calling train\(\) is not supported"
+    with pytest.raises(Declined, match=said), in_mode(module, True):
+        pass
+    assert not any(m.training for m in module.modules())
