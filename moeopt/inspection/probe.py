@@ -16,11 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.capture.shared_copy import shared_copy
-from moeopt.errors import UsageError
+from moeopt.errors import Declined, UsageError
 from moeopt.inspection.structure import MoEBlock
 from moeopt.inspection.tree import Tree, parent, within
 from moeopt.patches import no_fake_tensor_errors
 from moeopt.value_types import FxTarget, PyObject
+from moeopt.verification.state import in_mode
 
 TOKENS = 4
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "linear", "grouped_mm_fallback")
@@ -134,9 +135,14 @@ def _inward(block: MoEBlock) -> list[str]:
 
 def _run(module: nn.Module, block: MoEBlock) -> Selection | None:
     try:
-        twin = shared_copy(module).eval()
-    except UsageError:
+        twin = shared_copy(module)
+        with in_mode(twin, False):  # it shares the weights, which a train() of the user's may write
+            return _watched(twin, block)
+    except (UsageError, Declined):
         return None
+
+
+def _watched(twin: nn.Module, block: MoEBlock) -> Selection | None:
     for width in dict.fromkeys((block.bank.ffn.hidden, block.width, block.bank.ffn.inner)):
         for shape in ((1, TOKENS, width), (TOKENS, width)):
             watch, complete = _Watch(block.bank.choices), False

@@ -5,13 +5,15 @@
     assert x.isfinite().all()              the other answer raises, and gives no numbers
 
 ``torch.export`` stops at each. Whether some row is left is settled where the model says so itself: it runs with the
-mask emptied, once as it is and once with the question answered as if there were rows, and must give and leave the same
+masks emptied, once as it is and once with the question answered as if there were rows, and must give and leave the same
 bits, by the same ops of the same things (``moeopt.lower.tensor_terms``): equal bits alone may be those of these inputs.
+In a loop over experts all masks are emptied, and then every second one: where nothing is left, nobody sees a ``break``.
 An assertion is one by what the other answer does, see ``moeopt.capture.bool_reads``.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
@@ -34,6 +36,9 @@ _WHETHER = (aten.any.default, aten.sum.default, aten.count_nonzero.default)
 _COMPARED = {aten.gt.Scalar: 0, aten.ne.Scalar: 0, aten.eq.Scalar: 0, aten.le.Scalar: 0, aten.ge.Scalar: 1,
              aten.lt.Scalar: 1}  # fmt: skip
 _NOTS = (aten.logical_not.default, aten.bitwise_not.default)
+_MANY = 1 << 12
+"""Rows that masks without any are given in one run: a ``while`` that waits for none would never end."""
+_ALL = (True,)
 _MORE = 16
 """Questions at one place beyond those that the model asked itself: a ``while`` that goes on for ever ends so."""
 
@@ -49,6 +54,7 @@ class _Questions(TorchDispatchMode):
         forced: answers by where they are asked.
         emptied: where masks are asked for any row, and are set to False first.
         most: how often each place may ask.
+        turns: which of the masks at each place are emptied: those whose number, by the turns' length, is among them.
 
     Attributes:
         answers: each place's own.
@@ -58,10 +64,12 @@ class _Questions(TorchDispatchMode):
 
     def __init__(
         self, forced: Mapping[Asked, bool], emptied: set[Asked | None], most: Mapping[Asked, int] | None = None,
-        known: tuple[dict[Hashable, int], set[int]] | None = None,
+        known: tuple[dict[Hashable, int], set[int]] | None = None, turns: tuple[bool, ...] = _ALL,
     ) -> None:  # fmt: skip
         super().__init__()  # type: ignore[no-untyped-call]  # torch
-        self.forced, self.emptied, self.most = forced, emptied, most
+        self.forced, self.emptied, self.most, self._turns = forced, emptied, most, turns
+        self._met: Counter[Asked | None] = Counter()
+        self._given = 0
         self.terms: Terms | None = None
         self._known = known
         self.answers: dict[Asked, list[bool]] = {}
@@ -73,6 +81,20 @@ class _Questions(TorchDispatchMode):
         """A run of ``model`` on ``given`` starts."""
         self.terms = None if self._known is None else Terms(self._known[0], model, given, self._known[1])
 
+    def _empty(self, place: Asked | None, masks: list[Tensor]) -> None:
+        if place not in self.emptied or self.terms is None or not masks:
+            return
+        turn = self._turns[self._met[place] % len(self._turns)]
+        self._met[place] += 1
+        for mask in masks:
+            if turn or not mask.numel():
+                self.terms.empty(mask)
+            elif not mask.any():  # the others have a row, whatever these inputs choose
+                mask[(0,) * mask.dim()] = 1
+                self._given += 1
+        if self._given > _MANY:
+            raise _Endless
+
     def _call(self, func: FxTarget, args: PyObject, kwargs: PyObject) -> PyObject:
         return func(*args, **kwargs) if self.terms is None else self.terms.call(func, args, kwargs)
 
@@ -80,12 +102,9 @@ class _Questions(TorchDispatchMode):
         self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
     ) -> PyObject:
         place = asked_from()
-        if place in self.emptied and self.terms is not None:
-            for mask in masks_of(func, args):
-                self.terms.empty(mask)
-        if func in _WHETHER and len(args) == 1 and args[0].dtype == torch.bool:
-            if place in self.emptied and self.terms is not None:
-                self.terms.empty(args[0])
+        whether = func in _WHETHER and len(args) == 1 and args[0].dtype == torch.bool
+        self._empty(place, [args[0]] if whether else masks_of(func, args))
+        if whether:
             out = self._call(func, args, kwargs or {})
             if place is not None:
                 self._about[id(out)] = (out, place)
@@ -136,18 +155,38 @@ def _some_row(
     model: nn.Module, call: ArgsKwargs, place: Asked, masks: set[Asked | None], known: Mapping[Asked, bool]
 ) -> bool | None:
     """What ``place`` is told where some row is left, if that may be told where none is; else None."""
+    answer: bool | None = None
+    for turns in (_ALL, (True, False), (False, True)):
+        tried = _some_row_in(turns, answer, model, call, place, masks, known)
+        if tried is None:
+            return None
+        answer, times = tried
+        if times < 2:  # no other mask's rows are to be seen beside it
+            break
+    return answer
+
+
+def _some_row_in(
+    turns: tuple[bool, ...], answer: bool | None, model: nn.Module, call: ArgsKwargs, place: Asked,
+    masks: set[Asked | None], known: Mapping[Asked, bool],
+) -> tuple[bool, int] | None:  # fmt: skip
+    """As :func:`_some_row` with the masks of these turns emptied, and how often ``place`` then asked.
+
+    ``answer`` is what it is told, None where all are emptied: there it is the other one than its own.
+    """
     terms: tuple[dict[Hashable, int], set[int]] = {}, set()
     for _ in range(2):  # the second time masks are emptied where they are made: rows may be picked before it is asked
-        natural = _Questions({}, masks, None, terms)
+        natural = _Questions({}, masks, None, terms, turns)
         without = _run(model, *call, natural)
-        none = set(natural.answers.get(place, []))
-        if without is None or len(none) != 1:
+        own = natural.answers.get(place, [])
+        if without is None or (turns == _ALL and len(set(own)) != 1):
             return None
-        answer = not none.pop()
+        some = not own[0] if answer is None else answer
         most = {at: len(asked) for at, asked in natural.answers.items()}
-        with_rows = _run(model, *call, _Questions({**known, place: answer}, masks, most, terms))
+        told = _Questions({**known, place: some}, masks, most, terms, turns)
+        with_rows = _run(model, *call, told)
         if with_rows is not None and _same(without, with_rows):
-            return answer
+            return some, len(told.answers.get(place, ()))
     return None
 
 

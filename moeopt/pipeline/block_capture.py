@@ -45,6 +45,7 @@ from moeopt.rewrite.replace_experts import experts_rewrite
 from moeopt.rewrite.scratch import UNSET, scratch_attributes
 from moeopt.rewrite.symbolic_shapes import generalize
 from moeopt.verification.oracle import Restored
+from moeopt.verification.state import in_mode
 
 _MORE = (4, 16)
 """Times as many tokens for a call that must reach every expert, since the code around the experts is kept."""
@@ -261,23 +262,19 @@ def _same_in_other_mode(
     ranges: list[IdRange], scratch: Collection[tuple[str, str]],
 ) -> bool:  # fmt: skip
     """Whether training and evaluation mode compute the same, judged by a trace in the other mode."""
-    flags = [(m, m.training) for m in module.modules()]
     try:
-        module.train(not module.training)
-        light = record(module, *call, keep_values=False)
-        if light.random_nodes():
-            return False
-        if same_computation(here, light):
+        with in_mode(module, not module.training):
+            light = record(module, *call, keep_values=False)
+            if light.random_nodes():
+                return False
+            if same_computation(here, light):
+                return True
+            tape = record(module, *call)
+            other = _plan(tape, reader.again(tape, recognitions), ranges, scratch)
+            generalize([plan, other], [[tuple(t.shape) for t in tensors_of(call)]] * 2)
             return True
-        tape = record(module, *call)
-        other = _plan(tape, reader.again(tape, recognitions), ranges, scratch)
-        generalize([plan, other], [[tuple(t.shape) for t in tensors_of(call)]] * 2)
-        return True
     except Declined:
         return False
-    finally:
-        for m, flag in flags:
-            m.training = flag
 
 
 def _kept(tape: Tape, found: list[Recognition], given: Sequence[IdBounds]) -> tuple[IdBounds, ...]:

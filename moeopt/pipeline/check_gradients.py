@@ -17,6 +17,7 @@ from moeopt.rewrite.live_codes import DequantizedForward, LiveCodes
 from moeopt.value_types import PyObject
 from moeopt.verification.cases import adversarial_cases
 from moeopt.verification.gradients import STOPPED, gradients_differ, skips_idle
+from moeopt.verification.state import in_mode
 
 aten = torch.ops.aten
 
@@ -75,17 +76,11 @@ def _differ(
     module: nn.Module, original: Callable[..., Any], forward: RewrittenForward, args: PyObject, kwargs: PyObject
 ) -> str:  # fmt: skip
     """As ``gradients_differ``, in every mode in which the rewritten code runs; ``STOPPED`` if that holds in each."""
-    flags = [(m, m.training) for m in module.modules()]
     both = forward.program.guard.training is None
     reasons = []
-    try:
-        for mode in (module.training, not module.training) if both else (module.training,):
-            if mode != module.training:
-                module.train(mode)
+    for mode in (module.training, not module.training) if both else (module.training,):
+        with in_mode(module, mode):
             reasons.append(gradients_differ(module, original, forward, args, kwargs))
-    finally:
-        for m, flag in flags:
-            m.training = flag
     if all(r == STOPPED for r in reasons):
         return STOPPED
     return next((r if r != STOPPED else "in one of its modes " + r for r in reasons if r), "")

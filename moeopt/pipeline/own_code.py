@@ -14,11 +14,9 @@ evaluation mode without.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import time
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +32,7 @@ from moeopt.pipeline.dense_forms import buffers_kept, sized_calls
 from moeopt.rewrite.code import fingerprint
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.rewrite.own_code import OwnCode, own_code_of
-from moeopt.verification.state import RestoreState
+from moeopt.verification.state import RestoreState, in_mode
 
 NEAR = {1: range(1, 2), 8: range(2, 17), 64: range(17, 129), 512: range(129, 513)}
 """The numbers of tokens that are timed, and those for which each stands. Longer prompts run the rewritten code: an own
@@ -111,9 +109,10 @@ def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode, mode: str
         return []
     found, kind, silent = list[int](), "", forward.silent
     forward.silent = True  # a number of tokens that is refused is no news
+    training = in_mode(module, mode == TRAINED or module.training)
     work = WORK // 3 if mode == TRAINED else WORK  # a backward pass multiplies twice as much
     try:
-        with torch.inference_mode(False), RestoreState(module), buffers_kept(module), quiet(), _as_in(module, mode):
+        with torch.inference_mode(False), RestoreState(module), buffers_kept(module), quiet(), training:
             for tokens in (n for n in NEAR if n * numbers <= work):
                 try:
                     ((_, (args, kwargs)),) = sized_calls(call, (tokens,))
@@ -128,19 +127,6 @@ def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode, mode: str
     finally:
         forward.silent = silent
     return found
-
-
-@contextlib.contextmanager
-def _as_in(module: nn.Module, mode: str) -> Iterator[None]:
-    """The module in training mode, where that is asked about."""
-    flags = [(m, m.training) for m in module.modules()]
-    try:
-        if mode == TRAINED:
-            module.train()
-        yield
-    finally:
-        for m, flag in flags:
-            m.training = flag
 
 
 def _kind(forward: RewrittenForward) -> str:

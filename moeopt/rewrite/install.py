@@ -134,7 +134,8 @@ class RewrittenForward:
                 return self._of(other)(*args, **kwargs)
             if (own := self.own_code) is not None:
                 x = args[0] if args else kwargs.get(own.name)
-                sizes = (own.sizes, own.recorded, own.trained)[torch.is_grad_enabled() and 1 + self.module.training]
+                kinds = own.sizes, own.sizes, own.recorded, own.trained
+                sizes = kinds[2 * torch.is_grad_enabled() + self.module.training]
                 left = (  # here and in no function: of 80 microseconds a call of one takes 1.3
                     type(x) is torch.Tensor and x.numel() in sizes and x.is_cpu and not _dispatch_modes()
                     and not _function_modes() and _traced_by_jit() is None and override.current() is None

@@ -8,6 +8,7 @@ and so is the RNG state, so that every run of a case starts from the same place.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moeopt.capture.held_state import HeldState
+from moeopt.capture.isolated_run import WatchWrites
+from moeopt.errors import Declined
 from moeopt.value_types import PyObject
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module, type)
@@ -139,6 +142,28 @@ class RestoreState:
         torch.set_rng_state(self._rng)
         if self._cuda_rng is not None:
             torch.cuda.set_rng_state_all(self._cuda_rng)
+
+
+@contextlib.contextmanager
+def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """With ``module`` in training or evaluation mode, as its own ``train()`` makes it; afterwards all is as before.
+
+    A ``train()`` of the user's may do more than set flags: one that merges an adapter into a weight writes that weight,
+    which a copy of the model shares with the model. A module in that mode already is left as it is.
+
+    Raises:
+        Declined: its ``train()`` raises, as that of a graph does which was exported for one mode.
+    """
+    if module.training == training:
+        yield
+        return
+    with RestoreState(module) as state:
+        try:
+            with WatchWrites(state.before_write):
+                module.train(training)
+        except Exception as err:
+            raise Declined(f"train({training}) of {type(module).__name__} raises {type(err).__name__}: {err}") from err
+        yield
 
 
 def _in(held: torch.UntypedStorage, data: Tensor) -> Tensor:

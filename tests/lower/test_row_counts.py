@@ -146,7 +146,95 @@ class OtherRows(Sequences):
         return y
 
 
-@pytest.mark.parametrize("cls", [ManyRows, TwoRows, Halves, OtherRows])
+class Loop(Sequences):
+    """What an idle expert does to those behind it shows only where these have rows."""
+
+    def idle(self, mask):
+        return torch.where(mask)[0].numel() == 0
+
+    def forward(self, x):
+        weights, ids = self.gate(x.mean(1)).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            y = self.step(y, x, weights, ids == number, expert)
+        return y
+
+    def add(self, y, x, weights, mask, expert):
+        rows = torch.where(mask)[0]
+        return y.index_add(0, rows, expert(x[rows]) * weights[rows, None, None])
+
+    def step(self, y, x, weights, mask, expert):
+        return y * 2 if self.idle(mask) else self.add(y, x, weights, mask, expert)
+
+
+class Stops(Loop):
+    def forward(self, x):
+        self.stopped = False
+        return super().forward(x)
+
+    def step(self, y, x, weights, mask, expert):
+        if self.idle(mask):
+            self.stopped = True
+        return y if self.stopped else self.add(y, x, weights, mask, expert)
+
+
+class StopsAsAMaskSays(Stops):
+    def idle(self, mask):
+        return not mask.any()
+
+
+class LeavesTheNextOut(Stops):
+    def step(self, y, x, weights, mask, expert):
+        if self.stopped:
+            self.stopped = False
+            return y
+        if self.idle(mask):
+            self.stopped = True
+            return y
+        return self.add(y, x, weights, mask, expert)
+
+
+IN_A_LOOP = [Loop, Stops, StopsAsAMaskSays, LeavesTheNextOut]
+
+
+@pytest.mark.parametrize("cls", IN_A_LOOP)
+@pytest.mark.parametrize("seed", range(4))
+def test_what_an_idle_expert_does_to_others_is_seen(cls, seed):
+    x = torch.randn(5, 4, D, generator=torch.Generator().manual_seed(seed))
+    assert settled_reads(build(cls), (x,), {}) == {}
+
+
+class Forever(BaseException):
+    """Of a loop that does not end."""
+
+
+class UntilNoneIsLeft(Sequences):
+    """One helper picks the rows of experts, and those for which a loop waits, twice in each round."""
+
+    def rows(self, mask):
+        return torch.where(mask)[0]
+
+    def forward(self, x):
+        ids, y, rounds = self.gate(x.mean(1)).argmax(-1), torch.zeros_like(x), 0
+        for number, expert in enumerate(self.experts):
+            rows = self.rows(ids == number)
+            if len(rows) > 0:
+                y[rows] = expert(x[rows])
+        left = ids < 3
+        while True:
+            if self.rows(left).numel() == 0:
+                return y
+            y = y + len(self.rows(left))
+            left, rounds = left & (ids > rounds), rounds + 1
+            if rounds > 20_000:
+                raise Forever
+
+
+def test_a_loop_that_waits_for_an_empty_mask_is_not_followed_for_ever():
+    assert settled_reads(build(UntilNoneIsLeft), (torch.randn(5, 4, D),), {}) == {}
+
+
+@pytest.mark.parametrize("cls", [ManyRows, TwoRows, Halves, OtherRows, *IN_A_LOOP])
 def test_a_branch_on_a_size_that_does_more_is_refused(cls):
     model, x = build(cls), torch.randn(5, 4, D)
     with pytest.raises(NotSaveableError, match=LEFT):
