@@ -88,16 +88,17 @@ def _in_words(slower: tuple[int, ...]) -> str:
 def _happens(forward: RewrittenForward, mode: str) -> bool:
     """Whether there are such calls, that cost something else than those without gradients.
 
-    Those that the original answers are none. Of a frozen block no call is recorded, but for its tokens' gradient.
+    Those that the original answers are none. Of a frozen block no call is recorded, but for its tokens' gradient. A
+    block whose Parameters have hooks is not timed in training: each backward pass would run them.
     """
-    guard = forward.program.guard
+    guard, parameters = forward.program.guard, list(forward.module.parameters())
     if mode == PLAIN:
         return True
     if guard.gradients or guard.no_grad:
         return False
     if mode == TRAINED:
-        return guard.training is not False
-    return any(t.requires_grad for t in forward.module.parameters())
+        return guard.training is not False and not any(p._backward_hooks for p in parameters)
+    return any(p.requires_grad for p in parameters)
 
 
 def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode, mode: str) -> list[int]:

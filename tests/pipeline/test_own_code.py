@@ -118,6 +118,15 @@ def test_what_was_verified_in_evaluation_mode_alone_is_asked_about_no_training(s
     assert own.sizes == own.recorded and own.sizes and not own.trained
 
 
+def test_hooks_of_parameters_are_run_by_no_timing(slower_at):
+    slower_at(8)
+    source = model()
+    plain = rewritten_forward(optimized(source).model).own_code
+    next(source.parameters()).register_hook(lambda grad: None)
+    hooked = rewritten_forward(optimized(source).model).own_code
+    assert plain.trained and not hooked.trained and hooked.recorded == plain.recorded
+
+
 def test_the_note_names_every_range(slower_at):
     slower_at(1, 8, 512)
     assert any(n.startswith("calls of 1, 2 to 16 and 129 to 512 tokens are") for n in optimized().report.notes)
