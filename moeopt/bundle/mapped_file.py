@@ -18,8 +18,6 @@ import torch
 
 from moeopt.errors import UsageError
 
-_PAGE = mmap.PAGESIZE
-
 
 class MappedFile:
     """The first ``length`` bytes of a file as memory; None means all of it. The file may grow up to there later.

@@ -158,11 +158,6 @@ def _with_zeros(
     return StoredMatrix(module, None, shape, format, load, names)
 
 
-def _format(bits: int, width: int | None, scale: str, symmetric: bool) -> WeightFormat:
-    name = f"int{bits}" if width is None else f"int{bits}-group{width}"
-    return WeightFormat(name, f"uint{bits}", (1, width), scale, symmetric)
-
-
 def _scale(files: TensorFiles, name: str) -> str:
     found = _SCALES.get(files.dtype(name))  # type: ignore[arg-type]
     if found is None:

@@ -156,14 +156,17 @@ def _check_ends(block: BlockGraph) -> None:
 
 def aliases(block: BlockGraph) -> set[tuple[str, str]]:
     """Pairs of what may share memory: (leaf, input or weight or kept module's result), (leaf, other leaf)."""
-    roots: dict[fx.Node, str] = {}
+    roots: dict[fx.Node, frozenset[str]] = {}
     for node in block.graph.nodes:
         source = viewed(node)
-        roots[node] = roots[source] if source is not None else node.name
+        if node.op == "call_module":  # it may hand on what it was given
+            roots[node] = frozenset({node.name}).union(*(roots[n] for n in node.all_input_nodes))
+        else:
+            roots[node] = roots[source] if source is not None else frozenset({node.name})
     given = {n.name for n in block.graph.nodes if n.op in ("placeholder", "get_attr", "call_module")}
     ends = [(f"leaf {i}", roots[n]) for i, n in enumerate(block.leaves) if isinstance(n, fx.Node)]
-    pairs = {(leaf, root) for leaf, root in ends if root in given}
-    return pairs | {(a, b) for i, (a, x) in enumerate(ends) for b, y in ends[:i] if x == y}
+    pairs = {(leaf, root) for leaf, found in ends for root in found & given}
+    return pairs | {(a, b) for i, (a, x) in enumerate(ends) for b, y in ends[:i] if x & y}
 
 
 def viewed(node: fx.Node) -> fx.Node | None:

@@ -19,7 +19,7 @@ from moeopt.pipeline.block import rewrite_block
 from moeopt.report import Report
 from moeopt.rewrite.block_graph import node_name
 from tests.capture.tiny import rand
-from tests.recognise.tiny import H, MoE, seeded
+from tests.recognise.tiny import H, MoE, seeded, through
 
 aten = torch.ops.aten
 X = rand(6, H)
@@ -135,6 +135,38 @@ def test_a_wrong_first_pass_declines_the_block():
 
     with pytest.raises(Declined, match="it was rewritten, verified and reverted: case "):
         rewritten(Wrong(), Times(1.0))
+
+
+class HandsOn(nn.Module):
+    def forward(self, x):
+        return x.view(-1, H)
+
+
+class GivenCopies(MoE):
+    """A kept module, which may hand on what it is given, is given a product of one: a copy."""
+
+    def __init__(self):
+        super().__init__(same=HandsOn())
+
+    def forward(self, x):
+        return super().forward(x), self.same(x * 1.0)
+
+
+class DropsFactorsOfOne:
+    name, level = "drops", Level.EXACT
+
+    def apply(self, block):
+        found = [n for n in block.graph.nodes if n.target is aten.mul.Tensor and n.args[1] == 1.0]
+        for node in found:
+            node.replace_all_uses_with(node.args[0])
+            block.graph.erase_node(node)
+        return len(found)
+
+
+def test_what_a_kept_module_is_given_may_be_what_it_gives():
+    _, records = through(GivenCopies, DropsFactorsOfOne())
+    text = "reverted: it broke the law of the graph: leaf 1 shares memory with input_0, and did not before the pass"
+    assert records["drops"].fired == 0 and records["drops"].reason == text
 
 
 @pytest.mark.parametrize(
