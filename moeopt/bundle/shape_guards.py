@@ -122,8 +122,8 @@ def check_conditions(
     conditions: Sequence[Any],
     shapes: Callable[[int], Sequence[int]],
     name: Callable[[int], str],
-    way_out: str = "as in the call it was exported with: optimise again with example inputs of these sizes, or use "
-    "backend='torch'",
+    way_out: str = "as in the call it was exported with: optimise again with example inputs of these sizes (two rows "
+    "where it had one), or call what optimize returns with backend='torch', which needs no export",
 ) -> None:
     """``UsageError`` names the condition that is not met, and the way out; ``shapes(leaf)`` is a leaf's shape."""
     for condition in conditions:
