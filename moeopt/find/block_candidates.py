@@ -94,9 +94,11 @@ def identity_of(product: fx.Node) -> tuple[Any, ...]:
     is computed of several (a shared one times an own one) the names of all."""
     found = weight_and_operand(product, {})
     steps: list[Any] = []
-    node = found[0] if found is not None else _computed_weight(product)
+    node = found[0] if found is not None else product
+    if found is None and (made := _computed_weight(product)) is not None:
+        return tuple(sorted({(str(n.target), _plain_args(n)) for n in ancestors([made])}))
     while node.op == "call_function" and node.all_input_nodes:
-        steps.append((str(node.target), repr([a for a in node.args if not isinstance(a, fx.Node)])))
+        steps.append((str(node.target), _plain_args(node)))
         if is_pointwise(node) and len(node.all_input_nodes) > 1:
             others = ancestors(node.all_input_nodes[1:])
             steps.append(tuple(sorted(str(n.target) for n in others if n.op == "get_attr")))
@@ -104,9 +106,13 @@ def identity_of(product: fx.Node) -> tuple[Any, ...]:
     return (str(node.target), *steps)
 
 
-def _computed_weight(product: fx.Node) -> fx.Node:
-    """What a product reads that is computed of no input; the product itself where all is."""
-    return next((a for a in product.all_input_nodes if all(n.op != "placeholder" for n in ancestors([a]))), product)
+def _plain_args(node: fx.Node) -> str:
+    return repr([a for a in node.args if not isinstance(a, fx.Node)])
+
+
+def _computed_weight(product: fx.Node) -> fx.Node | None:
+    """What a product reads that is computed of no input; None where all is, or nothing."""
+    return next((a for a in product.all_input_nodes if all(n.op != "placeholder" for n in ancestors([a]))), None)
 
 
 def laid_out_flat(weight: fx.Node) -> int:
