@@ -13,7 +13,7 @@ import dis
 import functools
 from collections.abc import Callable
 from types import CodeType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from torch.utils import _pytree as pytree
 
 from moeopt.capture.bool_reads import asked_from
 from moeopt.value_types import FxTarget, PyObject
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Asked = tuple[CodeType, int]
 """The function that asks, and the instruction in it."""
@@ -110,16 +113,26 @@ class RowCounts(TorchFunctionMode):
         return own if place is None else self._answer(place, own, masks)
 
 
-class _Count(int):
-    """A size, which tells when it is asked whether it is zero."""
+class _Told(int):
+    """The answer to whether there is a row, until Python takes a way by it."""
 
     _into: RowCounts
     _masks: frozenset[Asked | None]
 
-    def __new__(cls, value: int, into: RowCounts, masks: frozenset[Asked | None]) -> _Count:
+    def __new__(cls, value: int, into: RowCounts, masks: frozenset[Asked | None]) -> Self:
         made = super().__new__(cls, value)
         made._into, made._masks = into, masks
         return made
+
+    def __bool__(self) -> bool:
+        return self._into.ask(self._masks, int(self) != 0)
+
+    def __reduce__(self) -> PyObject:
+        return bool, (int(self),)
+
+
+class _Count(_Told):
+    """A size, which tells when it is asked whether it is zero."""
 
     __hash__ = int.__hash__
 
@@ -145,29 +158,8 @@ class _Count(int):
     def __ge__(self, other: int) -> PyObject:
         return self._compared(">=", int.__ge__(self, other), other)
 
-    def __bool__(self) -> bool:
-        return self._into.ask(self._masks, int(self) != 0)
-
     def __reduce__(self) -> PyObject:
         return int, (int(self),)
-
-
-class _Told(int):
-    """The answer to whether there is a row, until Python takes a way by it."""
-
-    _into: RowCounts
-    _masks: frozenset[Asked | None]
-
-    def __new__(cls, value: bool, into: RowCounts, masks: frozenset[Asked | None]) -> _Told:
-        made = super().__new__(cls, value)
-        made._into, made._masks = into, masks
-        return made
-
-    def __bool__(self) -> bool:
-        return self._into.ask(self._masks, int(self) != 0)
-
-    def __reduce__(self) -> PyObject:
-        return bool, (int(self),)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,7 +8,7 @@ from moeopt.passes import drop_copies
 from moeopt.passes.drop_copies import DropCopies
 from moeopt.rewrite.install import run
 from tests.capture.tiny import rand
-from tests.recognise.tiny import H, MoE, seeded, through
+from tests.recognise.tiny import H, HandsOn, MoE, seeded, through
 
 X = rand(6, H)
 
@@ -67,16 +67,11 @@ class Stored(MoE):
         return super().forward(x) + self.seen
 
 
-class Same(nn.Module):
-    def forward(self, x):
-        return x.view(-1, H)
-
-
 class HandedOn(MoE):
     """A module may return its own argument."""
 
     def __init__(self):
-        super().__init__(same=Same())
+        super().__init__(same=HandsOn())
 
     def forward(self, x):
         return super().forward(x) + self.same(x.clone())

@@ -19,7 +19,7 @@ from moeopt.pipeline.block import rewrite_block
 from moeopt.report import Report
 from moeopt.rewrite.block_graph import node_name
 from tests.capture.tiny import rand
-from tests.recognise.tiny import H, MoE, seeded, through
+from tests.recognise.tiny import H, HandsOn, MoE, seeded, through
 
 aten = torch.ops.aten
 X = rand(6, H)
@@ -135,11 +135,6 @@ def test_a_wrong_first_pass_declines_the_block():
 
     with pytest.raises(Declined, match="it was rewritten, verified and reverted: case "):
         rewritten(Wrong(), Times(1.0))
-
-
-class HandsOn(nn.Module):
-    def forward(self, x):
-        return x.view(-1, H)
 
 
 class GivenCopies(MoE):
