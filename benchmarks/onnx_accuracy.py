@@ -34,11 +34,11 @@ def main() -> None:
 
 
 def _lines(table: dict[str, dict[str, dict[str, dict[str, object]]]]) -> str:
-    """A kernel a line, so that a new version's changes can be read in a diff."""
+    """A kernel a line, so that a new version's changes can be read in a diff; the newest version is the last."""
     parts = []
     for provider, versions in table.items():
         listed = []
-        for version, rows in versions.items():
+        for version, rows in sorted(versions.items(), key=lambda item: [int(n) for n in item[0].split(".")]):
             lines = ",\n".join(f"      {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
             listed.append(f"    {json.dumps(version)}: {{\n{lines}\n    }}")
         parts.append(f"  {json.dumps(provider)}: {{\n" + ",\n".join(listed) + "\n  }")

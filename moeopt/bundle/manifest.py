@@ -171,7 +171,10 @@ def check_backend(name: str) -> None:
         near = [meant for meant, words in OTHER_NAMES.items() if word in words and meant in known]
         near = near or difflib.get_close_matches(str(name).lower(), known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UsageError(f"backend {name!r} is not available; {hint}use one of {', '.join(map(repr, known))}")
+        raise UsageError(
+            f"backend {name!r} is not available; {hint}use one of {', '.join(map(repr, known))}, or install the "
+            f"package that brings it (an entry point in the group {BACKEND_GROUP})"
+        )
 
 
 def _instead(root: Path) -> str:

@@ -14,6 +14,7 @@ import typer
 
 import moeopt
 from moeopt.cli.early import check_bundle, check_certificate
+from moeopt.cli.examples import examples
 from moeopt.cli.inspect_command import inspect_command
 from moeopt.cli.limits import missed_words
 from moeopt.cli.opened_target import opened_target
@@ -53,16 +54,16 @@ def every_command(version: Version = False) -> None:
     """Find the MoE blocks of a model, rewrite them into grouped-expert ops, and verify the result."""
 
 
-app.command("optimize")(optimize_command)
-app.command("inspect")(inspect_command)
-app.command("profile")(profile_command)
+app.command("optimize", epilog=examples("optimize"))(optimize_command)
+app.command("inspect", epilog=examples("inspect"))(inspect_command)
+app.command("profile", epilog=examples("profile"))(profile_command)
 app.command("passes")(passes_command)
-app.command("plan")(plan_command)
+app.command("plan", epilog=examples("plan"))(plan_command)
 app.command("schema")(schema_command)
-app.command("triton")(triton_command)
+app.command("triton", epilog=examples("triton"))(triton_command)
 
 
-@app.command()
+@app.command(epilog=examples("explain"))
 def explain(
     target: TargetArgument,
     html: Html = None,
@@ -94,14 +95,28 @@ def explain(
             print(f"\nhtml: {shown(html)}")
 
 
-@app.command()
+@app.command(epilog=examples("verify"))
 def verify(
     bundle: BundleArgument,
     original: Annotated[str | None, typer.Option(help="compare with this model too: " + FORMS)] = None,
-    provider: Annotated[str | None, typer.Option(help="the runtime's execution provider")] = None,
-    against: Annotated[Path | None, typer.Option(help="a stored certificate that it must not be worse than")] = None,
-    seconds: Annotated[float | None, typer.Option(help="how long the bundle's runs may take")] = None,
-    most_bytes: Annotated[float | None, typer.Option("--bytes", help="memory that the bundle's runs may take")] = None,
+    provider: Annotated[
+        str | None,
+        typer.Option(help="the runtime's provider, like cuda; without it cpu, or the one that an engine was built for"),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="a stored certificate, like kept/certificate.json, that it must not be worse than"),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="how long the bundle's runs may take; without it, 10, and 1 for each 50 MB of the bundle"),
+    ] = None,
+    most_bytes: Annotated[
+        float | None,
+        typer.Option(
+            "--bytes", help="memory that the bundle's runs may take; without it, 2 GiB, and 8 times the bundle"
+        ),
+    ] = None,
     seed: Seed = 0,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,

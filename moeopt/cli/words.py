@@ -17,8 +17,22 @@ Trust = Annotated[
 ]
 Html = Annotated[Path | None, typer.Option(help="write the report to this file as one HTML page")]
 Task = Annotated[str | None, typer.Option(help="what a Hugging Face model is loaded for: " + ", ".join(TASKS))]
+RunsOn = Annotated[
+    str | None, typer.Option(help="where it shall run, like cpu or cuda:0; without it, where the model's weights are")
+]
+CastTo = Annotated[
+    str | None, typer.Option(help="cast the model first, like bfloat16; without it, the model keeps its own")
+]
+Tune = Annotated[
+    bool, typer.Option("--tune", help="choose each block's form by measuring it on this machine, not by estimate")
+]
 BuiltFor = Annotated[
-    str | None, typer.Option("--target", help="what an engine is built for: a provider, or sm_89 for tensorrt")
+    str | None,
+    typer.Option(
+        "--target",
+        help="what an engine is built for: a provider of ONNX Runtime, like cuda, or sm_89 for tensorrt; "
+        "without it, --device",
+    ),
 ]
 QuantizeTo = Annotated[str | None, typer.Option(help="round the experts' weights: int8, int4, fp8 or mxfp4")]
 QuantizeMethod = Annotated[
@@ -39,8 +53,24 @@ Activations = Annotated[
     str | None, typer.Option(help="what an engine's products of codes read: float, or int8, which is faster")
 ]
 LimitTo = Annotated[
-    list[str] | None, typer.Option(help="the most that quantising may lose, like kl_mean=0.01; may be given again")
+    list[str] | None,
+    typer.Option(
+        help="the most that quantising may lose, and exit code 1 where it lost more: kl_mean=0.01, top1=0.97 (at "
+        "least), error_mean=0.02, ...; may be given again"
+    ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="let --out replace a verified bundle unverified")]
-BackendName = Annotated[str | None, typer.Option(help="torch, onnxruntime (an ONNX file's without it) or tensorrt")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="let a bundle that was not verified, or did not pass, replace one that passed"),
+]
+BackendName = Annotated[
+    str | None,
+    typer.Option(
+        help="torch, onnxruntime, tensorrt, or one that an installed package brings; without it torch, and for an "
+        "ONNX file onnxruntime"
+    ),
+]
+VerifyLevel = Annotated[
+    str | None, typer.Option(help="strict (what runs without it), fast (fewer cases) or off (the certificate says so)")
+]
 Seed = Annotated[int, typer.Option(help="of every random input, and of random weights")]

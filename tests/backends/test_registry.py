@@ -78,9 +78,18 @@ def test_the_page_shows_this_backend():
     assert shown == TOY.read_text()
 
 
+def test_the_page_names_every_public_method_of_a_backend():
+    page = (Path(__file__).parents[2] / "docs" / "add-a-backend.md").read_text()
+    (table,) = re.findall(r"^\| method \|.*?\n\n", page, re.M | re.S)
+    told = {name for row in table.strip().splitlines()[2:] for name in re.findall(r"`(\w+)", row.split("|")[1])}
+    assert told == {name for name in vars(Backend) if not name.startswith("_") and callable(vars(Backend)[name])}
+
+
 def test_unknown_names():
     with pytest.raises(UsageError, match="backend 'onnx_runtime' is not available; did you mean 'onnxruntime'\\? use"):
         registry.get("onnx_runtime")
+    with pytest.raises(UsageError, match=r"or install the package that brings it \(an entry point in the group moeopt"):
+        registry.get("tvm")
     assert registry.names()[:3] == ("torch", "onnxruntime", "tensorrt")
 
 

@@ -34,7 +34,10 @@ CORNERS = {
     "newest-torch": ("torch==2.15.*", "transformers==5.23.*"),
     "main": ("torch==2.13.*", "transformers==5.23.*"),
     "newest-transformers": ("torch==2.13.*", "transformers"),
+    "newest-python": ("torch==2.13.*", "transformers==5.23.*"),
 }
+PYTHONS = {"newest-python": "python3.13"}
+"""The corners of another interpreter than this one."""
 VERSIONS = (
     "import json, platform, sys; from importlib.metadata import version as v; "
     "print(json.dumps({'python': platform.python_version(), **{n: v(n) for n in "
@@ -48,7 +51,7 @@ def environment(name: str, index: str | None) -> Path:
     python = home / "bin" / "python"
     if not (home / ".ready").exists():
         torch, transformers = CORNERS[name]
-        subprocess.run([sys.executable, "-m", "venv", home], check=True)
+        subprocess.run([PYTHONS.get(name, sys.executable), "-m", "venv", home], check=True)
         pip = [python, "-m", "pip", "install", "-q"]
         subprocess.run([*pip, torch, *(["--index-url", index] if index else [])], check=True)
         subprocess.run([*pip, transformers, "-e", f"{ROOT}[test,onnxruntime,report]"], check=True)

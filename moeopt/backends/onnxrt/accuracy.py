@@ -41,6 +41,7 @@ REPLACED = {
     "ReduceProd(int64)": "written out, in moeopt.lower.onnx.translate_numbers",
     "Pow": "square roots, in moeopt.lower.onnx.translate_numbers",
     "Shrink": "no exporter writes it: hardshrink is a Where",
+    "TopK": "nothing: versions before 1.32 pass over NaN, which version_notes says",
     "LayerNormalization": "nothing: rows beyond 1e19 overflow, and are 0 where PyTorch gives NaN (docs/limits.md)",
 }
 """Operators that are not right and not in ``FORMS``: what is done about each."""
@@ -99,6 +100,17 @@ def coarse(model: PyObject, provider: str) -> list[str]:
             low, high = row["breaks"]
             found.append(f"{node.name or node.op_type}: {node.op_type} is not accurate between {low:g} and {high:g}")
     return found
+
+
+def version_notes(provider: str) -> list[str]:
+    """What the owner of an engine on ``provider`` shall know of the installed version; [] of one that is right."""
+    row = table().get(provider, {}).get(version(), {}).get("TopK")
+    if row is None or row["nan"]:
+        return []
+    return [
+        f"ONNX Runtime {version()} passes over scores of a router that are NaN, where PyTorch chooses these experts "
+        "first: 1.32 and newer do as PyTorch does"
+    ]
 
 
 def _integral(value: PyObject) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from moeopt.backends.onnxrt.accuracy import version_notes
 from moeopt.backends.onnxrt.custom_op import native_library, register
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE, VERIFIED, Session, no_change
 from moeopt.backends.registry import open_bundle
@@ -150,7 +151,7 @@ class OnnxEngine(GraphEngine):
             return Session(Path(directory) / graph, provider, session_options, prepare=prepare)
 
         super().__init__(directory, signature, open_session, device, keep, manifest)
-        self.notes, self.graph = list(notes), graph
+        self.notes, self.graph = [*notes, *version_notes(provider)], graph
 
     @property
     def described(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from moeopt.backends.onnxrt.accuracy import version_notes
 from moeopt.backends.onnxrt.custom_op import register
 from moeopt.backends.onnxrt.lowerings import NOT_PORTABLE
 from moeopt.backends.onnxrt.lowerings.native import Native
@@ -44,6 +45,7 @@ class OrtPlan(BlockPlan):
         rounds: bool = False,
     ) -> None:
         super().__init__(provider, tokens)
+        self.remarks += version_notes(provider)
         self.tune, self.portable, self.mapped, self.rounds = tune, portable, mapped, rounds
         self.native = type(self).native and not rounds  # its kernel does not round activations
 

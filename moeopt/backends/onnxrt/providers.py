@@ -20,13 +20,15 @@ PROVIDERS = {
 
 
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+_OLDEST = (1, 31)
+"""TopK of 1.30 ends the process where a row has a NaN: no engine could be verified there, or trusted."""
 
 
 def runtime() -> PyObject:
     """The ``onnxruntime`` module.
 
     Raises:
-        UsageError: none is installed, or two that overwrite each other's files.
+        UsageError: none is installed, one that is too old, or two that overwrite each other's files.
     """
     homes = [home for home in map(_home, _PACKAGES) if home is not None]
     if len(homes) > len(set(homes)):  # in folders of their own, the first on the path is whole
@@ -43,6 +45,12 @@ def runtime() -> PyObject:
             f"backend 'onnxruntime' needs {err.name}: pip install 'moeopt[onnxruntime]' (CPU) "
             "or 'moeopt[onnxruntime-gpu]'"
         ) from None
+    if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < _OLDEST:
+        raise UsageError(
+            f"backend 'onnxruntime' needs ONNX Runtime 1.31 or newer, and {onnxruntime.__version__} is installed, "
+            "whose TopK ends the process where a router's score is not a number: pip install -U "
+            "'moeopt[onnxruntime]' (CPU) or 'moeopt[onnxruntime-gpu]'"
+        )
     return onnxruntime
 
 

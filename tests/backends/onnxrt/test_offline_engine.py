@@ -254,3 +254,13 @@ def test_a_gpu_build_without_a_gpu_claims_only_the_cpu(monkeypatch):
     everything = list(sessions.PROVIDERS.values())
     monkeypatch.setattr(sessions.runtime(), "get_available_providers", lambda: everything)
     assert sessions.available() == ["cpu"]
+
+
+@pytest.mark.parametrize("version, refused", [("1.30.0", True), ("1.9.2", True), ("1.31.0", False), ("2.0.1", False)])
+def test_a_runtime_that_is_too_old_is_refused_before_it_runs(version, refused, monkeypatch):
+    monkeypatch.setattr("onnxruntime.__version__", version)
+    if not refused:
+        assert sessions.runtime().__version__ == version
+        return
+    with pytest.raises(UsageError, match=f"needs ONNX Runtime 1.31 or newer, and {version} is installed, whose TopK"):
+        moeopt.optimize(build(), torch.randn(3, 16), backend="onnxruntime")

@@ -34,8 +34,8 @@ from moeopt.value_types import OnnxValue
 
 ACCURACY_LEVELS = {4: 1, 8: 0}
 """Bits -> of MatMulNBits: activations are float32. By the operator's schema 0 means that they are not quantised."""
-WIDEST = 2048
-"""Inputs of the longest block that is written for a format with one scale a row."""
+WIDEST = 256
+"""The longest block of MatMulNBits: versions before 1.32 refuse longer ones, and a graph is for every version."""
 ROUNDED_BLOCK = 128
 """The same where activations are rounded to int8 with a scale a block: shorter blocks lose less of them."""
 
@@ -116,11 +116,11 @@ class UnrolledBytes(UnrolledCodes):
         return "" if rows == 1 and (columns is None or _is_block(columns)) else _OTHER_BLOCKS.format(format)
 
 
-_OTHER_BLOCKS = "MatMulNBits takes blocks of 16, 32, 64, ... inputs of one output, not {}"
+_OTHER_BLOCKS = "MatMulNBits takes blocks of 16, 32, 64, 128 or 256 inputs of one output, not {}"
 
 
 def _is_block(columns: int | None) -> bool:
-    return columns is not None and columns >= 16 and not columns & (columns - 1)
+    return columns is not None and 16 <= columns <= WIDEST and not columns & (columns - 1)
 
 
 def product_on_codes(
