@@ -359,7 +359,7 @@ def test_where_activations_cannot_be_rounded(fields, words):
 def test_a_kernel_that_computes_something_else_leaves_activations_floats(monkeypatch):
     from moeopt.backends.onnxrt import rounded_activations
 
-    monkeypatch.setattr(rounded_activations, "rounded_rows", lambda x, block: x.double() * 1.01)
+    monkeypatch.setattr(rounded_activations, "rounded_rows", lambda x, block, dtype: x.to(dtype) * 1.01)
     opt = optimized(QuantPlan(default="int8", products="int8", activations="int8"))
     assert opt.certificate.activations == {} and opt.certificate.passed is True
     for notes in (opt.report.notes, opt.certificate.notes):

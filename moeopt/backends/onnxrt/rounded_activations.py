@@ -23,6 +23,7 @@ from moeopt.backends.onnxrt.check_bytes import graphs_of
 from moeopt.backends.onnxrt.check_quantized import LEVEL, OP
 from moeopt.backends.onnxrt.lowerings.quantized import ACCURACY_LEVELS
 from moeopt.backends.onnxrt.session import GRAPH, VERIFIED, Session
+from moeopt.ops.rounded_rows import STEPS, rounded_rows
 from moeopt.value_types import OnnxModel, OnnxNode, PyObject
 from moeopt.verification.distance import token_distance
 from moeopt.verification.model import run_plain
@@ -31,7 +32,6 @@ KEY = "activations"
 """Of the manifest: "int8" where products of codes round their activations."""
 ALLOWED = 64
 """Roundings, in eps of a row's length, between a kernel and what it is said to compute."""
-_STEPS = 127
 _NEAR = 0.01
 """Of a step: what is so near to the middle between two is moved."""
 
@@ -91,7 +91,7 @@ def check_rounding(directory: Path) -> RoundedKernels:
         for rows in (1, 5):
             x = _rows(rows, K, block)
             got, exact = (s.run({"x": x})[0].double() for s in (rounded, floats))
-            want = floats.run({"x": rounded_rows(x, block).float()})[0].double()
+            want = floats.run({"x": rounded_rows(x, block, torch.float64).float()})[0].double()
             length = want.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
             here = float(((got - want).norm(dim=-1) / length).max()) / torch.finfo(torch.float32).eps
             moved = max(moved, float(((got - exact).norm(dim=-1) / length).max()))
@@ -164,15 +164,6 @@ def _level(node: OnnxNode) -> PyObject:
     return next(a for a in node.attribute if a.name == "accuracy_level")
 
 
-def rounded_rows(x_TK: Tensor, block: int) -> Tensor:
-    """The activations (T, K) as a product of codes reads them, in float64: each block in 127 steps of its largest."""
-    T, K = x_TK.shape
-    wide = torch.nn.functional.pad(x_TK.double(), (0, -K % block)).view(T, -1, block)
-    step = wide.abs().amax(-1, keepdim=True) / _STEPS
-    found = torch.where(step > 0, (wide / step).round() * step, wide)
-    return found.view(T, -1)[:, :K]
-
-
 def _rows(rows: int, K: int, block: int) -> Tensor:
     """Rows that a kernel may meet: plain, large, small, with one outlier, zero; no number is between two steps."""
     rng = torch.Generator().manual_seed(K + rows)
@@ -181,7 +172,7 @@ def _rows(rows: int, K: int, block: int) -> Tensor:
         x[1], x[2], x[4] = x[1] * 1024, x[2] / 1024, 0
         x[3, K // 2] = 100.0
     wide = torch.nn.functional.pad(x, (0, -K % block)).view(rows, -1, block)
-    step = wide.abs().amax(-1, keepdim=True) / _STEPS
+    step = wide.abs().amax(-1, keepdim=True) / STEPS
     off = wide / step - (wide / step).floor() - 0.5
     wide = torch.where((off.abs() < _NEAR) & (step > 0), wide + 4 * _NEAR * step * wide.sign().neg(), wide)
     return wide.view(rows, -1)[:, :K].contiguous()
