@@ -11,13 +11,11 @@ with no number near the middle between two steps, where float32 decides which it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from moeopt.backends.onnxrt.check_bytes import graphs_of
 from moeopt.backends.onnxrt.check_quantized import LEVEL, OP
@@ -25,40 +23,13 @@ from moeopt.backends.onnxrt.lowerings.quantized import ACCURACY_LEVELS
 from moeopt.backends.onnxrt.session import GRAPH, VERIFIED, Session
 from moeopt.ops.rounded_rows import STEPS, rounded_rows
 from moeopt.value_types import OnnxModel, OnnxNode, PyObject
-from moeopt.verification.distance import token_distance
 from moeopt.verification.model import run_plain
+from moeopt.verification.rounded import ALLOWED, RoundedKernels, distance_between
 
 KEY = "activations"
 """Of the manifest: "int8" where products of codes round their activations."""
-ALLOWED = 64
-"""Roundings, in eps of a row's length, between a kernel and what it is said to compute."""
 _NEAR = 0.01
 """Of a step: what is so near to the middle between two is moved."""
-
-
-@dataclass(frozen=True)
-class RoundedKernels:
-    """How many products there are, of how many kinds, their worst error in eps, and how far rounding moves one."""
-
-    products: int
-    kinds: int
-    error: float
-    moved: float
-
-    def stated(self, distance: float) -> dict[str, float]:
-        """What a certificate says, with how far rounding moves the outputs of the example inputs, worst token."""
-        return {
-            "products": self.products, "kinds": self.kinds, "error_eps": round(self.error, 2), "product": self.moved,
-            "outputs": distance,
-        }  # fmt: skip
-
-
-def distance_between(before: PyObject, after: PyObject) -> float:
-    """The largest relative distance a token between two results of one structure, where both are finite."""
-    pairs = zip(tree_leaves(before), tree_leaves(after), strict=True)
-    floats = [(a, b) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
-    distances = [token_distance(b, a.double()) for a, b in floats if a.numel()]
-    return max((float(d[d.isfinite()].max()) for d in distances if d.isfinite().any()), default=0.0)
 
 
 Comparable = Callable[[Any, Any], Any]
