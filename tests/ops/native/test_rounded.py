@@ -152,6 +152,22 @@ def test_the_largest_codes_saturate_nowhere(kernel, name, T):
             assert torch.equal(kernel(x, ids, ones, bank, spec), torch.full((T, H), sign * STEPS * weight**2 * H * I))
 
 
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-asymmetric32"])
+def test_rows_of_a_weight_may_lie_at_one_place(kernel, name):
+    format = FORMATS[name]
+
+    def matrix(n, k):
+        one = dyadic(1, k, format, torch.Generator().manual_seed(n))
+        parts = [None if t is None else t.expand(n, -1) for t in (one.codes, one.scales, one.zeros)]
+        return QuantizedWeight(*parts, format, (n, k))
+
+    bank = [QuantizedMatrices.of([matrix(*size)] * E) for size in ((96, 64), (64, 48))]
+    bank = QuantizedExpertWeights(bank[:1], bank[1]).reading("int8")
+    for T in (1, 20):
+        args = exact_rows(T, 64), *routed(T), bank, RELU
+        assert eps_off(kernel(*args), experts_reference(*args), RELU, torch.float32) <= BUDGET
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("name", ["int8", "int4", "int4-asymmetric32"])
 def test_a_row_that_is_no_numbers_gives_none_and_stays_alone(kernel, name, bad):

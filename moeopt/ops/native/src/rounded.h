@@ -312,7 +312,7 @@ void dot_rounded_of(const View &v, int64_t first, int64_t n, const char *x, int6
   char *codes = (char *)(scratch + 2 * SCALES);
   const int64_t blocks = (K + ROW_BLOCK - 1) / ROW_BLOCK, bytes = block_at<C>(v, 1, 0) - block_at<C>(v, 0, 0);
   const int wide = M <= FEW_ROUNDED ? 8 : LANES;
-  const int64_t ahead = up_to(smaller(AHEAD / bytes + 1, AHEAD / 64), wide);  // rows
+  const int64_t ahead = bytes > 0 ? up_to(smaller(AHEAD / bytes + 1, AHEAD / 64), wide) : 0;  // rows; 0: all lie at one place
   for (int64_t j = 0; j < n; j += wide) {
     int64_t row[LANES];
     for (int i = 0; i < LANES; i++) row[i] = first + smaller(j + i, n - 1);
