@@ -34,7 +34,8 @@ from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 BLOCK = 32
 FORMATS = {"int8": INT8_BLOCK32, "int4": INT4_BLOCK32}
-_ROUNDED = ("ggml", "ggml repacked", "ORT MatMulNBits level 4", "ORT QMoE level 4")
+_OWN = "moeopt, rows of 8 bits"
+_ROUNDED = (_OWN, "ggml", "ggml repacked", "ORT MatMulNBits level 4", "ORT QMoE level 4")
 ACTIVATIONS = {**dict.fromkeys(_ROUNDED, "int8, blocks of 32"), "fbgemm": "int8, one scale a call"}
 """Of the peers that round them; those of the others are float32."""
 
@@ -67,6 +68,7 @@ def peers(module: Any, K: int, dtype: str, only: list[str] | None) -> dict[str, 
     native = Native(by_name("unrolled-codes" if dtype == "int4" else "unrolled-floats"))
     makers: dict[str, Callable[[], Call]] = {
         "moeopt": lambda: _op(bank),
+        _OWN: lambda: _op(bank.reading("int8")),
         "moeopt, a scale a row": lambda: _op(coded(module, INT8_CHANNEL)),
         "ORT native": lambda: _session(session_of(site, native)),
         "ORT MatMulNBits": lambda: _session(session_of(site, by_name(codes))),
@@ -102,7 +104,7 @@ class _Held(QuantizedExpertWeights):
 
 
 def _op(bank: QuantizedExpertWeights) -> Call:
-    held, spec = _Held(bank.w_in_q, bank.w_out_q), ExpertsSpec()
+    held, spec = _Held(bank.w_in_q, bank.w_out_q, format=bank.format), ExpertsSpec()
     return lambda x, ids, weights: experts(x, ids, weights, held, spec)
 
 

@@ -345,7 +345,6 @@ def test_a_limit_judges_rounded_activations(rounding):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (dict(backend="torch"), "QuantPlan(activations=) is for engines"),
         (dict(portable=True), "is for ONNX Runtime's own products of codes on a CPU: leave it out, or leave portable"),
         (dict(target="cuda"), "leave it out, or leave the provider cuda out"),
     ],
@@ -359,7 +358,7 @@ def test_where_activations_cannot_be_rounded(fields, words):
 def test_a_kernel_that_computes_something_else_leaves_activations_floats(monkeypatch):
     from moeopt.backends.onnxrt import rounded_activations
 
-    monkeypatch.setattr(rounded_activations, "rounded_rows", lambda x, block: x.double() * 1.01)
+    monkeypatch.setattr(rounded_activations, "rounded_rows", lambda x, block, dtype: x.to(dtype) * 1.01)
     opt = optimized(QuantPlan(default="int8", products="int8", activations="int8"))
     assert opt.certificate.activations == {} and opt.certificate.passed is True
     for notes in (opt.report.notes, opt.certificate.notes):
@@ -417,7 +416,7 @@ def test_golden_runs_of_rounded_activations_do_not_allow_a_flipped_expert():
 
 
 def test_distances_are_those_of_finite_rows():
-    from moeopt.backends.onnxrt.rounded_activations import distance_between
+    from moeopt.verification.rounded import distance_between
 
     masked = torch.tensor([[1.0, -torch.inf], [3.0, 4.0]])
     assert distance_between(masked, masked * 1.1) == pytest.approx(0.1, rel=1e-5)

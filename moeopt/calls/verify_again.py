@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
+from torch import nn
+
 from moeopt.backends import registry
 from moeopt.errors import UsageError
 from moeopt.find.example_inputs import as_call
 from moeopt.optimized import Optimized
 from moeopt.pipeline.measure_loss import whole_loss
+from moeopt.pipeline.rounded_rows import reading_floats
 from moeopt.value_types import PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.loss import Loss
@@ -28,14 +33,8 @@ def verify_optimized(subject: Optimized, original: PyObject, inputs: PyObject) -
     if not before.lossy:  # other floats choose other experts
         ties = backend.tie_comparison(original, runner, (args, kwargs), noise, subject._built)
     judge = backend.judge(original, subject._made, (args, kwargs))
-    end = end_to_end(
-        judge,
-        runner.verified_form() if before.activations else runner,
-        args,
-        kwargs,
-        noise_blocks=noise,
-        otherwise=ties,
-    )
+    with _verified_form(runner) if before.activations else contextlib.nullcontext(runner) as form:
+        end = end_to_end(judge, form, args, kwargs, noise_blocks=noise, otherwise=ties)
     loss = Loss() if not before.lossy else whole_loss(original, runner, (args, kwargs), before.loss.get("limit", {}))
     return Certificate(
         end_to_end=end,
@@ -48,3 +47,8 @@ def verify_optimized(subject: Optimized, original: PyObject, inputs: PyObject) -
         activations=before.activations,
         loss=loss,
     )
+
+
+def _verified_form(runner: PyObject) -> contextlib.AbstractContextManager[PyObject]:
+    """What was verified of a model or engine whose products round what they read."""
+    return reading_floats(runner) if isinstance(runner, nn.Module) else contextlib.nullcontext(runner.verified_form())

@@ -50,7 +50,7 @@ QuantizeProducts = Annotated[
     ),
 ]
 Activations = Annotated[
-    str | None, typer.Option(help="what an engine's products of codes read: float, or int8, which is faster")
+    str | None, typer.Option(help="what products of codes read: float, or int8, which is faster and another loss")
 ]
 LimitTo = Annotated[
     list[str] | None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from moeopt.errors import BundleError, UsageError
 from moeopt.ir.weight_format import WeightFormat
+from moeopt.options.quant_plan import ACTIVATIONS
 from moeopt.untrusted import parse_json
 
 _MAX = 1 << 40
@@ -42,11 +43,16 @@ class MatrixFormat:
 
 @dataclass(frozen=True)
 class BankFormat:
-    """The matrices of ``experts`` experts: one or two of W_in (gate, up), and W_out."""
+    """The matrices of ``experts`` experts: one or two of W_in (gate, up), and W_out.
+
+    ``activations``: what the products of these codes read, a name of ``moeopt.options.quant_plan.ACTIVATIONS``:
+    the floats that they are given, or these rounded to 8 bits (``moeopt.ops.rounded_rows``).
+    """
 
     experts: int
     w_in: tuple[MatrixFormat, ...]
     w_out: MatrixFormat
+    activations: str = ACTIVATIONS[0]
 
     text = ""
     """:meth:`encode`'s, of each instance; not annotated, so no field: torch.compile reads a plain attribute only."""
@@ -57,21 +63,28 @@ class BankFormat:
                 f"BankFormat: {self.experts!r:.60} experts with {len(self.w_in)} first matrices each; it must be a "
                 "positive number of experts with one or two"
             )
+        if self.activations not in ACTIVATIONS:
+            raise UsageError(
+                f"BankFormat.activations is {self.activations!r:.60}; it must be one of {', '.join(ACTIVATIONS)}"
+            )
         object.__setattr__(self, "text", self.encode())
 
     def encode(self) -> str:
-        """A compact JSON string."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        """A compact JSON string; ``activations`` is in it where they are not floats."""
+        data = dataclasses.asdict(self)
+        if self.activations == ACTIVATIONS[0]:
+            del data["activations"]
+        return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def decode(cls, text: str) -> BankFormat:
         """The inverse of :meth:`encode`; anything else is a ``UsageError``."""
         try:
             data = parse_json(text, "the formats of the experts")
-            if not isinstance(data, dict) or set(data) != {"experts", "w_in", "w_out"}:
+            if not isinstance(data, dict) or set(data) - {"activations"} != {"experts", "w_in", "w_out"}:
                 raise ValueError("its keys are not experts, w_in and w_out")
             matrices = [_matrix(m) for m in [*data["w_in"], data["w_out"]]]
-            return cls(data["experts"], tuple(matrices[:-1]), matrices[-1])
+            return cls(data["experts"], tuple(matrices[:-1]), matrices[-1], data.get("activations", ACTIVATIONS[0]))
         except (BundleError, LookupError, TypeError, ValueError) as err:  # a UsageError is a ValueError
             raise UsageError(f"not a BankFormat: {text!r:.200} ({err})") from err
 
@@ -81,7 +94,8 @@ class BankFormat:
 
     def __str__(self) -> str:
         names = list(dict.fromkeys(str(m.format) for m in (*self.w_in, self.w_out)))
-        return f"{self.experts} experts in {' and '.join(names)}"
+        read = "" if self.activations == ACTIVATIONS[0] else f", activations in {self.activations}"
+        return f"{self.experts} experts in {' and '.join(names)}{read}"
 
 
 def _matrix(data: dict[str, object]) -> MatrixFormat:

@@ -5,6 +5,7 @@ Shape legend: E experts, O rows of W_in (2I when gated, I when plain), H hidden,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -78,7 +79,7 @@ class QuantizedExpertWeights(ListedVectors):
         b_in, b_out, norm: as in ``ListExpertWeights``: E entries each, or None.
         layouts: (W_in, W_out), each ``oi`` or ``io``: how float matrices are handed out; codes always are (out, in).
         dtype: the float dtype that matrices are handed out in.
-        format: formats and sizes, where they are known: torch.compile reads them as a constant.
+        format: formats and sizes, where they are known: torch.compile reads them as a constant; and what products read.
 
     Raises:
         UsageError: the parts disagree on E.
@@ -113,6 +114,18 @@ class QuantizedExpertWeights(ListedVectors):
     def out_features(self) -> int:
         """The width of the result."""
         return self.w_out_q.matrix.shape[0]
+
+    @property
+    def rounds(self) -> bool:
+        """Whether its products read rows that are rounded to 8 bits (``moeopt.ops.rounded_rows``)."""
+        return self.format.activations == "int8"
+
+    def reading(self, activations: str) -> QuantizedExpertWeights:
+        """The same codes, whose products read what ``activations`` says, a field of ``BankFormat``."""
+        format = dataclasses.replace(self.format, activations=activations)
+        return QuantizedExpertWeights(
+            self.w_in_q, self.w_out_q, self.b_in_l, self.b_out_l, self.norm_l, self.layouts, self.dtype, format
+        )
 
     def handed_out(self, layouts: tuple[str, str], dtype: torch.dtype) -> QuantizedExpertWeights:
         """The same codes, whose matrices are handed out in these layouts and this dtype."""
@@ -178,6 +191,11 @@ def from_tensors(
 
     w_in = [matrices(f"w_in_{i}", m) for i, m in enumerate(format.w_in)]
     return QuantizedExpertWeights(w_in, matrices("w_out", format.w_out), b_in, b_out, norm, format=format)
+
+
+def rounds_rows(bank: object) -> bool:
+    """Whether the products of a bank, of codes or of floats, read rows that are rounded to 8 bits."""
+    return isinstance(bank, QuantizedExpertWeights) and bank.rounds
 
 
 def check_bank(bank: QuantizedExpertWeights, spec: ExpertsSpec) -> None:

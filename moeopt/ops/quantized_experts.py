@@ -85,8 +85,9 @@ def run(x: Tensor, ids: Tensor, weights: Tensor, bank: QuantizedExpertWeights, s
 
 
 def in_spec(bank: QuantizedExpertWeights, spec: ExpertsSpec, dtype: torch.dtype) -> QuantizedExpertWeights:
-    """``bank``, handing out matrices as ``spec`` has them, in ``dtype``."""
-    return bank.handed_out((spec.w_in_layout, spec.w_out_layout), dtype)
+    """``bank``, handing out matrices as ``spec`` has them, in ``dtype``; in 32 bits at least to rounded rows."""
+    wide = torch.promote_types(dtype, torch.float32) if bank.rounds else dtype
+    return bank.handed_out((spec.w_in_layout, spec.w_out_layout), wide)
 
 
 def flatten(bank: QuantizedExpertWeights) -> tuple[list[Tensor], ...]:
@@ -112,7 +113,7 @@ def unflatten(lists: Sequence[Sequence[Tensor]], formats: BankFormat) -> Quantiz
     if len(b_in) not in (0, E * len(ins)):
         raise UsageError(f"quantised experts: {len(b_in)} first biases for {E} experts with {len(ins)} matrices each")
     ins_b = [_present(b_in[i * E : (i + 1) * E]) for i in range(len(ins))] if b_in else None
-    return QuantizedExpertWeights(ins, w_out_q, ins_b, _present(b_out), _present(norm))
+    return QuantizedExpertWeights(ins, w_out_q, ins_b, _present(b_out), _present(norm), format=formats)
 
 
 def _taken(rest: list[Tensor], matrix: MatrixFormat, experts: int) -> QuantizedMatrices:
@@ -163,13 +164,17 @@ def _backward(
     grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, w_in: list[Tensor], w_out: list[Tensor],
     b_in: list[Tensor], b_out: list[Tensor], norm: list[Tensor], spec: str, formats: str, needs: list[int],
 ) -> list[Tensor]:  # fmt: skip
-    """Gradients of those of [x, weights, *b_in, *b_out, *norm] that ``needs`` indexes: the definition, recorded."""
+    """Gradients of those of [x, weights, *b_in, *b_out, *norm] that ``needs`` indexes: the definition, recorded.
+
+    They are those of float activations: the rounding of rows to 8 bits is passed as if it were not there.
+    """
     known = decode_spec(spec)
     leaves = [t.detach() for t in (x, weights, *b_in, *b_out, *norm)]
     wanted = [leaves[i].requires_grad_() for i in needs]
     rest = iter(leaves[2:])
     floats = [[next(rest) for _ in part] for part in (b_in, b_out, norm)]
-    bank = in_spec(unflatten((w_in, w_out, *floats), decode_formats(formats)), known, dtypes(x, known)[0])
+    bank = unflatten((w_in, w_out, *floats), decode_formats(formats)).reading("float")
+    bank = in_spec(bank, known, dtypes(x, known)[0])
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         y = experts_reference(leaves[0], ids, leaves[1], bank, known)
         found = torch.autograd.grad(y, wanted, grad, allow_unused=True) if y.requires_grad else [None] * len(wanted)
@@ -231,7 +236,7 @@ def in_float64(
     x: Tensor, ids: Tensor, weights: Tensor, w_in: Sequence[Tensor], w_out: Sequence[Tensor], b_in: Sequence[Tensor],
     b_out: Sequence[Tensor], norm: Sequence[Tensor], spec: ExpertsSpec, formats: str,
 ) -> Tensor:  # fmt: skip
-    """The definition on the exact weights, of which one expert's are widened at a time; ``spec`` says float64."""
-    bank = unflatten((w_in, w_out, b_in, b_out, norm), decode_formats(formats))
+    """The definition on the exact weights and activations, one expert's widened at a time; ``spec`` says float64."""
+    bank = unflatten((w_in, w_out, b_in, b_out, norm), decode_formats(formats)).reading("float")
     check_bank(bank, spec)
     return experts_reference(x.double(), ids, weights.double(), in_spec(bank, spec, torch.float64), spec)

@@ -16,7 +16,8 @@ from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.ops.expert_weights import ExpertWeights
-from moeopt.ops.quantized_bank import QuantizedExpertWeights
+from moeopt.ops.quantized_bank import QuantizedExpertWeights, rounds_rows
+from moeopt.ops.rounded_rows import rounded_rows
 from moeopt.value_types import PyObject
 
 
@@ -30,7 +31,9 @@ def experts_reference(
         ids_TK: chosen experts (T, K), an integer dtype. An id < 0 adds nothing; an id >= E is
             ``spec.out_of_range``; an id that a token names twice counts twice.
         weights_TK: routing weights (T, K), any float dtype.
-        bank: the E experts' weights; cast to the compute dtype where they have another.
+        bank: the E experts' weights; cast to the compute dtype where they have another. Of codes whose products read
+            rows of 8 bits they are not cast: rounded rows are multiplied in float32, or in float64 where that is the
+            compute dtype, and the product is rounded to the compute dtype.
         spec: the function.
 
     Returns:
@@ -56,8 +59,9 @@ def experts_reference(
 def one_expert(r_MH: Tensor, bank: ExpertWeights, e: int, spec: ExpertsSpec) -> Tensor:
     """Expert ``e`` on the rows ``r_MH`` (already in the compute dtype): (M, H_out)."""
     pairs = zip(bank.w_in(e), bank.b_in(e), strict=True)
-    h = tuple([_linear(r_MH, w, b, spec.w_in_layout) for w, b in pairs])
-    o_MH = _linear(apply_gate(h, spec), bank.w_out(e), bank.b_out(e), spec.w_out_layout)
+    linear = _rounded_linear if rounds_rows(bank) else _linear
+    h = tuple([linear(r_MH, w, b, spec.w_in_layout) for w, b in pairs])
+    o_MH = linear(apply_gate(h, spec), bank.w_out(e), bank.b_out(e), spec.w_out_layout)
     return rms_norm(o_MH, bank.norm(e), spec)
 
 
@@ -114,3 +118,9 @@ def _turns(ids_TK: Tensor, spec: ExpertsSpec) -> Iterator[tuple[int, Tensor, Ten
 def _linear(x: Tensor, w: Tensor, b: Tensor | None, layout: str) -> Tensor:
     w = w.to(x.dtype)
     return F.linear(x, w if layout == "oi" else w.t(), None if b is None else b.to(x.dtype))
+
+
+def _rounded_linear(x: Tensor, w: Tensor, b: Tensor | None, layout: str) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows, b = rounded_rows(x, dtype=wide), None if b is None else b.to(x.dtype)
+    return _linear(rows, w, b, layout).to(x.dtype)

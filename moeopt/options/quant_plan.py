@@ -52,8 +52,8 @@ class QuantPlan:
             of an engine: attention's projections, ``lm_head``, dense FFNs that were left alone, shared experts too.
             Patterns match the path of the module that computes the product; one name of a format means all of them; {}
             leaves them.
-        activations: what products of codes read in an engine: ``"float"``, or ``"int8"``, which is faster and another
-            loss: each call rounds what they are given, block by block.
+        activations: what products of codes read: ``"float"``, or ``"int8"``, which is faster and another loss: each
+            call rounds what they are given, block by block.
         method: how floats become codes: a name of ``METHODS``. ``"search"`` and ``"gptq"`` lose less in the same bytes;
             ``"gptq"`` reads the rows of ``calibration=`` that reach each expert, and rounds products as ``"search"``.
         costs: of a plan that was searched, what each block alone lost in each format: mean KL, or mean relative
@@ -110,7 +110,7 @@ class QuantPlan:
     @property
     def for_engines(self) -> str:
         """What of the plan only engines have, in words; "" where there is nothing."""
-        return "products" if self.products else "activations" if self.activations != "float" else ""
+        return "products" if self.products else ""
 
     @property
     def takes_checkpoint(self) -> bool:

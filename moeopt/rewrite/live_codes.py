@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -35,7 +36,6 @@ from moeopt.value_types import PyObject
 
 PREFIX = "moeopt_experts"
 """Of the buffers' names: ``moeopt_experts_0_w_in_0_codes`` on the module of the block."""
-
 
 _PLAIN = {Tensor, nn.Parameter}
 
@@ -84,12 +84,10 @@ class LiveCodes(QuantizedExpertWeights):
             for e in range(len(self.experts)):
                 w_NK = floats.w_out(e) if words == "w_out" else floats.w_in(e)[number]
                 one = quantize(w_NK.detach(), matrix.format, f"{words} of expert {e}")
-                if not parts:
-                    parts = [
-                        getattr(one, p).new_empty((len(self.experts), *getattr(one, p).shape)) for p in matrix.parts
-                    ]
-                for part, name in zip(parts, matrix.parts, strict=True):
-                    part[e].copy_(getattr(one, name))
+                given: list[Tensor] = [getattr(one, name) for name in matrix.parts]
+                parts = parts or [t.new_empty((len(self.experts), *t.shape)) for t in given]
+                for part, t in zip(parts, given, strict=True):
+                    part[e].copy_(t)
             found |= {f"{self.prefix}{words}_{n}": part for n, part in zip(matrix.parts, parts, strict=True)}
         return found
 
@@ -126,6 +124,11 @@ class LiveCodes(QuantizedExpertWeights):
             other.layouts, other.dtype, other._bank, other._known = layouts, dtype, None, None
             self._handed[layouts, dtype] = other
         return other
+
+    def read(self, activations: str) -> None:
+        """From now on products read what ``activations`` says, a field of ``BankFormat``."""
+        for one in self._handed.values():  # this bank too
+            one.format, one._bank, one._known = dataclasses.replace(self.format, activations=activations), None, None
 
     def remembered(self, rows: int) -> Remembered | None:
         """What a kernel has worked out of the codes as they lie now, for it to fill, and all tensors, to be kept.
@@ -185,12 +188,14 @@ class LiveCodes(QuantizedExpertWeights):
     def float_bytes(self) -> int:
         """Bytes of the floats that they stand for, in the module's dtype."""
         sizes = sum(math.prod(m.shape) for m in (*self.format.w_in, self.format.w_out))
-        return int(self.num_experts * sizes * self._itemsize())
+        return int(self.num_experts * sizes * self.float_dtype.itemsize)
 
-    def _itemsize(self) -> int:
+    @property
+    def float_dtype(self) -> torch.dtype:
+        """Of the module's floats that they stand for."""
         path = self.experts[0].w_out.path
         held = tensor_at(self.module, path)
-        return held.dtype.itemsize if isinstance(held, Tensor) else floats_of(self.module)[path][1].itemsize
+        return held.dtype if isinstance(held, Tensor) else floats_of(self.module)[path][1]
 
     def paths(self) -> set[str]:
         """Of the tensors that hold, or held, the floats of the matrices."""

@@ -17,6 +17,7 @@ from moeopt.bundle.caches import result_leaves
 from moeopt.bundle.golden import SLACK, Golden, compare, golden_run
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.value_types import PyObject
+from moeopt.verification.rounded import moved_by_rounding
 
 NUDGES = 2
 
@@ -26,9 +27,9 @@ def budget_of(certificate: PyObject) -> tuple[float | None, str]:
     end = getattr(certificate, "end_to_end", None)
     if end is None or end.passed is not True or not end.budget > 0:
         return None, f"{SLACK:g} eps of the result's dtype: the engine was not verified end to end"
-    if rounded := getattr(certificate, "activations", {}):
-        moved = max(float(end.budget), min(float(rounded["outputs"]), float(rounded["product"])))
-        return moved, "what rounding activations to int8 moves one product by: another CPU's kernels may differ"
+    if getattr(certificate, "activations", {}):
+        why = "what rounding activations to int8 moves one product by: another CPU's kernels may differ"
+        return moved_by_rounding(certificate), why
     return float(end.budget), "the end-to-end budget that the engine was verified with: another provider rounds too"
 
 

@@ -11,54 +11,25 @@ with no number near the middle between two steps, where float32 decides which it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from moeopt.backends.onnxrt.check_bytes import graphs_of
 from moeopt.backends.onnxrt.check_quantized import LEVEL, OP
 from moeopt.backends.onnxrt.lowerings.quantized import ACCURACY_LEVELS
 from moeopt.backends.onnxrt.session import GRAPH, VERIFIED, Session
+from moeopt.ops.rounded_rows import STEPS, rounded_rows
 from moeopt.value_types import OnnxModel, OnnxNode, PyObject
-from moeopt.verification.distance import token_distance
 from moeopt.verification.model import run_plain
+from moeopt.verification.rounded import ALLOWED, RoundedKernels, distance_between
 
 KEY = "activations"
 """Of the manifest: "int8" where products of codes round their activations."""
-ALLOWED = 64
-"""Roundings, in eps of a row's length, between a kernel and what it is said to compute."""
-_STEPS = 127
 _NEAR = 0.01
 """Of a step: what is so near to the middle between two is moved."""
-
-
-@dataclass(frozen=True)
-class RoundedKernels:
-    """How many products there are, of how many kinds, their worst error in eps, and how far rounding moves one."""
-
-    products: int
-    kinds: int
-    error: float
-    moved: float
-
-    def stated(self, distance: float) -> dict[str, float]:
-        """What a certificate says, with how far rounding moves the outputs of the example inputs, worst token."""
-        return {
-            "products": self.products, "kinds": self.kinds, "error_eps": round(self.error, 2), "product": self.moved,
-            "outputs": distance,
-        }  # fmt: skip
-
-
-def distance_between(before: PyObject, after: PyObject) -> float:
-    """The largest relative distance a token between two results of one structure, where both are finite."""
-    pairs = zip(tree_leaves(before), tree_leaves(after), strict=True)
-    floats = [(a, b) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
-    distances = [token_distance(b, a.double()) for a, b in floats if a.numel()]
-    return max((float(d[d.isfinite()].max()) for d in distances if d.isfinite().any()), default=0.0)
 
 
 Comparable = Callable[[Any, Any], Any]
@@ -91,7 +62,7 @@ def check_rounding(directory: Path) -> RoundedKernels:
         for rows in (1, 5):
             x = _rows(rows, K, block)
             got, exact = (s.run({"x": x})[0].double() for s in (rounded, floats))
-            want = floats.run({"x": rounded_rows(x, block).float()})[0].double()
+            want = floats.run({"x": rounded_rows(x, block, torch.float64).float()})[0].double()
             length = want.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
             here = float(((got - want).norm(dim=-1) / length).max()) / torch.finfo(torch.float32).eps
             moved = max(moved, float(((got - exact).norm(dim=-1) / length).max()))
@@ -164,15 +135,6 @@ def _level(node: OnnxNode) -> PyObject:
     return next(a for a in node.attribute if a.name == "accuracy_level")
 
 
-def rounded_rows(x_TK: Tensor, block: int) -> Tensor:
-    """The activations (T, K) as a product of codes reads them, in float64: each block in 127 steps of its largest."""
-    T, K = x_TK.shape
-    wide = torch.nn.functional.pad(x_TK.double(), (0, -K % block)).view(T, -1, block)
-    step = wide.abs().amax(-1, keepdim=True) / _STEPS
-    found = torch.where(step > 0, (wide / step).round() * step, wide)
-    return found.view(T, -1)[:, :K]
-
-
 def _rows(rows: int, K: int, block: int) -> Tensor:
     """Rows that a kernel may meet: plain, large, small, with one outlier, zero; no number is between two steps."""
     rng = torch.Generator().manual_seed(K + rows)
@@ -181,7 +143,7 @@ def _rows(rows: int, K: int, block: int) -> Tensor:
         x[1], x[2], x[4] = x[1] * 1024, x[2] / 1024, 0
         x[3, K // 2] = 100.0
     wide = torch.nn.functional.pad(x, (0, -K % block)).view(rows, -1, block)
-    step = wide.abs().amax(-1, keepdim=True) / _STEPS
+    step = wide.abs().amax(-1, keepdim=True) / STEPS
     off = wide / step - (wide / step).floor() - 0.5
     wide = torch.where((off.abs() < _NEAR) & (step > 0), wide + 4 * _NEAR * step * wide.sign().neg(), wide)
     return wide.view(rows, -1)[:, :K].contiguous()

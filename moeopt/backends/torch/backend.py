@@ -39,6 +39,7 @@ from moeopt.pipeline.quantized_model import (
     routed_banks,
 )
 from moeopt.pipeline.report_of import how_to_save, report_of
+from moeopt.pipeline.rounded_rows import round_rows
 from moeopt.pipeline.run import run
 from moeopt.pipeline.weights_in_memory import weights_note
 from moeopt.rewrite.install import install, uninstall
@@ -46,6 +47,7 @@ from moeopt.rewrite.store_codes import store_codes
 from moeopt.value_types import JsonValue, PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.model import EndToEnd, end_to_end
+from moeopt.verification.rounded import moved_by_rounding
 
 
 class TorchBackend(Backend):
@@ -81,7 +83,11 @@ class TorchBackend(Backend):
             check_copy(source, twin, call)
         outcome.notes += notes_of(outcome, twin, options)
         certificate.method = method_of(certificate, options)
-        if certificate.quantized and options.verify != "off":
+        if options.quantize is not None and options.quantize.activations == "int8":
+            certificate.activations, left = round_rows(twin, call)
+            outcome.notes += left
+            certificate.notes += left
+        if certificate.lossy and options.verify != "off":
             certificate.loss = measure_loss(source, twin, data, routed_banks(outcome, twin), options)
             certificate.notes += calibrated.notes(data)
         if options.inplace and outcome.rewrites:
@@ -114,6 +120,7 @@ class TorchBackend(Backend):
             certificate=made.certificate,
             golden_inputs=[(args, kwargs)],
             golden_outputs=[golden],
+            golden_distance=moved_by_rounding(made.certificate) if made.certificate.activations else None,
             source=fingerprint(made.model),
         )
 

@@ -18,16 +18,12 @@ from torch.autograd import forward_ad
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights, how_they_lie
 from moeopt.ops.native.hidden import Hidden
-from moeopt.ops.quantized_bank import QuantizedExpertWeights
-from moeopt.ops.quantized_weight import QuantizedWeight
+from moeopt.ops.native.matrices import ABSENT, FLOATS, NO_MATRIX, KernelWeight, matrix, plain, vector
+from moeopt.ops.quantized_bank import QuantizedExpertWeights, rounds_rows
 from moeopt.ops.reference import dtypes
 from moeopt.ops.unfit import Unfit
 
-ABI = 3
-FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 7}
-_LOW = "low nibble first"
-CODES = {("int8", True, _LOW): 5, ("uint4", True, _LOW): 6}
-"""What the kernel reads of quantised weights: (codes, symmetric, packing), with the dtype's number in its header."""
+ABI = 4
 INTEGERS = {torch.int32: 3, torch.int64: 4}
 _ROWS = ("gate|up", "up|gate", "interleaved", "interleaved_up", "separate", "plain")
 NATIVE_ACTIVATIONS = (
@@ -36,30 +32,30 @@ NATIVE_ACTIVATIONS = (
 )  # fmt: skip
 """The activations of the kernel, in the order of ``moeopt_activation`` in its header."""
 _LIMITS = ("gate_min", "gate_max", "up_min", "up_max", "act_min", "act_max")
-_ABSENT = (0, 0, 0)
-_NO_MATRIX = (0,) * 10
-_NO_SCALES = (0, 0, 0, 0)
 ADDRESSES = (7, 11, 15, 19)
 """Which words of a ``moeopt_call`` are the addresses of x, ids, weights and y."""
 
 NativeRun = Callable[[ctypes.c_void_p], int]
 """Takes the address of a ``moeopt_call``, and gives its status."""
-KernelWeight = Tensor | QuantizedWeight
 CallWords = tuple["array[int]", "array[int] | None", tuple[int, ...], int]
 """Of ``moeopt_expert``: the entries, which expert has which, the steps between stacked ones, and D."""
 
 
 class _Spec(ctypes.Structure):
     _fields_ = [
-        ("whole", ctypes.c_int64 * 11),
+        ("whole", ctypes.c_int64 * 12),
         ("alpha", ctypes.c_double), ("limits", ctypes.c_double * 6),
         ("up_offset", ctypes.c_double), ("norm_eps", ctypes.c_double),
     ]  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
-def encode_spec(spec: ExpertsSpec, x: torch.dtype, weights: torch.dtype) -> _Spec:
-    """``moeopt_spec`` for inputs of these dtypes; :class:`Unfit` where no kernel has them together."""
+def encode_spec(spec: ExpertsSpec, x: torch.dtype, weights: torch.dtype, rounds: bool = False) -> _Spec:
+    """``moeopt_spec`` for inputs of these dtypes; :class:`Unfit` where no kernel has them together.
+
+    Args:
+        rounds: whether both products read rows of 8 bits.
+    """
     compute = getattr(torch, spec.compute_dtype) if spec.compute_dtype else x
     out = getattr(torch, spec.out_dtype) if spec.out_dtype else x
     act = getattr(torch, spec.act_dtype) if spec.act_dtype else compute
@@ -81,9 +77,9 @@ def encode_spec(spec: ExpertsSpec, x: torch.dtype, weights: torch.dtype) -> _Spe
     whole = (
         _ROWS.index(spec.rows), NATIVE_ACTIVATIONS.index(spec.activation), bits, spec.weight_on == "input",
         spec.out_of_range == "identity", spec.combine == "expert", spec.out_norm_eps is not None,
-        FLOATS[compute], FLOATS[act], FLOATS[accum], FLOATS[torch.promote_types(compute, weights)],
+        FLOATS[compute], FLOATS[act], FLOATS[accum], FLOATS[torch.promote_types(compute, weights)], rounds,
     )  # fmt: skip
-    return _Spec((ctypes.c_int64 * 11)(*map(int, whole)), spec.alpha or 0.0, (ctypes.c_double * 6)(*rounded),
+    return _Spec((ctypes.c_int64 * 12)(*map(int, whole)), spec.alpha or 0.0, (ctypes.c_double * 6)(*rounded),
                  spec.up_offset, spec.out_norm_eps or 0.0)  # fmt: skip
 
 
@@ -123,11 +119,11 @@ def prepared_call(
     """
     if transformed():
         raise Unfit("a functional transform (torch.func) or forward-mode differentiation is at work")
-    encoded = encode_spec(spec, x.dtype, weights.dtype)
+    encoded = encode_spec(spec, x.dtype, weights.dtype, rounds_rows(bank))
     if ids.dtype not in INTEGERS:
         ids = ids.to(torch.int64)
     for t in (x, ids, weights):
-        _plain(t)
+        plain(t)
     (T, K), E, H = ids.shape, bank.num_experts, x.shape[1]
     held: list[Tensor] = []
     entries, index, steps, D = _experts(bank, ids, spec, held, known)
@@ -216,7 +212,7 @@ def _entry_of(bank: ExpertWeights, e: int, spec: ExpertsSpec, held: list[Tensor]
     ins: tuple[KernelWeight, ...]
     out: KernelWeight
     ins, out = bank.codes(e) if isinstance(bank, QuantizedExpertWeights) else (bank.w_in(e), bank.w_out(e))
-    found = _entry([*ins, out, *bank.b_in(e), bank.b_out(e), bank.norm(e)], spec, held)
+    found = _entry([*ins, out, *bank.b_in(e), bank.b_out(e), bank.norm(e)], spec, held, rounds_rows(bank))
     if now is not None:
         entries[e] = spec, now[0], found
     return found
@@ -232,7 +228,9 @@ def _stack(whole: list[Tensor | None], spec: ExpertsSpec) -> CallWords:
     return entry, None, tuple(steps), D
 
 
-def _entry(parts: Sequence[KernelWeight | None], spec: ExpertsSpec, held: list[Tensor]) -> tuple[array[int], int]:
+def _entry(
+    parts: Sequence[KernelWeight | None], spec: ExpertsSpec, held: list[Tensor], rounds: bool = False
+) -> tuple[array[int], int]:
     """One ``moeopt_expert`` as its words, and its D; ``parts``: w_in, w_out, b_in, b_out, norm; one or two ins."""
     pair = len(parts) == 7
     if pair != (spec.rows == "separate"):
@@ -241,60 +239,14 @@ def _entry(parts: Sequence[KernelWeight | None], spec: ExpertsSpec, held: list[T
     b_in, (b_out, norm) = parts[2 + pair : 3 + 2 * pair], parts[-2:]
     words, widths = list[int](), list[int]()
     for w, layout in (*((w, spec.w_in_layout) for w in w_in), (w_out, spec.w_out_layout)):
-        matrix = _matrix(w, layout)
-        widths.append(matrix[2])
-        words += matrix
+        entry = matrix(w, layout, rounds)
+        widths.append(entry[2])
+        words += entry
         if not pair and w is w_in[0]:
-            words += _NO_MATRIX
+            words += NO_MATRIX
     for b, width in (*zip(b_in, widths, strict=False), (b_out, widths[-1]), (norm, widths[-1])):
-        words += _vector(b, width)
-        if not pair and b is b_in[0] and len(words) == 33:
-            words += _ABSENT
+        words += vector(b, width)
+        if not pair and b is b_in[0] and len(words) == 3 * len(NO_MATRIX) + len(ABSENT):
+            words += ABSENT
     held += [t for t in parts if isinstance(t, Tensor)]  # codes live as long as their bank
     return array("q", words), widths[-1]
-
-
-def _matrix(w: KernelWeight | None, layout: str) -> tuple[int, ...]:
-    if isinstance(w, QuantizedWeight):
-        return _codes(w)
-    assert w is not None
-    _plain(w)
-    if w.dim() != 2 or w.dtype not in FLOATS:
-        raise Unfit(f"a weight is {str(w.dtype).removeprefix('torch.')} of shape {tuple(w.shape)}")
-    (out, into), (so, si) = w.shape, w.stride()
-    if layout == "io":
-        out, into, so, si = into, out, si, so
-    return w.data_ptr(), FLOATS[w.dtype], out, into, so, si, *_NO_SCALES
-
-
-def _codes(w: QuantizedWeight) -> tuple[int, ...]:
-    """``moeopt_matrix`` of quantised weights."""
-    format, (N, K) = w.format, w.shape
-    if (format.codes, format.symmetric, format.packing) not in CODES or format.block[0] != 1 or w.scales is None:
-        raise Unfit(f"the kernel reads int8 and symmetric int4 with scales for each row, not {format}")
-    for t in (w.codes, w.scales):
-        _plain(t)
-    if w.scales.dtype not in FLOATS or w.codes.stride(1) != 1 or w.scales.stride(1) != 1:
-        raise Unfit(f"codes of strides {w.codes.stride()} and scales of {w.scales.dtype} {w.scales.stride()}")
-    dtype, per_byte = CODES[format.codes, format.symmetric, format.packing], 2 if format.packed else 1
-    block = min(format.block[1] or K, K)
-    scales = w.scales.data_ptr(), FLOATS[w.scales.dtype], w.scales.stride(0), block
-    return w.codes.data_ptr(), dtype, N, K, w.codes.stride(0) * per_byte, 1, *scales
-
-
-def _vector(b: KernelWeight | None, width: int) -> tuple[int, ...]:
-    if b is None:
-        return _ABSENT
-    assert isinstance(b, Tensor)
-    _plain(b)
-    if tuple(b.shape) != (width,) or b.dtype not in FLOATS:
-        raise Unfit(f"a bias or norm is {str(b.dtype).removeprefix('torch.')} of shape {tuple(b.shape)}")
-    return b.data_ptr(), FLOATS[b.dtype], b.stride(0)
-
-
-def _plain(t: Tensor) -> None:
-    """A tensor whose numbers lie at its address, as its strides say."""
-    if type(t) not in (Tensor, torch.nn.Parameter):
-        raise Unfit(f"a tensor is a {type(t).__name__}")
-    if not t.is_cpu or t.layout is not torch.strided or t.is_neg() or (t.numel() and not t.data_ptr()):
-        raise Unfit(f"a tensor on {t.device} has no plain memory")

@@ -102,7 +102,8 @@ def quantized_on_cpu(
         except Unfit:
             pass
     check_bank(bank, spec)
-    return experts_cpu(x_TH, ids_TK, weights_TK, bank, spec)
+    kernel = experts_reference if bank.rounds else experts_cpu  # torch has no product of rows of 8 bits and such codes
+    return kernel(x_TH, ids_TK, weights_TK, bank, spec)
 
 
 def _is_faster(native: Library, x: Tensor, ids: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> bool:

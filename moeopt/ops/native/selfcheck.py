@@ -10,12 +10,14 @@ import itertools
 import torch
 
 from moeopt.ir.specs import ExpertsSpec, Layout, Rows
-from moeopt.ir.weight_format import INT4_BLOCK32, INT8_CHANNEL, WeightFormat
+from moeopt.ir.weight_format import INT4_ASYMMETRIC32, INT4_BLOCK32, INT8_BLOCK32, INT8_CHANNEL, WeightFormat
 from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights
 from moeopt.ops.native.call import NATIVE_ACTIVATIONS, NativeRun, call
 from moeopt.ops.quantize import quantize
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
+from moeopt.ops.quantized_weight import QuantizedWeight
 from moeopt.ops.reference import experts_reference
+from moeopt.ops.rounded_rows import ROW_BLOCK, STEPS
 from moeopt.ops.unfit import Unfit
 
 E, K, H, I = 3, 2, 40, 24
@@ -62,7 +64,9 @@ def first_difference(run: NativeRun, isa: int) -> str:
                 far = (got.double() - want.double()).abs().max().item()
                 if got.dtype != want.dtype or not far <= 16 * eps * (want.double().abs().max().item() + 1):
                     return f"{spec}, {str(dtype).removeprefix('torch.')}: {far:.1e} apart"
-        return next(filter(None, (_codes_differ(run, isa, format, rng) for format in (INT8_CHANNEL, INT4_BLOCK32))), "")
+        checks = [(_codes_differ, format) for format in (INT8_CHANNEL, INT4_BLOCK32)]
+        checks += [(_rounded_rows_differ, f) for f in (INT8_CHANNEL, INT8_BLOCK32, INT4_BLOCK32, INT4_ASYMMETRIC32)]
+        return next(filter(None, (differ(run, isa, format, rng) for differ, format in checks)), "")
 
 
 def _codes_differ(run: NativeRun, isa: int, format: WeightFormat, rng: torch.Generator) -> str:
@@ -74,13 +78,50 @@ def _codes_differ(run: NativeRun, isa: int, format: WeightFormat, rng: torch.Gen
     w_out = QuantizedMatrices.of([quantize(floats.w_out(e), format) for e in every])
     b_in = [[floats.b_in(e)[0] for e in every]]
     bank = QuantizedExpertWeights([w_in], w_out, b_in, [floats.b_out(e) for e in every])
+    return next(filter(None, (_differs(run, isa, bank, spec, *_call(T, torch.float32, rng)) for T in (1, 11))), "")
+
+
+def _rounded_rows_differ(run: NativeRun, isa: int, format: WeightFormat, rng: torch.Generator) -> str:
+    """What the kernel computes otherwise where rows are rounded to 8 bits.
+
+    The numbers are such that each sum of a first product is exact in any order: what is rounded then is the same to the
+    last bit, and comes to the same side of the middle between two steps.
+    """
+    w_in, w_out = (
+        QuantizedMatrices.of([dyadic(*size, format, rng) for _ in range(E)]) for size in ((2 * I, H), (H, I))
+    )
+    bank = QuantizedExpertWeights([w_in], w_out).reading("int8")
     for T in (1, 11):
-        x, ids, weights = _call(T, torch.float32, rng)
-        want = experts_reference(x, ids, weights, bank, spec)
-        far = (call(run, x, ids, weights, bank, spec, isa) - want).abs().max().item()
-        if not far <= 16 * torch.finfo(torch.float32).eps * (want.abs().max().item() + 1):
-            return f"{format}, {T} rows: {far:.1e} apart"
+        _, ids, weights = _call(T, torch.float32, rng)
+        x = torch.randint(-STEPS, STEPS + 1, (T, H), generator=rng) / 32
+        x[:, ::ROW_BLOCK] = STEPS / 32
+        if found := _differs(run, isa, bank, ExpertsSpec(activation="relu"), x, ids, weights):
+            return found
     return ""
+
+
+def dyadic(N: int, K: int, format: WeightFormat, rng: torch.Generator) -> QuantizedWeight:
+    """Any codes, with powers of two as their scales."""
+    low, high = (-128, 128) if format.codes == "int8" else (0, 256)
+    codes = torch.randint(low, high, format.code_shape((N, K)), generator=rng).to(format.code_dtype)
+    blocks = format.scale_shape((N, K))
+    scales = (2.0 ** torch.randint(-9, -6, blocks, generator=rng)).to(format.scale_dtype)
+    zeros = None if format.symmetric else torch.randint(0, 16, blocks, generator=rng).to(format.code_dtype)
+    return QuantizedWeight(codes, scales, zeros, format, (N, K))
+
+
+def _differs(
+    run: NativeRun, isa: int, bank: QuantizedExpertWeights, spec: ExpertsSpec, x: torch.Tensor, ids: torch.Tensor,
+    weights: torch.Tensor,
+) -> str:  # fmt: skip
+    """How far the kernel is from the reference in float32, in words; "" where it is near."""
+    want = experts_reference(x, ids, weights, bank, spec)
+    try:
+        far = (call(run, x, ids, weights, bank, spec, isa) - want).abs().max().item()
+    except Unfit as err:
+        return f"{bank.format}: {err}"
+    near = far <= 16 * torch.finfo(torch.float32).eps * (want.abs().max().item() + 1)
+    return "" if near else f"{bank.format}, {len(x)} rows: {far:.1e} apart"
 
 
 def _call(T: int, dtype: torch.dtype, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -22,7 +22,8 @@ build.isas_here, build.all_isas = (lambda: kept), (lambda: tuple(kept))
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
-KERNEL = [f"tests/ops/native/test_{part}.py" for part in ("kernel", "kept", "isolation")] + ["-k", "not fork"]
+PARTS = "kernel", "kept", "isolation", "codes", "rounded"
+KERNEL = [f"tests/ops/native/test_{part}.py" for part in PARTS] + ["-k", "not fork"]
 OPERATOR = ["tests/backends/onnxrt/lowerings/test_native.py", "tests/backends/onnxrt/test_custom_op.py", "-k",
             "lowerings or this_machine or two_sessions"]  # fmt: skip
 

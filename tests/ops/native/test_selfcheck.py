@@ -10,7 +10,7 @@ from moeopt.ops.native import call as calls
 from moeopt.ops.native import library
 from moeopt.ops.native.selfcheck import first_difference, specs
 
-ROWS, ACTIVATION, CLAMPS, ON_INPUT, IDENTITY, BY_EXPERT, NORM, COMPUTE, ACT, ACCUM, TERM = range(11)
+ROWS, ACTIVATION, CLAMPS, ON_INPUT, IDENTITY, BY_EXPERT, NORM, COMPUTE, ACT, ACCUM, TERM, ROUNDS = range(12)
 
 
 def damaged(kernel, damage):
@@ -62,6 +62,7 @@ DAMAGES = {
     "rounding of float32": whole(COMPUTE, 1),
     "activation in bfloat16": whole(ACT, 1),
     "sum in bfloat16": whole(ACCUM, 1),
+    "rows of 8 bits as floats": whole(ROUNDS, 0),
 }  # fmt: skip
 
 

@@ -26,7 +26,8 @@ from moeopt.lower.onnx.lowerings.base import Cost, Lowering
 from moeopt.lower.onnx.lowerings.codes import is_quantized
 from moeopt.lower.onnx.lowerings.types import types_of
 from moeopt.lower.onnx.lowerings.weight_reads import experts_hit, weights_cost
-from moeopt.ops.native.call import CODES, NATIVE_ACTIVATIONS
+from moeopt.ops.native.call import NATIVE_ACTIVATIONS
+from moeopt.ops.native.matrices import CODES
 from moeopt.value_types import OnnxValue
 
 Look = Callable[[str], Any]

@@ -50,7 +50,9 @@ bool none_wide(const moeopt_call &c) {
   return true;
 }
 
-bool is_weight(const moeopt_matrix &m, bool wide) {
+bool is_weight(const moeopt_matrix &m, bool wide, bool rounds) {
+  if (rounds ? m.dtype != MOEOPT_I8 && m.dtype != MOEOPT_U4 : m.zeros != nullptr) return false;
+  if (rounds && ((m.block % 32 && m.block < m.in) || (m.zeros && m.dtype != MOEOPT_U4))) return false;
   if (wide || m.dtype == MOEOPT_F64) return wide && m.dtype == MOEOPT_F64;
   if (is_float(m.dtype)) return true;
   if (m.dtype != MOEOPT_I8 && m.dtype != MOEOPT_U4) return false;
@@ -81,8 +83,8 @@ void check(const moeopt_expert &x, const moeopt_call &c, bool wide) {
   const bool separate = s.rows == SEPARATE;
   if (x.w_in[0].in != c.H || x.w_out.out != c.D) throw Wrong();
   if (x.w_in[0].out != x.w_out.in * (separate || s.rows == PLAIN ? 1 : 2)) throw Wrong();
-  if (separate && (x.w_in[1].in != c.H || x.w_in[1].out != x.w_out.in || !is_weight(x.w_in[1], wide))) throw Wrong();
-  if (!is_weight(x.w_in[0], wide) || !is_weight(x.w_out, wide)) throw Wrong();
+  if (separate && (x.w_in[1].in != c.H || x.w_in[1].out != x.w_out.in || !is_weight(x.w_in[1], wide, s.rounds))) throw Wrong();
+  if (!is_weight(x.w_in[0], wide, s.rounds) || !is_weight(x.w_out, wide, s.rounds)) throw Wrong();
   for (const moeopt_vector *v : {&x.b_in[0], &x.b_in[1], &x.b_out, &x.norm})
     if (v->data && (v->dtype == MOEOPT_F64) != wide) throw Wrong();
 }
@@ -116,7 +118,8 @@ struct Plan {
       job.short_x = job.short_x && paired(x.w_in[0]) && (c.spec->rows != SEPARATE || paired(x.w_in[1]));
       job.short_h = job.short_h && paired(x.w_out);
     }
-    job.evens_x = job.evens_h = k.evens && c.spec->compute == MOEOPT_F32;
+    if (c.spec->rounds && !experts.empty()) round_for(experts[0]);
+    job.evens_x = job.evens_h = k.evens && c.spec->compute == MOEOPT_F32 && !c.spec->rounds;
     for (const moeopt_expert &x : experts) {
       auto pairs = [](const moeopt_matrix &m) { return m.dtype == MOEOPT_U4 && m.block == 32 && m.in % 32 == 0; };
       job.evens_x = job.evens_x && pairs(x.w_in[0]) && (c.spec->rows != SEPARATE || pairs(x.w_in[1]));
@@ -132,6 +135,16 @@ struct Plan {
     job.token = token.data(), job.slot = slot.data(), job.segment_of = segment_of.data();
     job.row_of = row_of.data(), job.order = order.data(), job.segments = segments.data();
     job.r = r.get(), job.h = h.get(), job.o = o.get();
+  }
+
+  // rows are rounded once, for what is 0 among the codes that they meet: all experts have the same
+  void round_for(const moeopt_expert &first) {
+    auto alike = [](const moeopt_matrix &a, const moeopt_matrix &b) { return a.dtype == b.dtype && !a.zeros == !b.zeros; };
+    for (const moeopt_expert &x : experts) {
+      const bool second = c.spec->rows != SEPARATE || alike(x.w_in[1], first.w_in[0]);
+      if (!alike(x.w_in[0], first.w_in[0]) || !second || !alike(x.w_out, first.w_out)) throw Wrong();
+    }
+    job.round_x = &first.w_in[0], job.round_h = &first.w_out;
   }
 
   void sort_rows() {
@@ -229,6 +242,7 @@ struct Work {
   int64_t columns(Stage::Kind kind, const Segment &s) const {
     const moeopt_matrix &w = kind == Stage::HIDDEN ? s.weights->w_in[0] : s.weights->w_out;
     if (plan.k.wide) return COLUMNS64;
+    if (plan.job.round_x) return ROUNDED_COLUMNS;
     if (w.stride_in == 1 && w.in <= TURNED) return TURNED_COLUMNS;
     if (!across(w)) return 16;
     int64_t block = columns_across(s.count, w.dtype, plan.k.streams);
@@ -288,7 +302,7 @@ int64_t cpu_isas() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     found |= ISA_AVX512;
 #if defined(MOEOPT_HAVE_AVX512_BF16)
-  if (found & ISA_AVX512 && __builtin_cpu_supports("avx512bf16")) found |= ISA_AVX512_BF16;
+  if (found & ISA_AVX512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) found |= ISA_AVX512_BF16;
 #endif
   return found;
 }

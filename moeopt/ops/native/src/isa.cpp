@@ -27,14 +27,16 @@ inline float weight_of(const moeopt_call &c, int64_t t, int64_t k) {
 
 inline View view(const moeopt_matrix &m, const moeopt_spec &s, bool evens) {
   const bool exact = m.dtype == s.compute || s.compute == MOEOPT_F32;
-  return {m.data, m.dtype, m.stride_out, m.stride_in, exact, m.scales, m.scale_dtype, m.scale_stride, m.block, evens};
+  return {m.data, m.dtype, m.stride_out, m.stride_in, exact, m.scales, m.scale_dtype, m.scale_stride, m.block, evens, s.rounds != 0,
+          m.zeros, m.zero_stride};
 }
 
 inline View rows_of(View v, int64_t first, int64_t step) {
   const int64_t halves = v.dtype == MOEOPT_U4 ? 1 : v.dtype == MOEOPT_I8 ? 2 : v.dtype == MOEOPT_F32 ? 8 : 4;  // of bytes
   v.data = (const char *)v.data + first * v.so * halves / 2;
   if (v.scales) v.scales = (const char *)v.scales + first * v.ss * (v.scale_dtype == MOEOPT_F32 ? 4 : 2);
-  v.so *= step, v.ss *= step;
+  if (v.zeros) v.zeros = (const char *)v.zeros + first * v.zs;
+  v.so *= step, v.ss *= step, v.zs *= step;
   return v;
 }
 
@@ -67,6 +69,7 @@ void gather(const Job &job, int64_t row, int64_t end) {
       if (job.evens_x) store_evens_first((float *)r, i, v);
       else store_as(r, kept, i, v);
     }
+    if (job.round_x) round_row((float *)r, c.H, job.round_x->dtype == MOEOPT_U4, zero_of(job.round_x->dtype, job.round_x->zeros));
   }
 }
 
@@ -108,6 +111,7 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
     }
     for (int64_t m = 0; m < M; m++) {
       char *h = (char *)job.h + (seg.h + (m0 + m) * seg.ldh) * (job.short_h ? 2 : 4);
+      alignas(64) float whole[ROUNDED_COLUMNS];  // blocks of this task, which no other writes to
       char *kept_row = (char *)c.kept + (seg.row + m0 + m) * c.kept_step * (s.compute == MOEOPT_F32 ? 4 : 2);
       for (int64_t j = 0; j < n; j += L) {
         V gate, up{};
@@ -127,10 +131,15 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
           if (gated) store_up_to(kept_row, s.compute, seg.I + first + j, up, left);
         }
         const V a = gate_product(gate, up, s);
-        if (job.evens_h) store_evens_first((float *)h, first + j, a);  // then I is a multiple of 32, and n one of L
+        if (job.round_h) store(whole + j, a);
+        else if (job.evens_h) store_evens_first((float *)h, first + j, a);  // then I is a multiple of 32, and n one of L
         else store_up_to(h, kept, first + j, a, smaller(L, n - j));
       }
-      if (end == seg.I) memset(h + end * (job.short_h ? 2 : 4), 0, (up_to(end, PAD) - end) * (job.short_h ? 2 : 4));
+      if (job.round_h) {
+        const moeopt_matrix &w = *job.round_h;
+        for (int64_t j = 0; j < n; j += ROW_BLOCK)
+          round_block((RowBlock *)h + (first + j) / ROW_BLOCK, whole + j, smaller(ROW_BLOCK, n - j), w.dtype == MOEOPT_U4, zero_of(w.dtype, w.zeros));
+      } else if (end == seg.I) memset(h + end * (job.short_h ? 2 : 4), 0, (up_to(end, PAD) - end) * (job.short_h ? 2 : 4));
     }
   }
 }

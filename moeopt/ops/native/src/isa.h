@@ -26,6 +26,7 @@ struct Job {  // one call, laid out: what every task reads
   int64_t rows, ldx, ldo;           // sorted rows; strides of r_RH and o_RD
   bool short_x, short_h;            // rows of bfloat16 instead of float32: both factors of a product stay 16 bits
   bool evens_x, evens_h;            // of 32 numbers of a row the 16 of even places come first: W has two codes in a byte
+  const moeopt_matrix *round_x, *round_h;  // a matrix for whose codes rows are rounded to 8 bits (rounded.h), or null
   const int64_t *token, *slot;      // of each sorted row
   const int64_t *segment_of;        // of each sorted row
   const int64_t *row_of;            // (T, K): sorted row; -1: the id adds nothing; -2: it adds the token
@@ -51,6 +52,7 @@ struct Kernels {  // one instruction set
 
 constexpr int64_t TURNED = 64, TURNED_COLUMNS = 64;  // the longest k of turned.h, and columns of its tasks
 constexpr int64_t COLUMNS64 = 64;  // of a task in float64
+constexpr int64_t ROUNDED_COLUMNS = 32;  // of a task on rows of 8 bits: whole blocks of the rows that the next product reads
 
 const Kernels *kernels64_generic();
 const Kernels *kernels64_avx2();

@@ -9,7 +9,7 @@
 #define MOEOPT_EXPERTS_H
 #include <stdint.h>
 
-#define MOEOPT_ABI 3
+#define MOEOPT_ABI 4
 
 /* F64: all but the routing weights are of it, or nothing is. I8 and U4 are codes of quantised weights; U4: two in a byte, the first in the low half, less 8 */
 enum moeopt_dtype {
@@ -26,6 +26,7 @@ enum moeopt_clamp { GATE_MIN = 1, GATE_MAX = 2, UP_MIN = 4, UP_MAX = 8, ACT_MIN 
 typedef struct {
   int64_t rows, activation, clamps, weight_on_input, identity_beyond, by_expert, has_norm;
   int64_t compute, act, accum, term; /* dtypes; term: of an expert's output times its routing weight */
+  int64_t rounds; /* 1: both products read rows rounded to 8 bits, in blocks of 32 numbers; see rounded.h. W is of codes then */
   double alpha, limits[6], up_offset, norm_eps; /* limits in the order of moeopt_clamp */
 } moeopt_spec;
 
@@ -34,6 +35,8 @@ typedef struct { /* W[o][i] is data + o * stride_out + i * stride_in; of codes t
   int64_t dtype, out, in, stride_out, stride_in; /* of codes: stride_in is 1, and stride_out even where two share a byte */
   const void *scales; /* of float32, bfloat16 or float16; NULL where W is of floats */
   int64_t scale_dtype, scale_stride, block;
+  const void *zeros; /* NULL, or of U4 what is taken from codes in place of 8, a byte for each scale; where spec.rounds is 1 */
+  int64_t zero_stride;
 } moeopt_matrix;
 
 typedef struct { /* data NULL: absent */

@@ -3,6 +3,7 @@
 #include "codes.h"
 #include "outer.h"
 #include "pairs.h"
+#include "rounded.h"
 #include "tile.h"
 #include "turned.h"
 
@@ -10,9 +11,10 @@ namespace {
 
 constexpr int64_t FEW = 6;  // rows of x up to which 16-bit weights are widened on the way, and beyond it into a panel
 
-// x: rows of float32, or of bfloat16 where `paired` (then W is bfloat16, and k or its rows are contiguous)
+// x: rows of float32, of bfloat16 where `paired` (then W is bfloat16, and k or its rows are contiguous), or of what rounded.h makes of them
 void product(const View &v, int64_t compute, bool paired, int64_t first, int64_t n, const void *x, int64_t ldx, int64_t K,
              int64_t M, float *to, int64_t ldt, float *panel) {
+  if (v.rounds) return dot_rounded(v, first, n, x, ldx, K, M, to, ldt, panel);
   if (is_code(v.dtype)) return dot_codes(v, compute, first, n, (const float *)x, ldx, K, M, to, ldt, panel);
 #if defined(__AVX512BF16__)
   if (paired && v.si == 1) return pairs_direct(v, first, n, (const uint16_t *)x, ldx, K, M, to, ldt);

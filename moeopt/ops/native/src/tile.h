@@ -16,6 +16,9 @@ struct View {  // W[o][i] = data + o * so + i * si; exact: its values are of the
   const void *scales;  // of codes: see codes.h
   int64_t scale_dtype, ss, block;
   bool evens;  // x has the even numbers of each 32 first: see Job
+  bool rounds;  // x was rounded to 8 bits: see rounded.h
+  const void *zeros;
+  int64_t zs;
 };
 
 constexpr int64_t DOT_CHUNK = 1024, PAIR_CHUNK = 2048;
