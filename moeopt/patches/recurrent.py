@@ -31,7 +31,7 @@ _checked = Patch(_check_sizes_alone)
 
 @contextlib.contextmanager
 def recurrent_inputs_of_any_dtype() -> Iterator[None]:
-    """While open, ``nn.GRU`` and its like take inputs of this thread that are wider than their weights: whoever opens it
+    """While open, ``nn.GRU`` and its like take inputs of this thread that are wider than their weights: who opens it
     widens the weights. Sizes are checked as ever."""
     with _checked(), _any.holding(True):
         yield

@@ -7,11 +7,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.collectives import refuse_collectives
 from moeopt.capture.force_routing import ForceAllExperts
+from moeopt.capture.op_kinds import picks_rows
 from moeopt.capture.probe_inputs import aimed_at_router, probe_call
 from moeopt.capture.random_ops import refuse_random
 from moeopt.capture.sparse_tensors import refuse_sparse
@@ -85,7 +87,7 @@ def covering(
     experts = _likely_experts(module, call_spec)
     last: ExpertsNotHit | None = None
     unread: Declined | None = None
-    likely = _longest_list(module)
+    likely, kept_all = _longest_list(module), False
     for tokens, aim, forced, flat in _ATTEMPTS:
         ids = call_spec.routed()
         if (
@@ -98,7 +100,8 @@ def covering(
             tokens = max(tokens, min(2 * last.num_named, 4096))
         if ids and experts:
             tokens = max(tokens, 2 * math.ceil(experts / call_spec.slots(ids[0])))
-        call = probe_call(call_spec, tokens, seed, experts=experts, aimed=aimed if aim else None, flat=flat)
+        rows = aimed if aim and not kept_all else None  # aimed rows are those that a router is sure of
+        call = probe_call(call_spec, tokens, seed, experts=experts, aimed=rows, flat=flat)
         steer = ForceAllExperts(last.num_named, seed) if forced and last is not None else None
         tape = record(module, *call, steer=steer, made=True)
         refuse_random(tape, module.training)
@@ -114,12 +117,14 @@ def covering(
                 with _causes_kept(last):
                     return call, tape, recognize(tape, idle=True, assume=assume)
         except Declined as err:
+            unseen = last is None and not kept_all and _keeps_all(tape)
             if last is not None:
                 last.others = (*last.others, err.obstacle, *err.others)
-            elif not _left_idle(module, tape):
+            elif not _left_idle(module, tape) and not unseen:
                 raise
             elif unread is None:  # of experts that no token chose nothing is on the tape, not even that they are missed
                 unread = err.with_traceback(None)
+            kept_all = kept_all or unseen
     failed = last or unread
     assert failed is not None
     try:
@@ -142,6 +147,12 @@ def _left_idle(module: nn.Module, tape: Tape) -> bool:
     ran = {call.module for call in tape.calls}
     lists = [m for m in module.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))]
     return any(0 < sum(child in ran for child in one.children()) < len(one) for one in lists)
+
+
+def _keeps_all(tape: Tape) -> bool:
+    """Whether a mask by which rows are picked is set for each of them, so that what it leaves out is not to be seen."""
+    masks = (n for n in tape.nodes if n.meta.get("dtype") == torch.bool and n.meta["shape"] and n.op != "get_attr")
+    return any(any(map(picks_rows, n.users)) and bool(tape.value(n).all()) for n in masks)
 
 
 def _longest_list(module: nn.Module) -> int:
