@@ -145,7 +145,8 @@ def generalize(plans: list[KeptSteps], shapes: list[list[tuple[int, ...]]]) -> K
             if not all(torch.equal(v.target, step.target) for v in versions):
                 raise Declined(
                     "a tensor that its forward makes outside PyTorch (from a list, NumPy or .data) changes with the "
-                    "input; compute it with torch operations",
+                    "input; compute it with torch operations, and of tables that are looked up by a size (in a dict, a "
+                    "cache) hold one as a buffer, and take its first rows",
                     where,
                 )
             steps.append(dataclasses.replace(step))
