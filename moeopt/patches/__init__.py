@@ -5,7 +5,7 @@ A patch is counted and locked: in force while a caller is inside, taken back by 
     file          patch                    what is changed, and for whom
     collector     fewer_collections        the collector's threshold, all threads
     tracing       module_calls             nn.Module.__call__, one thread at a time
-    tracing       size_questions           SymNode.bool_ and int_, the caller's thread
+    tracing       size_questions           SymNode.bool_ and guard_int, the caller's thread
     tracing       size_answers             SymNode.bool_, the caller's thread
     tracing       idle_moves               nn.Module.to, the caller's thread
     tracing       no_export_dump           the print of torch.export, all threads
