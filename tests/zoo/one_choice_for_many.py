@@ -49,6 +49,28 @@ def weights_of_a_timestep():
     return ByTimestep()
 
 
+class BesideAShared(Weighed):
+    """Two experts for each sample by its embedded timestep, and one of their shape that serves all (Switch-DiT)."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.gate = ffn(), nn.Linear(D, N, bias=False)
+
+    def forward(self, x, step):
+        scores = self.gate(step).softmax(-1)
+        best, ids = scores.topk(2)
+        weights = torch.zeros_like(scores).scatter(-1, ids, best / best.sum(-1, keepdim=True))
+        y = self.shared(x)
+        for number, expert in enumerate(self.experts):
+            y = y + weights[:, number, None, None] * expert(x)
+        return y
+
+
+@case(beside(lambda b, g: torch.randn(b, D, generator=g)), experts=N)
+def weights_of_a_timestep_beside_a_shared_expert():
+    return BesideAShared()
+
+
 class BySpeaker(Weighed):
     """Layers of an acoustic model, interpolated by an embedding of the speaker."""
 
