@@ -71,6 +71,29 @@ def weights_of_a_timestep_beside_a_shared_expert():
     return BesideAShared()
 
 
+class ChosenBesideAShared(BesideAShared):
+    """The same with the experts that a sample chose alone; a call of few samples leaves most of them idle."""
+
+    def forward(self, x, step):
+        best, ids = self.gate(step).softmax(-1).topk(2)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            sample, slot = torch.where(ids == number)
+            if len(sample):
+                y[sample] += best[sample, slot, None, None] * expert(x[sample])
+        return y + self.shared(x)
+
+
+def samples(i):
+    draw, (batch, length) = torch.Generator().manual_seed(i), [(3, 5), (1, 4), (4, 4), (2, 9), (5, 2)][i % 5]
+    return (torch.randn(batch, length, D, generator=draw), torch.randn(batch, D, generator=draw)), {}
+
+
+@case(samples, experts=N)
+def samples_that_choose_beside_a_shared_expert():
+    return ChosenBesideAShared()
+
+
 class BySpeaker(Weighed):
     """Layers of an acoustic model, interpolated by an embedding of the speaker."""
 
