@@ -90,16 +90,10 @@ def covering(
     likely, kept_all = _longest_list(module), False
     for tokens, aim, forced, flat in _ATTEMPTS:
         ids = call_spec.routed()
-        if (
-            last is None and not forced and not ids
-        ):  # chance does not reach every one of many experts: the next attempt steers
-            tokens = 8 if likely > 128 else max(tokens, 2 * likely)
-        if forced:
-            if last is None or not last.num_named:
-                continue
-            tokens = max(tokens, min(2 * last.num_named, 4096))
-        if ids and experts:
-            tokens = max(tokens, 2 * math.ceil(experts / call_spec.slots(ids[0])))
+        wanted = _enough_tokens(tokens, forced, last, ids, experts, call_spec, likely)
+        if wanted is None:
+            continue
+        tokens = wanted
         rows = aimed if aim and not kept_all else None  # aimed rows are those that a router is sure of
         call = probe_call(call_spec, tokens, seed, experts=experts, aimed=rows, flat=flat)
         steer = ForceAllExperts(last.num_named, seed) if forced and last is not None else None
@@ -131,6 +125,23 @@ def covering(
         raise failed
     finally:
         del last, unread, failed
+
+
+def _enough_tokens(
+    tokens: int, forced: bool, last: ExpertsNotHit | None, ids: list[int], experts: int, call_spec: CallSpec,
+    likely: int,
+) -> int | None:  # fmt: skip
+    """How many tokens an attempt takes, ``tokens`` or more; None where there is nothing to steer."""
+    if last is None and not forced and not ids:
+        # chance does not reach every one of many experts: the next attempt steers
+        tokens = 8 if likely > 128 else max(tokens, 2 * likely)
+    if forced:
+        if last is None or not last.num_named:
+            return None
+        tokens = max(tokens, min(2 * last.num_named, 4096))
+    if ids and experts:
+        tokens = max(tokens, 2 * math.ceil(experts / call_spec.slots(ids[0])))
+    return tokens
 
 
 @contextlib.contextmanager

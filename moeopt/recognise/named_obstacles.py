@@ -71,9 +71,10 @@ def _neighbours(tape: Tape) -> Declined | None:
 def _unmoved(node: FxArg) -> fx.Node:
     """What a matrix was before it was moved."""
     assert isinstance(node, fx.Node)
-    while moves_rows(node) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
+    moved: fx.Node = node
+    while moves_rows(moved) and moved.all_input_nodes:
+        moved = moved.all_input_nodes[0]
+    return moved
 
 
 def _unequal_experts(tape: Tape) -> Declined | None:

@@ -150,7 +150,9 @@ def example_feeds(file: OnnxFile, inputs: PyObject, seed: int) -> list[GraphFeed
 def _in_another_size(session: PyObject, feeds: GraphFeeds, dims: Mapping[str, list[PyObject]]) -> Iterator[GraphFeeds]:
     """One call at most: with all of its free sizes larger, or with one of them where the file does not take that."""
     symbols = dict.fromkeys(d for shape in dims.values() for d in shape if isinstance(d, str))
-    for free in ([*symbols, None], *([symbol] for symbol in symbols)):
+    frees: list[set[str | None]] = [{*symbols, None}]
+    frees += [{symbol} for symbol in symbols]
+    for free in frees:
         only = {name: [d if d in free else 0 for d in shape] for name, shape in dims.items()}
         other = resized(feeds, only)
         if other is not None and _runs(session, other) is None:
