@@ -16,6 +16,7 @@ from moeopt.capture.force_routing import ForceAllExperts
 from moeopt.capture.op_kinds import picks_rows
 from moeopt.capture.probe_inputs import aimed_at_router, probe_call
 from moeopt.capture.random_ops import refuse_random
+from moeopt.capture.same_graph import calls_made
 from moeopt.capture.sparse_tensors import refuse_sparse
 from moeopt.capture.tape import Tape, record
 from moeopt.capture.tree import ArgsKwargs
@@ -87,7 +88,8 @@ def covering(
     experts = _likely_experts(module, call_spec)
     last: ExpertsNotHit | None = None
     unread: Declined | None = None
-    likely, kept_all = _longest_list(module), False
+    likely = _longest_list(module)
+    kept_all: list[str] = []
     for tokens, aim, forced, flat in _ATTEMPTS:
         ids = call_spec.routed()
         wanted = _enough_tokens(tokens, forced, last, ids, experts, call_spec, likely)
@@ -102,7 +104,9 @@ def covering(
         refuse_collectives(tape)
         refuse_sparse(tape)
         try:
-            return call, tape, recognize(tape, assume=assume)
+            found = recognize(tape, assume=assume)
+            _refuse_other_code(tape, kept_all, unread)
+            return call, tape, found
         except ExpertsNotHit as err:
             err.others = (*err.others, *(last.others if last is not None else ()))
             last = err.with_traceback(None)
@@ -118,13 +122,20 @@ def covering(
                 raise
             elif unread is None:  # of experts that no token chose nothing is on the tape, not even that they are missed
                 unread = err.with_traceback(None)
-            kept_all = kept_all or unseen
+            kept_all = kept_all or (calls_made(tape) if unseen else [])
     failed = last or unread
     assert failed is not None
     try:
         raise failed
     finally:
         del last, unread, failed
+
+
+def _refuse_other_code(tape: Tape, before: list[str], unread: Declined | None) -> None:
+    """Raise ``unread``, why a call of fewer tokens was not read, where this one made other calls of PyTorch than that,
+    ``before``: a branch on the number of tokens is another computation."""
+    if before and unread is not None and calls_made(tape) != before:
+        raise unread
 
 
 def _enough_tokens(
