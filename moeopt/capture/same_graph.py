@@ -29,6 +29,11 @@ def same_computation(a: Tape, b: Tape, but: Collection[tuple[str, str]] = ()) ->
     return first.lines == second.lines and first.results == second.results
 
 
+def calls_made(tape: Tape) -> list[str]:
+    """The names of what a call of a block called, in order."""
+    return [op_name(node) for node in tape.nodes if node.op == "call_function"]
+
+
 class _Lines:
     """A tape as plain values: each node is the number of its line."""
 

@@ -40,12 +40,12 @@ def collect_specialization_guards() -> Iterator[None]:
 
     def note(node: SymNode, answer: bool | int, asking: FrameType) -> None:
         asker = _asker(asking)
-        if node.shape_env is None or asker.f_code.co_filename.startswith((_OWN, *_LIBRARIES)):
+        if node.shape_env is None:
             return
-        if type(answer) is int:
-            line = f"{asker.f_code.co_filename}:{asker.f_lineno}"
+        if type(answer) is int:  # of whoever asked: a recurrent layer of torch counts its steps
+            line = _line_of(asker)
             _COUNTED.setdefault(node.shape_env, {}).setdefault(node._expr, line)  # as it was before
-        else:
+        elif not asker.f_code.co_filename.startswith((_OWN, *_LIBRARIES)):
             import sympy
 
             expr = node.expr if answer else sympy.Not(node.expr)
@@ -57,9 +57,18 @@ def collect_specialization_guards() -> Iterator[None]:
 
 def _asker(frame: FrameType) -> FrameType:
     """What asked: the frame below ``SymBool.__bool__``, ``SymInt.__index__`` and their like."""
-    while frame.f_back is not None and frame.f_code.co_name in ("__bool__", "__index__", "__int__"):
+    while frame.f_back is not None and frame.f_code.co_name in ("__bool__", "__index__", "__int__", "int_"):
         frame = frame.f_back
     return frame
+
+
+def _line_of(frame: FrameType) -> str:
+    """The line of the model's own code that asked, by whatever of torch."""
+    outer: FrameType | None = frame
+    while outer is not None and outer.f_code.co_filename.startswith((_OWN, *_LIBRARIES)):
+        outer = outer.f_back
+    found = outer or frame
+    return f"{found.f_code.co_filename}:{found.f_lineno}"
 
 
 def specialization_guards(program: torch.export.ExportedProgram) -> list[Any]:
@@ -90,9 +99,9 @@ def counted_sizes(program: torch.export.ExportedProgram) -> list[str]:
     lines = ", ".join(dict.fromkeys(told.values()))
     return [
         f"the engine holds for calls where {' and '.join(told)}, as in the example call: the model's Python makes a "
-        f"plain number of this size (at {lines}), as a loop over places, int(n) or len(x) does; x.shape[0] in the "
-        "place of len(x) stays free. Calls of other sizes are refused; for them optimise again with example inputs of "
-        "such sizes, or use backend='torch'"
+        f"plain number of this size (at {lines}), as a loop over places, a recurrent layer, int(n) or len(x) does; "
+        "x.shape[0] in the place of len(x) stays free. Calls of other sizes are refused; for them optimise again with "
+        "example inputs of such sizes, or use backend='torch'"
     ]
 
 

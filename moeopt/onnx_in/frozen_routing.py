@@ -13,6 +13,7 @@ block is left alone, and its owner is told.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 from moeopt.onnx_in.cuts import GraphRegion
@@ -52,7 +53,7 @@ def frozen_routing(candidate: CandidateRegion) -> str:
             f"router chooses; {WAY_OUT}"
         )
     for region in candidate.regions[:1]:
-        scored = _scored(index, region)
+        scored = _scored(index, region, {p.at for p in candidate.chains.products})
         count = candidate.chains.experts
         if scored > count:
             return (
@@ -137,8 +138,11 @@ def _is_several(index: GraphIndex, value: OnnxValue) -> bool:
     return False
 
 
-def _scored(index: GraphIndex, region: GraphRegion) -> int:
-    """How many experts the router of a region scores, as far as its choice tells; 0 where that is not to be seen."""
+def _scored(index: GraphIndex, region: GraphRegion, own: Collection[int]) -> int:
+    """How many experts the router of a region scores, as far as its choice tells; 0 where that is not to be seen.
+
+    ``own``: where the experts' products are; a choice that is made by what they give scores no columns of these.
+    """
     products = weight_products(index)
     inside = {id(node) for node in region.nodes}
     for node in region.nodes:
@@ -150,8 +154,10 @@ def _scored(index: GraphIndex, region: GraphRegion) -> int:
             if made is None or id(made) not in inside:
                 break
             product = products.get(index.at(value))
-            if product is not None:
+            if product is not None and product.at not in own:
                 return _outputs(product)
+            if product is not None or made.op_type in _OTHER_COUNT or made.op_type.startswith("Reduce"):
+                break
             value = _data_input(index, made)
     return 0
 
@@ -178,5 +184,7 @@ def _outputs(product: WeightProduct) -> int:
     return product.shape[0 if turned ^ (first is not product.rows) else 1]
 
 
+_OTHER_COUNT = frozenset(("MatMul", "Einsum", "Split", "Slice", "Gather", "GatherElements", "GatherND", "Concat"))
+"""Operators whose result has other columns than what it is made of: products of two values, cuts, joins."""
 _ALIKE = ("Transpose", "Cast", "Identity", "DequantizeLinear", "Dropout")
 """Operators that leave a matrix what it is, or turn it."""

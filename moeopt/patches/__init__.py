@@ -5,7 +5,7 @@ A patch is counted and locked: in force while a caller is inside, taken back by 
     file          patch                    what is changed, and for whom
     collector     fewer_collections        the collector's threshold, all threads
     tracing       module_calls             nn.Module.__call__, one thread at a time
-    tracing       size_questions           SymNode.bool_ and int_, the caller's thread
+    tracing       size_questions           SymNode.bool_ and guard_int, the caller's thread
     tracing       size_answers             SymNode.bool_, the caller's thread
     tracing       idle_moves               nn.Module.to, the caller's thread
     tracing       no_export_dump           the print of torch.export, all threads
@@ -22,6 +22,8 @@ A patch is counted and locked: in force while a caller is inside, taken back by 
     onnx_export   after_decomposition      torch's preparation before ONNX, the caller's thread
     attention     sdpa_of                  transformers' attention function "sdpa", the caller's thread
     load_report   kept_load_report         transformers' report of what it loaded, the caller's thread
+    recurrent     recurrent_inputs_of_any_dtype
+                                           nn.RNNBase.check_input, the caller's thread
     output        no_fake_tensor_errors    the logger of fake tensors, all threads
     output        quiet                    standard output and warnings, the caller's thread; loggers, all threads
 
@@ -46,6 +48,7 @@ from moeopt.patches.patch import InForce as InForce
 from moeopt.patches.patch import Patch as Patch
 from moeopt.patches.patch import Undo as Undo
 from moeopt.patches.patch import replace as replace
+from moeopt.patches.recurrent import recurrent_inputs_of_any_dtype as recurrent_inputs_of_any_dtype
 from moeopt.patches.tracing import composites_listed_once as composites_listed_once
 from moeopt.patches.tracing import idle_moves as idle_moves
 from moeopt.patches.tracing import module_calls as module_calls

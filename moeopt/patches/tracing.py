@@ -60,15 +60,16 @@ def _note_questions() -> Undo:
         return bool_
 
     def counted(original: PyObject, in_force: InForce) -> PyObject:
-        def int_(self: PyObject) -> int:
-            number: int = original(self)
-            if in_force.yes and _notes.top is not None:
+        def guard_int(self: PyObject, file: str, line: int) -> int:
+            known = in_force.yes and _notes.top is not None and self.expr.is_number
+            number: int = original(self, file, line)
+            if in_force.yes and _notes.top is not None and not known:
                 _notes.top(self, number, sys._getframe(1))
             return number
 
-        return int_
+        return guard_int
 
-    undo = [replace(SymNode, "bool_", make), replace(SymNode, "int_", counted)]
+    undo = [replace(SymNode, "bool_", make), replace(SymNode, "guard_int", counted)]
 
     def back() -> None:
         for one in undo:
@@ -83,7 +84,7 @@ _noted = Patch(_note_questions)
 @contextlib.contextmanager
 def size_questions(note: Callable[[Any, bool | int, types.FrameType], None]) -> Iterator[None]:
     """While open, ``note(sym_node, answer, asking frame)`` hears of each symbolic size that this thread asks about, and
-    of each that it makes a plain number (``range(n)``)."""
+    of each that it makes a plain number (``range(n)``), torch's C++ included."""
     with _noted(), _notes.holding(note):
         yield
 

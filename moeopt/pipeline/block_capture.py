@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.isolated_run import undone
 from moeopt.capture.probe_inputs import aimed_at_router, probe_call
 from moeopt.capture.random_ops import refuse_random
-from moeopt.capture.same_graph import same_computation
+from moeopt.capture.same_graph import calls_made
 from moeopt.capture.tape import Tape, clone_inputs, record
 from moeopt.capture.tree import ArgsKwargs, tree_leaves
 from moeopt.errors import Declined
@@ -28,6 +28,7 @@ from moeopt.pipeline.branches import Branches
 from moeopt.pipeline.call_guards import check_order, guard_of, tensors_of
 from moeopt.pipeline.coverage import Reader
 from moeopt.pipeline.id_probe import id_ranges
+from moeopt.pipeline.probe_plans import plan_of, read_alike, refuse_other_experts, same_in_other_mode
 from moeopt.pipeline.untried_tests import DispatchFacts
 from moeopt.recognise.id_bounds import IdBounds, kept_by_caller
 from moeopt.recognise.recognition import Recognition
@@ -36,19 +37,18 @@ from moeopt.recognise.routing_by_sum import NO_ONE_TENSOR, ONE_TENSOR
 from moeopt.rewrite.block_graph import BlockGraph, Captured, ExpertWeightRefs
 from moeopt.rewrite.id_range import IdRange
 from moeopt.rewrite.install import BlockProgram, CallGuard, RewrittenForward, bind
-from moeopt.rewrite.keep import kept_steps
 from moeopt.rewrite.kept_effects import written_in
 from moeopt.rewrite.kept_steps import KeptSteps
 from moeopt.rewrite.legality import check_experts, frozen_values, neutral_reason, unreached_reason
 from moeopt.rewrite.reads import Reads, observe
-from moeopt.rewrite.replace_experts import experts_rewrite
 from moeopt.rewrite.scratch import UNSET, scratch_attributes
 from moeopt.rewrite.symbolic_shapes import generalize
 from moeopt.verification.oracle import Restored
-from moeopt.verification.state import in_mode
 
 _MORE = (4, 16)
 """Times as many tokens for a call that must reach every expert, since the code around the experts is kept."""
+_SHOWS_MORE = 192
+"""Tokens of the first of three calls that are read where those of fewer tokens were not read alike."""
 _ALIKE = ((1, 16), (2, 16), (5, 8), (14, 4), (48, 4))
 """Tokens, and how many calls of so many, to see what depends on values: one token has few experts."""
 _NOT_ALL = (
@@ -77,8 +77,35 @@ class Capture:
             self.found = self._watch(48, options.seed, 0)
         for tokens, variant in ((14, 1), (20, 2)):
             self._watch(tokens, options.seed + variant, variant)
+        self._read(options)
+        if not read_alike(self.plans):
+            self._read_more_tokens(options)
+        _stateless(self.tapes[0], self.plans, self.shapes)
+
+    def _read_more_tokens(self, options: Options) -> None:
+        """Read three calls of more tokens: in few of them, what leaves rows out may leave out none.
+
+        All six must make the same calls of PyTorch: a branch on the number of tokens is another computation.
+        """
+        before, made = dict(self.__dict__), [calls_made(tape) for tape in self.tapes]
+        try:
+            self.tapes, self.founds, self.calls = [], [], []
+            for variant in range(3):
+                found = self._watch(_SHOWS_MORE + 6 * variant, options.seed + variant, variant)
+                self.found = found if variant == 0 else self.found
+            self._read(options)
+            made += [calls_made(tape) for tape in self.tapes]
+            alike = read_alike(self.plans) and all(names == made[0] for names in made)
+        except Declined:
+            alike = False
+        if not alike:
+            self.__dict__.update(before)
+
+    def _read(self, options: Options) -> None:
+        """Everything that the recorded calls show together."""
+        module, reader, call_spec = self.module, self.reader, self.call_spec
         for tape, found_there in zip(self.tapes, self.founds, strict=True):
-            _same_experts(self.found, found_there)
+            refuse_other_experts(self.found, found_there)
             refuse_random(tape, module.training)
         check_experts(module, self.tapes[0], self.found)
         self.branches = Branches(self.tapes[0])
@@ -90,7 +117,7 @@ class Capture:
             self.kept = _kept(self.tapes[0], self.found, given)
         other = probe_call(call_spec, 14, options.seed + 3, experts=len(self.found[0].experts), variant=1)
         self.scratch = scratch_attributes(module, self.calls[1], self.tapes[1], other)
-        self.plans = [_plan(t, f, self.id_ranges, self.scratch) for t, f in zip(self.tapes, self.founds, strict=True)]
+        self.plans = [plan_of(t, f, self.id_ranges, self.scratch) for t, f in zip(self.tapes, self.founds, strict=True)]
         for plan in self.plans:  # a call that stores an equal value shows no change on the tape
             plan.attributes = {**plan.attributes, **{k: UNSET for k in self.plans[1].attributes if k in self.scratch}}
         self.unreached = unreached_reason(module, self.tapes[0], self.found, self.plans[0], call_spec.integers())
@@ -103,7 +130,6 @@ class Capture:
         self._reads: dict[Any, Reads] = {}
         self._written = written_in(self.tapes)
         self._assigned = sorted({place for t in self.tapes for place in (*t.attributes, *t.in_place)})
-        _stateless(self.tapes[0], self.plans, self.shapes)
 
     def _watch(self, tokens: int, seed: int, variant: int) -> list[Recognition]:
         """Record another call; with rows aimed at the router where those at random reach too few experts to be read."""
@@ -152,7 +178,7 @@ class Capture:
 
     def _finish(self) -> tuple[CallGuard, list[RouterSpec | None]]:
         check_order(self.calls[0], self.bounds[0].tensors())
-        both = _same_in_other_mode(
+        both = same_in_other_mode(
             self.module, self.calls[1], self.tapes[1], self.plans[1], self.founds[0], self.reader, self.id_ranges,
             self.scratch,
         )  # fmt: skip
@@ -239,42 +265,6 @@ def original_forward(module: nn.Module) -> Callable[..., Any]:
     inner = module.__dict__.get("_old_forward") or module.__dict__.get("forward")
     bound: Callable[..., Any] = inner if inner is not None else type(module).forward.__get__(module)
     return bound
-
-
-def _plan(
-    tape: Tape, recognitions: list[Recognition], ranges: list[IdRange], scratch: Collection[tuple[str, str]]
-) -> KeptSteps:
-    return kept_steps(tape, [experts_rewrite(f, i, ranges[i]) for i, f in enumerate(recognitions)], scratch)
-
-
-def _same_experts(first: list[Recognition], other: list[Recognition]) -> None:
-    if len(first) != len(other) or any(
-        a.experts != b.experts or a.spec != b.spec for a, b in zip(first, other, strict=False)
-    ):
-        raise Declined(
-            "two probes with different tokens read its experts differently; its dispatch depends on the data",
-            rank=Rank.READING,
-        )
-
-
-def _same_in_other_mode(
-    module: nn.Module, call: ArgsKwargs, here: Tape, plan: KeptSteps, recognitions: list[Recognition], reader: Reader,
-    ranges: list[IdRange], scratch: Collection[tuple[str, str]],
-) -> bool:  # fmt: skip
-    """Whether training and evaluation mode compute the same, judged by a trace in the other mode."""
-    try:
-        with in_mode(module, not module.training):
-            light = record(module, *call, keep_values=False)
-            if light.random_nodes():
-                return False
-            if same_computation(here, light):
-                return True
-            tape = record(module, *call)
-            other = _plan(tape, reader.again(tape, recognitions), ranges, scratch)
-            generalize([plan, other], [[tuple(t.shape) for t in tensors_of(call)]] * 2)
-            return True
-    except Declined:
-        return False
 
 
 def _kept(tape: Tape, found: list[Recognition], given: Sequence[IdBounds]) -> tuple[IdBounds, ...]:

@@ -7,13 +7,16 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.collectives import refuse_collectives
 from moeopt.capture.force_routing import ForceAllExperts
+from moeopt.capture.op_kinds import picks_rows
 from moeopt.capture.probe_inputs import aimed_at_router, probe_call
 from moeopt.capture.random_ops import refuse_random
+from moeopt.capture.same_graph import calls_made
 from moeopt.capture.sparse_tensors import refuse_sparse
 from moeopt.capture.tape import Tape, record
 from moeopt.capture.tree import ArgsKwargs
@@ -86,26 +89,24 @@ def covering(
     last: ExpertsNotHit | None = None
     unread: Declined | None = None
     likely = _longest_list(module)
+    kept_all: list[str] = []
     for tokens, aim, forced, flat in _ATTEMPTS:
         ids = call_spec.routed()
-        if (
-            last is None and not forced and not ids
-        ):  # chance does not reach every one of many experts: the next attempt steers
-            tokens = 8 if likely > 128 else max(tokens, 2 * likely)
-        if forced:
-            if last is None or not last.num_named:
-                continue
-            tokens = max(tokens, min(2 * last.num_named, 4096))
-        if ids and experts:
-            tokens = max(tokens, 2 * math.ceil(experts / call_spec.slots(ids[0])))
-        call = probe_call(call_spec, tokens, seed, experts=experts, aimed=aimed if aim else None, flat=flat)
+        wanted = _enough_tokens(tokens, forced, last, ids, experts, call_spec, likely)
+        if wanted is None:
+            continue
+        tokens = wanted
+        rows = aimed if aim and not kept_all else None  # aimed rows are those that a router is sure of
+        call = probe_call(call_spec, tokens, seed, experts=experts, aimed=rows, flat=flat)
         steer = ForceAllExperts(last.num_named, seed) if forced and last is not None else None
         tape = record(module, *call, steer=steer, made=True)
         refuse_random(tape, module.training)
         refuse_collectives(tape)
         refuse_sparse(tape)
         try:
-            return call, tape, recognize(tape, assume=assume)
+            found = recognize(tape, assume=assume)
+            _refuse_other_code(tape, kept_all, unread)
+            return call, tape, found
         except ExpertsNotHit as err:
             err.others = (*err.others, *(last.others if last is not None else ()))
             last = err.with_traceback(None)
@@ -114,18 +115,44 @@ def covering(
                 with _causes_kept(last):
                     return call, tape, recognize(tape, idle=True, assume=assume)
         except Declined as err:
+            unseen = last is None and not kept_all and _keeps_all(tape)
             if last is not None:
                 last.others = (*last.others, err.obstacle, *err.others)
-            elif not _left_idle(module, tape):
+            elif not _left_idle(module, tape) and not unseen:
                 raise
             elif unread is None:  # of experts that no token chose nothing is on the tape, not even that they are missed
                 unread = err.with_traceback(None)
+            kept_all = kept_all or (calls_made(tape) if unseen else [])
     failed = last or unread
     assert failed is not None
     try:
         raise failed
     finally:
         del last, unread, failed
+
+
+def _refuse_other_code(tape: Tape, before: list[str], unread: Declined | None) -> None:
+    """Raise ``unread``, why a call of fewer tokens was not read, where this one made other calls of PyTorch than that,
+    ``before``: a branch on the number of tokens is another computation."""
+    if before and unread is not None and calls_made(tape) != before:
+        raise unread
+
+
+def _enough_tokens(
+    tokens: int, forced: bool, last: ExpertsNotHit | None, ids: list[int], experts: int, call_spec: CallSpec,
+    likely: int,
+) -> int | None:  # fmt: skip
+    """How many tokens an attempt takes, ``tokens`` or more; None where there is nothing to steer."""
+    if last is None and not forced and not ids:
+        # chance does not reach every one of many experts: the next attempt steers
+        tokens = 8 if likely > 128 else max(tokens, 2 * likely)
+    if forced:
+        if last is None or not last.num_named:
+            return None
+        tokens = max(tokens, min(2 * last.num_named, 4096))
+    if ids and experts:
+        tokens = max(tokens, 2 * math.ceil(experts / call_spec.slots(ids[0])))
+    return tokens
 
 
 @contextlib.contextmanager
@@ -142,6 +169,12 @@ def _left_idle(module: nn.Module, tape: Tape) -> bool:
     ran = {call.module for call in tape.calls}
     lists = [m for m in module.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))]
     return any(0 < sum(child in ran for child in one.children()) < len(one) for one in lists)
+
+
+def _keeps_all(tape: Tape) -> bool:
+    """Whether a mask by which rows are picked is set for each of them, so that what it leaves out is not to be seen."""
+    masks = (n for n in tape.nodes if n.meta.get("dtype") == torch.bool and n.meta["shape"] and n.op != "get_attr")
+    return any(any(map(picks_rows, n.users)) and bool(tape.value(n).all()) for n in masks)
 
 
 def _longest_list(module: nn.Module) -> int:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from moeopt.capture.op_kinds import op_name
 from moeopt.capture.replay import ancestors, descendants, replay
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
@@ -263,8 +264,23 @@ def _read(tape: Tape, labels: Labels, target: fx.Node, axis: int) -> Combine | s
     actual = rows_of(tape.value(target), axis).double()
     slack = 64 * max(torch.finfo(base.dtype).eps, torch.finfo(target.meta["dtype"]).eps)
     if not bool(((actual - total).abs() <= slack * scale.amax(-1, keepdim=True) + 1e-30).all()):
-        return "their sum is not linear in the experts' outputs, with one weight for each token and expert"
+        return _chosen_by_results(tape, labels, target) or (
+            "their sum is not linear in the experts' outputs, with one weight for each token and expert"
+        )
     return Combine(target, axis, weights, base if bool(base.any()) else None)
+
+
+def _chosen_by_results(tape: Tape, labels: Labels, target: fx.Node) -> str:
+    """What to say where the experts' results decide which of them are chosen."""
+    behind = set(descendants(tape, [site.node for site in labels.candidate])) & ancestors([target])
+    choice = next((n for n in tape.nodes if n in behind and op_name(n) in ("topk", "argmax", "sort", "argsort")), None)
+    if choice is None:
+        return ""
+    return (
+        f"they are chosen by their own results ({op_name(choice)}), so all of them run for every token before any is "
+        "chosen, and the op would leave none out; choose by something that is known before they run, or leave the "
+        "block as it is"
+    )
 
 
 def needed(nodes: list[fx.Node], target: fx.Node) -> list[fx.Node]:

@@ -83,8 +83,9 @@ def recognize(
                 break
             except Declined as reason:
                 groups += _by_home(group, members)
-                if isinstance(reason, NoIds) and 1 < len(reason.routed) < len(members):
-                    subsets = itertools.chain([list(reason.routed)], subsets)
+                if isinstance(reason, NoIds):
+                    fewer = [some for some in reason.routed if 1 < len(some) < len(members)]
+                    subsets = itertools.chain(fewer, subsets)
                     reason.routed = ()  # an error outlives the tape
                 if len(members) > 1 or members[0].merged:
                     said = _several_times(reason, members, candidates).with_traceback(None)

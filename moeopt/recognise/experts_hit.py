@@ -44,7 +44,8 @@ def check_all_hit(tape: Tape, experts: list[ExpertRef], group: list[FFNCandidate
         for path in {r.path for r in refs}:
             missing += _idle_parts(path, tensor_at(tape.root, path), refs, experts, others)
         if missing:
-            raise _not_hit(missing, experts, group)
+            family = siblings({r.path for r in refs}, named)  # a shared expert of their shape is none of them
+            raise _not_hit(missing, sum(r.path in family for r in refs) or len(refs), group)
 
 
 def _idle_parameters(
@@ -72,14 +73,14 @@ def _idle_parts(
     return _rest_of(path, whole, experts, others)
 
 
-def _not_hit(missing: list[str], experts: list[ExpertRef], group: list[FFNCandidate]) -> ExpertsNotHit:
+def _not_hit(missing: list[str], hit: int, group: list[FFNCandidate]) -> ExpertsNotHit:
     some = listed(dict.fromkeys(missing))
     error = ExpertsNotHit(
         f"no probe token reached the expert weights {some}, so what they compute could not be checked; "
         "pass example inputs that reach every expert",
         source_of(group[0]),
     )
-    error.num_named = len(experts) + len(missing)
+    error.num_named = hit + len(missing)
     return error
 
 

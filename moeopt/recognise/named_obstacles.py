@@ -22,6 +22,7 @@ from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.recurrences import recurrence
 from moeopt.recognise.router_steers import CHOICES
 from moeopt.recognise.weights_for_rows import mixed_kernels, single_neurons
+from moeopt.value_types import FxArg
 
 _REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
 _ATTENTION = ("_scaled_dot_product", "_softmax", "softmax")
@@ -39,12 +40,41 @@ def named_obstacle(tape: Tape) -> Declined | None:
 
 def certain_obstacle(tape: Tape) -> Declined | None:
     """One that is true whatever else the block does."""
-    looks = (left_pytorch, branches, mixed_kernels, _unequal_experts, _recurrence)
+    looks = (left_pytorch, branches, mixed_kernels, _unequal_experts, _recurrence, _neighbours)
     return next((found for look in looks if (found := look(tape)) is not None), None)
 
 
 def _recurrence(tape: Tape) -> Declined | None:
     return recurrence(tape, alike_children(tape.root))
+
+
+def _neighbours(tape: Tape) -> Declined | None:
+    """A product inside of single experts that adds up rows, by a matrix that is no weight and was made before them."""
+    experts, memo = alike_children(tape.root), dict[fx.Node, bool]()
+    for call in tape.calls:
+        for node in tape.nodes[call.first : call.last] if call.module in experts else ():
+            if op_name(node) not in ("mm", "bmm", "addmm", "baddbmm") or weight_and_operand(node, memo) is not None:
+                continue
+            by, rows = (_unmoved(a) for a in node.args[-2:])
+            before = by.op == "placeholder" or by.meta["index"] < call.first
+            if before and any(n.op == "placeholder" for n in ancestors([rows])) and by is not rows:
+                return Declined(
+                    f"each of its experts adds up rows of several tokens ({op_name(node)} with a matrix that is made "
+                    "before the experts, as of neighbours in a graph), so that a token's result depends on the "
+                    "others; where that is the first thing they do, compute it once before them (h = a @ x), and let "
+                    "them read the rows of h; only functions of each token's own row are grouped",
+                    node.meta.get("source", ""),
+                )
+    return None
+
+
+def _unmoved(node: FxArg) -> fx.Node:
+    """What a matrix was before it was moved."""
+    assert isinstance(node, fx.Node)
+    moved: fx.Node = node
+    while moves_rows(moved) and moved.all_input_nodes:
+        moved = moved.all_input_nodes[0]
+    return moved
 
 
 def _unequal_experts(tape: Tape) -> Declined | None:
@@ -188,9 +218,9 @@ def branches(tape: Tape) -> Declined | None:
 
 def between_products(tape: Tape) -> Declined | None:
     """What stands between the matmuls with the experts' weights."""
-    recurrent = _recurrence(tape)
-    if recurrent is not None:
-        return recurrent
+    for look in (_recurrence, _neighbours):
+        if (found := look(tape)) is not None:
+            return found
     sites = _expert_products(tape)
     if len(sites) < 2:
         return None

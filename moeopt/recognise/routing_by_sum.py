@@ -31,10 +31,13 @@ from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.routing_types import Extraction, Routing, RoutingForm, Search, Table
 from moeopt.recognise.token_rows import Tokens
 
-NO_ONE_TENSOR = "its routing stands in no one tensor (a router for each group of experts, on the rows of that group)"
+NO_ONE_TENSOR = (
+    "its routing stands in no one tensor (a router for each group of experts on the rows of that group, or a mask for "
+    "each expert)"
+)
 ONE_TENSOR = (
-    "compute each router on all tokens and multiply the weights of the levels into one tensor (tokens, experts) before "
-    "the loop"
+    "make one tensor (tokens, experts) of all weights before the loop: each router on all tokens, the weights of "
+    "levels multiplied, zeros where a mask is not set"
 )
 
 Code = tuple[fx.Node, fx.Node, int]

@@ -120,12 +120,15 @@ def _say_more(
         err.rank = Rank.READING
 
 
-def _not_for_all(group: list[FFNCandidate], labels: Labels, weights_TC: torch.Tensor) -> tuple[FFNCandidate, ...]:
-    """The candidates of ``group`` whose weight is 0 for some token; the others, in no router's table, serve all.
-    One without rows serves none on this call."""
-    for_all = (weights_TC != 0).all(0)
+def _not_for_all(group: list[FFNCandidate], labels: Labels, weights_TC: torch.Tensor) -> tuple[list[FFNCandidate], ...]:
+    """The candidates of ``group`` whose weight is not the same for all tokens, and those whose weight is 0 for some.
+
+    The others, in no router's table, serve all: by their plain sum, or by a gate of their own. Where whole sequences
+    are routed, an expert that every one of a few chose has no 0 either. One without rows serves none on this call.
+    """
     numbers = {c: torch.cat([labels.candidate[out] for out in c.outs]) for c in group}
-    return tuple(c for c in group if not len(numbers[c]) or not bool(for_all[numbers[c]].all()))
+    for_all = (weights_TC == weights_TC[:1]).all(0) & weights_TC.bool().all(0), (weights_TC != 0).all(0)
+    return tuple([c for c in group if not len(numbers[c]) or not bool(one[numbers[c]].all())] for one in for_all)
 
 
 def _check_named(ids: torch.Tensor | None, count: int, missing: int, group: list[FFNCandidate]) -> None:

@@ -56,11 +56,11 @@ class NoIds(Declined):
     """No tensor says which experts a token has.
 
     Attributes:
-        routed: the candidates that do not serve every token, where others of their shapes do (shared experts).
+        routed: sets of candidates that may be routed, where others of their shapes serve every token (shared experts).
     """
 
     rank = Rank.READING
-    routed: tuple[FFNCandidate, ...] = ()
+    routed: tuple[list[FFNCandidate], ...] = ()
 
 
 class FixedShares(Declined):

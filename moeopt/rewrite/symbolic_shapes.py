@@ -131,7 +131,7 @@ def generalize(plans: list[KeptSteps], shapes: list[list[tuple[int, ...]]]) -> K
     _refuse_padding(plans, sizes)
     _refuse_shares(plans, sizes)
     for other in plans[1:]:
-        if [(s.kind, _name(s)) for s in other.steps] != [(s.kind, _name(s)) for s in first.steps]:
+        if step_names(other) != step_names(first):
             raise Declined(
                 "what its forward computes outside the experts changes with the data or with the number of tokens "
                 f"({_difference(first, other)})",
@@ -145,7 +145,8 @@ def generalize(plans: list[KeptSteps], shapes: list[list[tuple[int, ...]]]) -> K
             if not all(torch.equal(v.target, step.target) for v in versions):
                 raise Declined(
                     "a tensor that its forward makes outside PyTorch (from a list, NumPy or .data) changes with the "
-                    "input; compute it with torch operations",
+                    "input; compute it with torch operations, and of tables that are looked up by a size (in a dict, a "
+                    "cache) hold one as a buffer, and take its first rows",
                     where,
                 )
             steps.append(dataclasses.replace(step))
@@ -185,6 +186,11 @@ def _shape(versions: list[tuple[int, ...] | None], sizes: InputSizes) -> tuple[i
         return None
     each = zip(*versions, strict=True)
     return tuple(v[0] if len(set(v)) == 1 else sizes.express(v) for v in each)
+
+
+def step_names(plan: KeptSteps) -> list[tuple[str, str]]:
+    """What each step of a plan is and calls; sizes and numbers are no part of it."""
+    return [(s.kind, _name(s)) for s in plan.steps]
 
 
 def _name(step: KeptStep) -> str:

@@ -12,8 +12,8 @@ choices is an ``OracleError``. Values parked in the model's own low-precision bu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.capture.isolated_run import WatchWrites
 from moeopt.ops.override import default_impl
+from moeopt.patches import recurrent_inputs_of_any_dtype
 from moeopt.value_types import PyObject
 from moeopt.verification.float64_rules import (
     FLOAT64_RULES,
@@ -244,8 +245,10 @@ class _Oracle(Pinned):
         except Exception as err:
             raise OracleError(f"the float64 oracle cannot run {func}: {_short(err)}") from err
 
-    def around(self) -> AbstractContextManager[Any]:
-        return UpcastArguments(self._epsilons)
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        with UpcastArguments(self._epsilons), recurrent_inputs_of_any_dtype():
+            yield
 
     def widened(self, outputs: PyObject) -> PyObject:
         return pytree.tree_map_only(Tensor, widen, outputs)

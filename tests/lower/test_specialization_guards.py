@@ -75,15 +75,25 @@ def summed(x):
     return total
 
 
+@pytest.mark.parametrize("layer", [torch.nn.GRU, torch.nn.LSTM, torch.nn.RNN])
+def test_a_recurrent_layer_of_torch_counts_too(layer):
+    """Its steps are counted in C++, where no line of Python asks; the features are no news."""
+    function = layer(4, 4, batch_first=True)
+    (note,) = counted_sizes(export_program(Apply(lambda x: function(x)[0]), (torch.randn(2, 3, 4),), {}))
+    assert note.startswith("the engine holds for calls where x.shape[1] == 3, as in") and "a recurrent layer" in note
+    assert "test_specialization_guards.py" in note
+
+
 @pytest.mark.parametrize(
     ("function", "want"),
     [
         (summed, ["x.shape[1] == 4"]),
+        (lambda x: sum(row.relu() for row in x), ["x.shape[0] == 3"]),
         (lambda x: torch.stack([x[row].relu() for row in range(len(x))]), ["x.shape[0] == 3"]),
         (lambda x: x.reshape(x.shape[1], x.shape[0]) * x.shape[0], []),
         (lambda x: x @ torch.ones(4, 2), []),  # that its rows are as wide as a weight is no news
     ],
-    ids=["places", "rows", "computed with", "a weight's"],
+    ids=["places", "rows iterated over", "rows", "computed with", "a weight's"],
 )
 def test_a_size_that_python_counts_to_is_told(function, want):
     program = export_program(Apply(function), (torch.randn(3, 4),), {})

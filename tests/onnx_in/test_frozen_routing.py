@@ -94,3 +94,39 @@ def test_as_many_centroids_as_experts_are_no_missing_ones(tmp_path):
     (block,) = found.report.blocks
     assert (block.status, block.experts, block.reason) == ("rewritten", 4, "")
     torch.testing.assert_close(found(x), run(path, x=x)[0], rtol=1e-4, atol=1e-5)
+
+
+class OtherColumns(torch.nn.Module):
+    """Scores that are made of more columns than there are experts."""
+
+    def __init__(self, by):
+        super().__init__()
+        nn = torch.nn
+        self.by, self.qkv = by, nn.Linear(H, 12)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(H, 12), nn.GELU(), nn.Linear(12, H)) for _ in range(4))
+
+    def scores(self, x, results):
+        if self.by == "the experts' results":
+            return results.norm(dim=-1)
+        query, key, value = self.qkv(x).view(-1, 3, 4).unbind(1)
+        return ((query[..., None] * key[:, None]).softmax(-1) @ value[..., None])[..., 0]
+
+    def forward(self, x):
+        results = torch.stack([expert(x) for expert in self.experts], 1)
+        weights, ids = self.scores(x, results).softmax(-1).topk(2, -1)
+        return (results.gather(1, ids[..., None].expand(-1, -1, H)) * weights[..., None]).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("by", "status"), [("attention among the experts", "rewritten"), ("the experts' results", "declined")]
+)
+def test_columns_that_are_no_scores_miss_no_expert(by, status, tmp_path):
+    """An attention makes four scores of twelve columns; a norm makes one of a result of sixteen."""
+    torch.manual_seed(0)
+    path = str(tmp_path / "home.onnx")
+    torch.onnx.export(
+        OtherColumns(by).eval(), (torch.randn(7, H),), path, dynamo=False, input_names=["x"],
+        dynamic_axes={"x": {0: "n"}}, opset_version=18,
+    )  # fmt: skip
+    (block,) = moeopt.optimize(path, verify="fast").report.blocks
+    assert (block.status, block.experts) == (status, 4) and "the file is broken" not in block.reason

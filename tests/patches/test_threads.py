@@ -24,7 +24,7 @@ def state():
         "call": vars(nn.Module)["__call__"],
         "to": vars(nn.Module)["to"],
         "bool_": vars(SymNode)["bool_"],
-        "int_": vars(SymNode)["int_"],
+        "guard_int": vars(SymNode)["guard_int"],
         "fake": vars(FakeTensorMode)["__init__"],
         "stdout": sys.stdout,
         "filters": list(warnings.filters),

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import moeopt
+from tests.zoo.few_rows import Skipping
 
 E, H, INNER = 8, 6, 5
 
@@ -42,3 +43,22 @@ def test_ids_beyond_those_of_the_example_reach_their_experts(packed, largest):
     assert (block.status, block.experts) == ("rewritten", E), block.reason
     ids = torch.rand(12, E).argsort(-1)[:, :2]
     torch.testing.assert_close(optimised(x, ids, weights), model(x, ids, weights), rtol=1e-5, atol=1e-5)
+
+
+class LongOnes(Skipping):
+    """Calls of many tokens, in which a mask shows what it leaves out, compute something else."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y.relu() if len(x) > 100 else y
+
+
+@pytest.mark.parametrize(("model", "status"), [(Skipping, "rewritten"), (LongOnes, "declined")])
+def test_calls_of_more_tokens_speak_for_those_of_fewer_where_both_compute_the_same(model, status):
+    torch.manual_seed(0)
+    made = model().eval()
+    x = torch.randn(6, made.gate.in_features)
+    optimised = moeopt.optimize(made, x, verify="off")
+    (block,) = optimised.report.blocks
+    assert block.status == status
+    torch.testing.assert_close(optimised(x), made(x), rtol=1e-5, atol=1e-6)

@@ -49,6 +49,51 @@ def weights_of_a_timestep():
     return ByTimestep()
 
 
+class BesideAShared(Weighed):
+    """Two experts for each sample by its embedded timestep, and one of their shape that serves all (Switch-DiT)."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.gate = ffn(), nn.Linear(D, N, bias=False)
+
+    def forward(self, x, step):
+        scores = self.gate(step).softmax(-1)
+        best, ids = scores.topk(2)
+        weights = torch.zeros_like(scores).scatter(-1, ids, best / best.sum(-1, keepdim=True))
+        y = self.shared(x)
+        for number, expert in enumerate(self.experts):
+            y = y + weights[:, number, None, None] * expert(x)
+        return y
+
+
+@case(beside(lambda b, g: torch.randn(b, D, generator=g)), experts=N)
+def weights_of_a_timestep_beside_a_shared_expert():
+    return BesideAShared()
+
+
+class ChosenBesideAShared(BesideAShared):
+    """The same with the experts that a sample chose alone; a call of few samples leaves most of them idle."""
+
+    def forward(self, x, step):
+        best, ids = self.gate(step).softmax(-1).topk(2)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            sample, slot = torch.where(ids == number)
+            if len(sample):
+                y[sample] += best[sample, slot, None, None] * expert(x[sample])
+        return y + self.shared(x)
+
+
+def samples(i):
+    draw, (batch, length) = torch.Generator().manual_seed(i), [(3, 5), (1, 4), (4, 4), (2, 9), (5, 2)][i % 5]
+    return (torch.randn(batch, length, D, generator=draw), torch.randn(batch, D, generator=draw)), {}
+
+
+@case(samples, experts=N)
+def samples_that_choose_beside_a_shared_expert():
+    return ChosenBesideAShared()
+
+
 class BySpeaker(Weighed):
     """Layers of an acoustic model, interpolated by an embedding of the speaker."""
 

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
+from moeopt.backends.onnxrt.expert_ids import ids_of_engine
 from moeopt.backends.onnxrt.onnx_file.original import InnerValues, ShakenOriginal, session_on
 from moeopt.errors import MoeoptError, NotEquivalentError
 from moeopt.onnx_in.feeds import GraphFeeds
@@ -46,10 +48,17 @@ def compare_files(
             if first is None:
                 raise
             continue  # the file itself does not take this size
+        sizes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in feeds.items())
         noisy = [tuple(shaken.run(feeds, seed + draw, shapes)) for draw in range(DRAWS)]
-        verdict = compare_outputs(tuple(want), _tuple(engine(**feeds)), noisy)
+        try:
+            got = _tuple(engine(**feeds))
+        except MoeoptError as err:
+            raise NotEquivalentError(
+                f"{file.name}: the new graph refuses a call that the file takes, and was not kept: {err} (with "
+                f"{sizes}); use the file as it is, or give inputs of several rows in each of their sizes"
+            ) from None
+        verdict = compare_outputs(tuple(want), got, noisy)
         if not verdict.passed:
-            sizes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in feeds.items())
             raise NotEquivalentError(
                 f"{file.name}: the new graph is not equivalent and was not kept: {verdict.reason} (with {sizes}); use "
                 "the file as it is, or report this with the file"
@@ -121,3 +130,21 @@ def _tuple(value: PyObject) -> tuple[Tensor, ...]:
 def eps_of(value: Tensor) -> float:
     """One rounding error of a value's dtype."""
     return float(torch.finfo(value.dtype).eps)
+
+
+def count_ids(
+    engine: OnnxEngine, built: BuiltGraph, own: Mapping[str, Tensor], feeds: GraphFeeds
+) -> tuple[int, int, str]:
+    """How many expert ids the new file chooses on ``feeds``, how many are not the given file's, and the first."""
+    total, differ, first = 0, 0, ""
+    records = [record for record in built.sites if record["name"] in own]
+    for name, ids_TK in ids_of_engine(engine, engine.graph, records, ((), feeds)).items():
+        own_TK = own[name]
+        if own_TK.shape != ids_TK.shape:
+            continue
+        one, two = own_TK.sort(-1).values, ids_TK.sort(-1).values
+        rows = (one != two).any(-1).nonzero().flatten().tolist()
+        total, differ = total + own_TK.numel(), differ + int((one != two).sum())
+        if rows and not first:
+            first = f"{name}, token {rows[0]}: {ids_TK[rows[0]].tolist()} instead of {own_TK[rows[0]].tolist()}"
+    return total, differ, first

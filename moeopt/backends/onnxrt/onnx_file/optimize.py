@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moeopt.backends.base import Made
-from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.bundle_files import ONNX_FILE
-from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
-from moeopt.backends.onnxrt.expert_ids import ids_of_engine, ids_of_model
+from moeopt.backends.onnxrt.engine import GraphEngine
+from moeopt.backends.onnxrt.expert_ids import ids_of_model
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
 from moeopt.backends.onnxrt.onnx_file.beside_regions import blocks_beside_regions
-from moeopt.backends.onnxrt.onnx_file.compare_files import against_file, compare_files, written_out
+from moeopt.backends.onnxrt.onnx_file.compare_files import (
+    against_file,
+    compare_files,
+    count_ids,
+    written_out,
+)
 from moeopt.backends.onnxrt.onnx_file.file_reports import decline, in_order
 from moeopt.backends.onnxrt.onnx_file.kept_codes import keep_codes, with_codes
 from moeopt.backends.onnxrt.onnx_file.original import session_on
-from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_parts
+from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_parts, widest_run
 from moeopt.backends.onnxrt.onnx_file.write import untouched, write_stitched
 from moeopt.backends.onnxrt.open_engine import opened_file
 from moeopt.backends.onnxrt.plan import OrtPlan
@@ -123,8 +127,7 @@ def example_feeds(file: OnnxFile, inputs: PyObject, seed: int) -> list[GraphFeed
         stops = _runs(session, given)
         if stops is not None:
             raise UsageError(f"{file.name}: {stops}{_may_be_broken(file)}")
-        other = resized(given, dims)
-        return [given, other] if other is not None and _runs(session, other) is None else [given]
+        return [given, *_in_another_size(session, given, dims)]
     found: list[GraphFeeds] = []
     said = ""
     for feeds in made_up_feeds(file, seed):
@@ -135,13 +138,26 @@ def example_feeds(file: OnnxFile, inputs: PyObject, seed: int) -> list[GraphFeed
             found.append(feeds)
         if len(found) == 2 or (found and all(isinstance(d, int) for shape in dims.values() for d in shape)):
             return found
-    if not found:
-        takes = ", ".join(f"{name} {dims[name]}" for name in dims)
-        raise UsageError(
-            f"{file.name} does not run on inputs that were made up for it: {said}; give example inputs: "
-            f"moeopt.optimize(path, {{...}}) with {takes}{_may_be_broken(file)}"
-        )
-    return found
+    if found:
+        return [*found, *_in_another_size(session, found[0], dims)]
+    takes = ", ".join(f"{name} {dims[name]}" for name in dims)
+    raise UsageError(
+        f"{file.name} does not run on inputs that were made up for it: {said}; give example inputs: "
+        f"moeopt.optimize(path, {{...}}) with {takes}{_may_be_broken(file)}"
+    )
+
+
+def _in_another_size(session: PyObject, feeds: GraphFeeds, dims: Mapping[str, list[PyObject]]) -> Iterator[GraphFeeds]:
+    """One call at most: with all of its free sizes larger, or with one of them where the file does not take that."""
+    symbols = dict.fromkeys(d for shape in dims.values() for d in shape if isinstance(d, str))
+    frees: list[set[str | None]] = [{*symbols, None}]
+    frees += [{symbol} for symbol in symbols]
+    for free in frees:
+        only = {name: [d if d in free else 0 for d in shape] for name, shape in dims.items()}
+        other = resized(feeds, only)
+        if other is not None and _runs(session, other) is None:
+            yield other
+            return
 
 
 def verify_file(
@@ -190,7 +206,8 @@ def _rewritten(
     slots = list(dict.fromkeys(name for part in parts.parts for name in part.entries))
     place = {name: number for number, name in enumerate(slots)}
     regions = GraphRegions([(p.name, p.module, [place[n] for n in p.entries]) for p in parts.parts]).eval()
-    values = {name: value for part in parts.parts for name, value in part.runs[0].items()}
+    chosen = widest_run(parts.parts)
+    values = {name: value for part in parts.parts for name, value in part.runs[chosen].items()}
     call: ArgsKwargs = (tuple(values[name] for name in slots), {})
     seen: list[tuple[GraphRegions, PipelineResult]] = []
     of_codes = with_codes(options, parts.parts)
@@ -228,7 +245,7 @@ def _rewritten(
         options.say("comparing the new file with the one that was given")
         end = compare_files(file, engine, calls, _scales(kept), options.seed)
         own = ids_of_model(twin, call)
-        end.ids, end.ids_differ, first = _count_ids(engine, built, own, calls[0])
+        end.ids, end.ids_differ, first = count_ids(engine, built, own, calls[chosen])
         if first:
             end.notes.append(f"the result stays within its budget although some experts differ; the first is {first}")
         certificate = dataclasses.replace(certificate, end_to_end=end, device=engine.described)
@@ -240,24 +257,6 @@ def _scales(parts: Sequence[FilePart]) -> dict[str, float]:
     from moeopt.backends.onnxrt.onnx_file.compare_files import eps_of
 
     return {p.region.exit.name: max(p.distance, eps_of(p.runs[0][p.region.exit.name])) for p in parts}
-
-
-def _count_ids(
-    engine: OnnxEngine, built: BuiltGraph, own: Mapping[str, Tensor], feeds: GraphFeeds
-) -> tuple[int, int, str]:
-    """How many expert ids the new file chooses on ``feeds``, how many are not the given file's, and the first."""
-    total, differ, first = 0, 0, ""
-    records = [record for record in built.sites if record["name"] in own]
-    for name, ids_TK in ids_of_engine(engine, engine.graph, records, ((), feeds)).items():
-        own_TK = own[name]
-        if own_TK.shape != ids_TK.shape:
-            continue
-        one, two = own_TK.sort(-1).values, ids_TK.sort(-1).values
-        rows = (one != two).any(-1).nonzero().flatten().tolist()
-        total, differ = total + own_TK.numel(), differ + int((one != two).sum())
-        if rows and not first:
-            first = f"{name}, token {rows[0]}: {ids_TK[rows[0]].tolist()} instead of {own_TK[rows[0]].tolist()}"
-    return total, differ, first
 
 
 def _left_alone(file: OnnxFile, parts: FileParts, others: bool, options: Options) -> Made:

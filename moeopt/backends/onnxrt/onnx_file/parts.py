@@ -64,6 +64,15 @@ class FileParts:
     declined: dict[str, tuple[CandidateRegion, str]] = field(default_factory=dict)
 
 
+def widest_run(parts: Sequence[FilePart]) -> int:
+    """Which of the example calls gives the parts the fewest sizes of 1: code may take one row for another case."""
+
+    def ones(number: int) -> int:
+        return sum(list(p.runs[number][name].shape).count(1) for p in parts for name in p.entries)
+
+    return min(range(len(parts[0].runs)), key=ones)
+
+
 def file_parts(
     file: OnnxFile, candidates: Sequence[CandidateRegion], calls: Sequence[GraphFeeds], say: Callable[[str], None]
 ) -> FileParts:

@@ -1,0 +1,67 @@
+"""What the probe calls of one block become as steps, and whether they were read alike.
+
+A reading takes values for what they are, and in one call of few rows two things may be one by accident: where no row
+was left out, the rows that were kept are all rows, and the sum of the experts is the end of the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import nn
+
+from moeopt.capture.same_graph import same_computation
+from moeopt.capture.tape import Tape, record
+from moeopt.capture.tree import ArgsKwargs
+from moeopt.errors import Declined
+from moeopt.obstacles import Rank
+from moeopt.pipeline.call_guards import tensors_of
+from moeopt.pipeline.coverage import Reader
+from moeopt.recognise.recognition import Recognition
+from moeopt.rewrite.id_range import IdRange
+from moeopt.rewrite.keep import kept_steps
+from moeopt.rewrite.kept_steps import KeptSteps
+from moeopt.rewrite.replace_experts import experts_rewrite
+from moeopt.rewrite.symbolic_shapes import generalize, step_names
+from moeopt.verification.state import in_mode
+
+
+def read_alike(plans: Sequence[KeptSteps]) -> bool:
+    """Whether all calls of a block became the same steps, sizes and numbers left out."""
+    return all(step_names(plan) == step_names(plans[0]) for plan in plans[1:])
+
+
+def plan_of(
+    tape: Tape, recognitions: list[Recognition], ranges: list[IdRange], scratch: Collection[tuple[str, str]]
+) -> KeptSteps:
+    return kept_steps(tape, [experts_rewrite(f, i, ranges[i]) for i, f in enumerate(recognitions)], scratch)
+
+
+def refuse_other_experts(first: list[Recognition], other: list[Recognition]) -> None:
+    if len(first) != len(other) or any(
+        a.experts != b.experts or a.spec != b.spec for a, b in zip(first, other, strict=False)
+    ):
+        raise Declined(
+            "two probes with different tokens read its experts differently; its dispatch depends on the data",
+            rank=Rank.READING,
+        )
+
+
+def same_in_other_mode(
+    module: nn.Module, call: ArgsKwargs, here: Tape, plan: KeptSteps, recognitions: list[Recognition], reader: Reader,
+    ranges: list[IdRange], scratch: Collection[tuple[str, str]],
+) -> bool:  # fmt: skip
+    """Whether training and evaluation mode compute the same, judged by a trace in the other mode."""
+    try:
+        with in_mode(module, not module.training):
+            light = record(module, *call, keep_values=False)
+            if light.random_nodes():
+                return False
+            if same_computation(here, light):
+                return True
+            tape = record(module, *call)
+            other = plan_of(tape, reader.again(tape, recognitions), ranges, scratch)
+            generalize([plan, other], [[tuple(t.shape) for t in tensors_of(call)]] * 2)
+            return True
+    except Declined:
+        return False
