@@ -36,6 +36,7 @@ class Ran:
         open: whether attributes are read whose names are computed.
         numbers: the whole numbers in it.
         sequences: of such numbers, two or more after each other.
+        reads: (name of what is asked, attribute), see :class:`moeopt.rewrite.code.CodeNames`.
     """
 
     names: frozenset[str] = frozenset()
@@ -45,6 +46,7 @@ class Ran:
     open: bool = False
     numbers: frozenset[int] = frozenset()
     sequences: frozenset[tuple[int, ...]] = frozenset()
+    reads: frozenset[tuple[str, str]] = frozenset()
 
 
 class Observed:
@@ -89,6 +91,7 @@ def _ran(codes: dict[types.CodeType, dict[str, Any]]) -> Ran:
     numbers: set[int] = set()
     sequences: set[tuple[int, ...]] = set()
     reads: dict[str, dict[str, None]] = {}
+    attributes: set[tuple[str, str]] = set()
     imports: dict[tuple[str, int, str], None] = {}
     open_ = False
     for code, table in codes.items():
@@ -97,6 +100,7 @@ def _ran(codes: dict[types.CodeType, dict[str, Any]]) -> Ran:
             continue
         found = words(code)
         names |= found.names
+        attributes |= found.reads
         open_ = open_ or found.open
         if not foreign(module):
             numbers |= found.numbers
@@ -111,6 +115,7 @@ def _ran(codes: dict[types.CodeType, dict[str, Any]]) -> Ran:
         open_,
         frozenset(numbers),
         frozenset(sequences),
+        frozenset(attributes),
     )
 
 

@@ -10,6 +10,7 @@ import decimal
 import gc
 import logging
 import os
+import re
 import sys
 import threading
 import types
@@ -45,7 +46,10 @@ guard's."""
 _ASKED_OF_DEVICES = ("get_autocast_dtype", "is_autocast_enabled")
 _DEVICES = ("cuda", "hpu", "mps", "mtia", "xpu")
 _OF_PYTHON = ("argv", "flags")
-_LEVELS = frozenset(("isEnabledFor", "getEffectiveLevel", "level", "disabled"))
+_LEVELS = frozenset(("isEnabledFor", "getEffectiveLevel"))
+_LEVEL_OF = ("level", "disabled")
+"""Attributes that other objects have too."""
+_WORD = re.compile(r"\w+")
 _DECIMALS = frozenset(("Decimal", "getcontext"))
 _BACKENDS = "torch.backends"
 _UNSET = object()
@@ -127,7 +131,8 @@ def _ask(walk: Walk, place: str, ask: Callable[..., PyObject] | None, *of: str) 
 def _logger(walk: Walk, place: str, logger: logging.Logger) -> None:
     """What a logger lets through, where the code asks for that."""
     walk.note(place, "logger", logger.name)
-    if walk.names & _LEVELS:
+    holders = ("", *_WORD.findall(place))
+    if walk.names & _LEVELS or any((holder, asked) in walk.ran.reads for holder in holders for asked in _LEVEL_OF):
         lets = logger.getEffectiveLevel(), logger.manager.disable, logger.disabled
         asked = logger.getEffectiveLevel, logger.manager, logger
         walk.probe.add("({0}(), {1}.disable, {2}.disabled) == {3}", *asked, lets)
