@@ -34,13 +34,21 @@ def report_of(
 
 
 def _left_out(outcome: PipelineResult, kept: set[str], model: str) -> list[str]:
-    """A note for each number outside the model that code of rewritten blocks counts in."""
+    """Notes for what code of rewritten blocks does outside of the model: the numbers that it counts in, what it asks."""
     counting: dict[str, list[str]] = {}
+    asking: dict[tuple[str, ...], list[str]] = {}
     for path, rewrite in outcome.rewrites.items():
         reads = rewrite.program.reads
         for place in reads.effects if reads is not None and (path or model) in kept else ():
             counting.setdefault(place, []).append(path or model)
-    return [
+        if reads is not None and reads.ran.outside and (path or model) in kept:
+            asking.setdefault(reads.ran.outside, []).append(path or model)
+    told = [
+        f"the code of {listed(names)} asks {listed(places)}, and nobody watches that: what the answers decided when it "
+        "was verified stays decided; optimise again where that changes"
+        for places, names in asking.items()
+    ]
+    return told + [
         f"the code of {listed(names)} changes {place} at each call, and the rewritten code does not: read such a count "
         "elsewhere, or hook the block"
         for place, names in counting.items()

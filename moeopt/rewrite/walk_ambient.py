@@ -65,9 +65,7 @@ def read_ambient(walk: Walk, place: str, value: ContextVar[PyObject] | logging.L
 
 def read_library(walk: Walk, module: types.ModuleType) -> None:
     """The state of a module of Python's or PyTorch's that the code holds."""
-    if module is os:
-        _variables(walk)
-    elif module.__name__ == _BACKENDS:
+    if module.__name__ == _BACKENDS:
         _backends(walk)
     elif module.__name__.startswith(_BACKENDS):
         _backend(walk, module.__name__, module)
@@ -100,6 +98,8 @@ def read_modes(walk: Walk) -> None:
     if walk.names & _DECIMALS:
         walk.probe.add("({0}().prec, {0}().rounding) == {1}", decimal.getcontext, _decimals())
         walk.note("decimal.getcontext()", "context", "{} digits, {}".format(*_decimals()))
+    if walk.ran.variables:
+        _variables(walk)
     if "getLogger" in walk.names:
         named = (logging.root.manager.loggerDict.get(name) for name in (*walk.names, *dict(walk.ran.globals)))
         for logger in (logging.root, *named):
@@ -162,10 +162,9 @@ def _backend(walk: Walk, place: str, holder: PyObject, depth: int = 2) -> None:
 
 
 def _variables(walk: Walk) -> None:
-    """The variables of the process that the code names, and that no other was added."""
-    table, keys = variables(walk.names)
-    if table:
-        walk.probe.keys(table)
+    """The variables of the process that the code looks up, and that no other was added."""
+    table, keys = variables(walk.ran.variables)
+    walk.probe.keys(table)
     for name, key in keys.items():
         walk.link(walk.probe, table, key, table[key], f"the variable {name}")
 
