@@ -95,9 +95,10 @@ EVERY_VARIABLE = ""
 
 
 def variables(names: Collection[str]) -> tuple[dict[Any, Any], dict[str, Any]]:
-    """The process's table of variables, and the keys of those of ``names`` that are in it; ``EVERY_VARIABLE`` stands for all."""
+    """The process's table of variables, and the keys of those of ``names`` in it; ``EVERY_VARIABLE`` stands for all."""
     table: dict[Any, Any] = getattr(os.environ, "_data", {})  # encoded; os.environ decodes at each access
-    keys = {name: os.environ.encodekey(name) for name in sorted(os.environ if EVERY_VARIABLE in names else names)}
+    wanted = sorted(os.environ if EVERY_VARIABLE in names else names)
+    keys = {name: os.environ.encodekey(name) for name in wanted}
     return table, {name: key for name, key in keys.items() if key in table}
 
 

@@ -34,7 +34,7 @@ def report_of(
 
 
 def _left_out(outcome: PipelineResult, kept: set[str], model: str) -> list[str]:
-    """Notes for what code of rewritten blocks does outside of the model: the numbers that it counts in, what it asks."""
+    """Notes for what code of rewritten blocks does outside of the model: numbers that it counts in, what it asks."""
     counting: dict[str, list[str]] = {}
     asking: dict[tuple[str, ...], list[str]] = {}
     for path, rewrite in outcome.rewrites.items():

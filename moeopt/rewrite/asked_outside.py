@@ -1,10 +1,10 @@
 """What a forward asks of the world outside of its process: variables, clocks, files and random numbers of Python's own.
 
-Variables are compared at each call, those whose names are computed too, since the lookups themselves are seen. The rest
-has no value that could be compared: a clock differs at each call, and to look at a file is as dear as a call. It is
-told in the report, where the code that asks is the user's or a helper of Python's that exists for nothing else:
+Variables are compared at each call, those whose names are computed too, since the lookups themselves are seen. The
+rest has no value that could be compared: a clock differs at each call, a file is as dear to look at as a call is. It
+is told in the report, where the code that asks is the user's or a helper of Python's that exists for nothing else:
 
-    if time.time() < self.deadline: ...         scale = json.load(open(path))["scale"]         random.random() < self.drop
+    if time.time() < self.deadline: ...    scale = json.load(open(path))["scale"]    random.random() < self.drop
 """
 
 from __future__ import annotations
@@ -77,9 +77,8 @@ class AskedOutside:
 def _name(function: PyObject) -> str:
     owner = function.__self__
     if isinstance(owner, types.ModuleType):
-        return {"_io": "", "io": "", "posix": "os.", "nt": "os."}.get(
-            owner.__name__, f"{owner.__name__}."
-        ) + function.__name__
+        module = {"_io": "", "io": "", "posix": "os.", "nt": "os."}.get(owner.__name__, f"{owner.__name__}.")
+        return f"{module}{function.__name__}"
     return f"{(owner if isinstance(owner, type) else type(owner)).__name__}.{function.__name__}"
 
 

@@ -105,8 +105,8 @@ def test_variables_of_computed_names_are_watched_and_files_are_told(monkeypatch)
     (note,) = (note for note in fast.report.notes if "asks" in note)
     line = Asks.forward.__code__.co_firstlineno + 3
     assert note == (
-        f"the code of Asks asks os.stat ({HERE.name}:{line}), and nobody watches that: what the answers decided when it "
-        "was verified stays decided; optimise again where that changes"
+        f"the code of Asks asks os.stat ({HERE.name}:{line}), and nobody watches that: what the answers decided when "
+        "it was verified stays decided; optimise again where that changes"
     )
     for name in ("READER_SCALE", "READER_OTHER_1"):
         with monkeypatch.context() as patch, pytest.warns(StaleModelWarning, match=f"the variable {name}, which"):
