@@ -119,3 +119,22 @@ def test_variables_of_computed_names_are_watched_and_files_are_told(monkeypatch)
 
 def test_a_block_that_asks_nothing_has_no_note():
     assert not [note for note in optimized(build()).report.notes if "asks" in note]
+
+
+class OtherwiseCompiled(Block):
+    def forward(self, x):
+        y = super().forward(x)
+        return y * 2 if torch.compiler.is_compiling() else y
+
+
+def test_a_block_that_asks_whether_it_is_compiled_computes_what_was_verified_and_that_is_told():
+    model = build(OtherwiseCompiled)
+    fast = optimized(model)
+    (note,) = (note for note in fast.report.notes if "asks" in note)
+    assert note == (
+        "the code of OtherwiseCompiled asks is_compiling: compiled and exported, the rewritten code computes what was "
+        "verified, which is what it computes when it is neither"
+    )
+    with torch.no_grad():
+        close(torch.compile(fast.model, backend="eager")(X), model(X))
+        close(torch.export.export(fast.model, (X,)).module()(X), model(X))
