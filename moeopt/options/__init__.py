@@ -22,6 +22,9 @@ Choices of the whole process, which are no fields, for a call of the op has no `
 """
 
 from moeopt.options.checks import check_device as check_device
+from moeopt.options.environment import ALL_VARIABLES as ALL_VARIABLES
+from moeopt.options.environment import EVERY_VARIABLE as EVERY_VARIABLE
+from moeopt.options.environment import ONE_VARIABLE as ONE_VARIABLE
 from moeopt.options.environment import cache_directory as cache_directory
 from moeopt.options.environment import check_variables as check_variables
 from moeopt.options.environment import compiler_wanted as compiler_wanted

@@ -86,15 +86,19 @@ def cpu_limits() -> dict[str, str]:
     return inherited("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
-def variables(names: Collection[str]) -> tuple[dict[Any, Any], dict[str, Any]]:
-    """For code that uses ``names``: the process's table of variables, and the keys of those that it may read.
+ONE_VARIABLE = type(os.environ).__getitem__.__code__
+"""What runs where one variable is looked up, whose name is its ``key``: ``os.getenv(name)``, ``name in os.environ``."""
+ALL_VARIABLES = type(os.environ).__iter__.__code__
+"""What runs where code goes through all of them."""
+EVERY_VARIABLE = ""
+"""Among names of variables: all that there are. None has this name."""
 
-    Both are empty where it reads none.
-    """
-    if not {"environ", "getenv"}.intersection(names):
-        return {}, {}
+
+def variables(names: Collection[str]) -> tuple[dict[Any, Any], dict[str, Any]]:
+    """The process's table of variables, and the keys of those of ``names`` in it; ``EVERY_VARIABLE`` stands for all."""
     table: dict[Any, Any] = getattr(os.environ, "_data", {})  # encoded; os.environ decodes at each access
-    keys = {name: os.environ.encodekey(name) for name in sorted(names)}
+    wanted = sorted(os.environ if EVERY_VARIABLE in names else names)
+    keys = {name: os.environ.encodekey(name) for name in wanted}
     return table, {name: key for name, key in keys.items() if key in table}
 
 

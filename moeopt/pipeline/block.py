@@ -272,7 +272,7 @@ def _verify(
             statistics_kept(module),
             dequantized(module, [bank for bank, _ in rewritten.banks]),  # the quantised model's own code is the judge
         ):
-            check = verify_block(name, original, rewritten, cases, level=options.verify)
+            check = verify_block(name, original, rewritten, cases, options.verify, features=found[-1].features)
             refused = rewritten.fallbacks
             if check.passed:  # an engine refuses empty calls
                 sizes.bound(original, rewritten, empty=runtime is None)

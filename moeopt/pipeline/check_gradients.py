@@ -78,9 +78,10 @@ def _differ(
     """As ``gradients_differ``, in every mode in which the rewritten code runs; ``STOPPED`` if that holds in each."""
     both = forward.program.guard.training is None
     reasons = []
+    kept = [module.get_submodule(path) for path in forward.program.block.kept_modules]
     for mode in (module.training, not module.training) if both else (module.training,):
         with in_mode(module, mode):
-            reasons.append(gradients_differ(module, original, forward, args, kwargs))
+            reasons.append(gradients_differ(module, original, forward, args, kwargs, kept))
     if all(r == STOPPED for r in reasons):
         return STOPPED
     return next((r if r != STOPPED else "in one of its modes " + r for r in reasons if r), "")

@@ -75,7 +75,9 @@ def check_few_tokens(
         own_order = _in_order(capture, program, pair, calls, ids)
         for own, new, cases in (alike, (*own_order[:2], itertools.islice(own_order[2], count))):
             for case in unlike(own, new, cases):
-                check = verify_block(capture.name, own, new, [case], level=options.verify)
+                check = verify_block(
+                    capture.name, own, new, [case], level=options.verify, features=capture.found[-1].features
+                )
                 if any(result.status == "failed" for result in check.cases):
                     check.reason = f"{check.reason}; {_LEFT_OUT}"
                     return check

@@ -32,6 +32,7 @@ from moeopt.pipeline.dense_forms import buffers_kept, sized_calls
 from moeopt.rewrite.code import fingerprint
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.rewrite.own_code import OwnCode, own_code_of
+from moeopt.verification.gradients import hooks_of
 from moeopt.verification.state import RestoreState, in_mode
 
 NEAR = {1: range(1, 2), 8: range(2, 17), 64: range(17, 129), 512: range(129, 513)}
@@ -89,7 +90,7 @@ def _happens(forward: RewrittenForward, mode: str) -> bool:
     """Whether there are such calls, that cost something else than those without gradients.
 
     Those that the original answers are none. Of a frozen block no call is recorded, but for its tokens' gradient. A
-    block whose Parameters have hooks is not timed in training: each backward pass would run them.
+    block with hooks on gradients, of its Parameters or modules, is not timed in training: each backward pass runs them.
     """
     guard, parameters = forward.program.guard, list(forward.module.parameters())
     if mode == PLAIN:
@@ -97,7 +98,8 @@ def _happens(forward: RewrittenForward, mode: str) -> bool:
     if guard.gradients or guard.no_grad:
         return False
     if mode == TRAINED:
-        return guard.training is not False and not any(p._backward_hooks for p in parameters)
+        tables = [p._backward_hooks for p in parameters] + [t for m in forward.module.modules() for t in hooks_of(m)]
+        return guard.training is not False and not any(tables)
     return any(p.requires_grad for p in parameters)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from moeopt.listed import listed
@@ -9,6 +11,7 @@ from moeopt.options import Options
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.diagram import block_diagram
 from moeopt.report import BlockReport, Report
+from moeopt.rewrite.reads import Reads
 from moeopt.verification.certificate import Certificate
 
 
@@ -33,18 +36,38 @@ def report_of(
     )  # fmt: skip
 
 
+_COMPILED = frozenset((
+    "is_compiling", "is_dynamo_compiling", "is_torchdynamo_compiling", "is_exporting", "is_in_onnx_export",
+))  # fmt: skip
+
+
 def _left_out(outcome: PipelineResult, kept: set[str], model: str) -> list[str]:
-    """A note for each number outside the model that code of rewritten blocks counts in."""
-    counting: dict[str, list[str]] = {}
+    """Notes for what code of rewritten blocks does besides its numbers: what it counts, and what it asks."""
+    found: dict[str, list[str]] = {}
     for path, rewrite in outcome.rewrites.items():
         reads = rewrite.program.reads
-        for place in reads.effects if reads is not None and (path or model) in kept else ():
-            counting.setdefault(place, []).append(path or model)
-    return [
-        f"the code of {listed(names)} changes {place} at each call, and the rewritten code does not: read such a count "
-        "elsewhere, or hook the block"
-        for place, names in counting.items()
-    ]
+        if reads is not None and (path or model) in kept:
+            for words in _words_of(reads):
+                found.setdefault(words, []).append(path or model)
+    return [f"the code of {listed(names)} {words}" for words, names in found.items()]
+
+
+def _words_of(reads: Reads) -> Iterator[str]:
+    for place in reads.effects:
+        yield (
+            f"changes {place} at each call, and the rewritten code does not: read such a count elsewhere, or hook the "
+            "block"
+        )
+    if reads.ran.outside:
+        yield (
+            f"asks {listed(reads.ran.outside)}, and nobody watches that: what the answers decided when it was verified "
+            "stays decided; optimise again where that changes"
+        )
+    if asked := sorted(_COMPILED & reads.ran.names):
+        yield (
+            f"asks {listed(asked)}: compiled and exported, the rewritten code computes what was verified, which is "
+            "what it computes when it is neither"
+        )
 
 
 def how_to_save(outcome: PipelineResult) -> list[str]:

@@ -32,3 +32,9 @@ class Recognition:
     functions: dict[object, tuple[ExpertsSpec, bool]]
     unmatched_reason: str = ""
     kept_from_grouped: str = ""
+
+    @property
+    def features(self) -> int:
+        """The numbers that the experts' sum has for each token."""
+        shape = self.combine.node.meta["shape"]
+        return int(shape[self.combine.axis]) if self.combine.axis < len(shape) else 1

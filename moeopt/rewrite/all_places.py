@@ -44,7 +44,7 @@ class AllPlaces:
         self._modules = [registry for registry, _, _ in links.values()]
         self._names = [name for _, name, _ in links.values()]
         self._children = [child for _, _, child in links.values()]
-        self._owners = list({id(p.owner): p.owner for p in places}.values())
+        self._owners = list({id(p.owner): p.owner for p in places if p.links}.values())  # not the block: it is called
         self._registries, self._keys = [p.registry for p in places], [p.key for p in places]
 
     def tensors(self) -> list[Tensor] | None:

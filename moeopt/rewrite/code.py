@@ -17,6 +17,8 @@ from moeopt.value_types import PyObject
 _WORD = re.compile(r"[^\n]{1,64}\Z")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _COMPUTES = ("BINARY_", "FORMAT_", "BUILD_STRING")
+_IDLE = ("CACHE", "PRECALL", "NOP", "RESUME", "PUSH_NULL", "EXTENDED_ARG")
+"""Steps that leave the last value on the stack."""
 _OPEN = {"vars", "__dict__", "attrgetter", "asdict", "astuple", "globals"}
 """Names whose use means that attributes are read which no name in the code tells."""
 
@@ -32,6 +34,7 @@ class CodeNames:
         open: whether it reads attributes whose names are computed.
         numbers: the whole numbers in it.
         sequences: of such numbers, two or more after each other.
+        reads: (name of what is asked, attribute) of each attribute that it reads; "" where no name tells what is asked.
     """
 
     globals: tuple[str, ...]
@@ -40,6 +43,7 @@ class CodeNames:
     open: bool
     numbers: frozenset[int]
     sequences: frozenset[tuple[int, ...]]
+    reads: frozenset[tuple[str, str]]
 
 
 _WORDS: weakref.WeakKeyDictionary[types.CodeType, CodeNames] = weakref.WeakKeyDictionary()
@@ -77,7 +81,30 @@ def _read(code: types.CodeType) -> CodeNames:
     strings = {s for s in _strings(code.co_consts) if _WORD.match(s)}
     named = frozenset({*code.co_names, code.co_name, *strings})
     numbers, lists = frozenset(_numbers(code.co_consts)), frozenset(_sequences(code.co_consts))
-    return CodeNames(tuple(reads), tuple(imports), named, open_, numbers, lists)
+    attributes = frozenset((*_attributes(code), *(("", s) for s in strings)))  # getattr(logger, "level")
+    return CodeNames(tuple(reads), tuple(imports), named, open_, numbers, lists, attributes)
+
+
+def _attributes(code: types.CodeType) -> Iterator[tuple[str, str]]:
+    """Each attribute with the name of what it is read from: of ``self.config.level`` it is ``config``."""
+    assigned: dict[str, set[str]] = {}  # by local variable, the names of what it was set to
+    found: list[tuple[str, str, bool]] = []
+    last, local = "", False  # what the step before loaded; "" where no name tells
+    for step in dis.get_instructions(code):
+        name, value = step.opname, step.argval
+        if name in ("LOAD_ATTR", "LOAD_METHOD"):
+            found.append((last, value, local))
+        elif name == "STORE_FAST":
+            assigned.setdefault(value, set()).add("" if local else last)
+        if name in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME"):
+            last, local = value, False
+        elif name.startswith("LOAD_") and isinstance(value, (str, tuple)) and "CONST" not in name:
+            last, local = value if isinstance(value, str) else value[-1], True
+        elif name not in _IDLE:
+            last, local = "", False
+    for holder, attribute, local in found:
+        sources = assigned.get(holder, {""}) if local and holder != "self" else {holder}
+        yield from ((source, attribute) for source in sources)
 
 
 def _numbers(value: PyObject) -> Iterator[int]:

@@ -41,7 +41,7 @@ def own_code_of(tensor: Tensor) -> str:
 class Place:
     """One Parameter or buffer of a module tree, found again at each read, which gives a tensor of ``part_shape``."""
 
-    __slots__ = ("dtype", "hooked", "key", "kind", "links", "owner", "part_shape", "path", "registry", "shape")
+    __slots__ = ("dtype", "key", "kind", "links", "owner", "part_shape", "path", "registry", "shape")
 
     def __init__(self, root: nn.Module, path: str) -> None:
         *parents, self.key = path.split(".")
@@ -78,7 +78,7 @@ class Place:
         if type(tensor) is not self.kind and own_code_of(tensor):
             raise Stale(f"{self.path} runs code of {own_code_of(tensor)} and did not")
         owner = self.owner
-        if owner._forward_hooks or owner._forward_pre_hooks:
+        if self.links and (owner._forward_hooks or owner._forward_pre_hooks):  # those of the block itself still run
             raise Stale(f"a forward hook was registered on the module that holds {self.path}")
         return tensor
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from moeopt.capture.held_contents import foreign
+from moeopt.rewrite.asked_outside import AskedOutside
 from moeopt.rewrite.code import digest, words
 from moeopt.value_types import FxArg, PyObject
 
@@ -36,6 +37,9 @@ class Ran:
         open: whether attributes are read whose names are computed.
         numbers: the whole numbers in it.
         sequences: of such numbers, two or more after each other.
+        reads: (name of what is asked, attribute), see :class:`moeopt.rewrite.code.CodeNames`.
+        variables: of the process, that it looks up.
+        outside: what else it asks of the world outside of the process, with the line.
     """
 
     names: frozenset[str] = frozenset()
@@ -45,6 +49,9 @@ class Ran:
     open: bool = False
     numbers: frozenset[int] = frozenset()
     sequences: frozenset[tuple[int, ...]] = frozenset()
+    reads: frozenset[tuple[str, str]] = frozenset()
+    variables: frozenset[str] = frozenset()
+    outside: tuple[str, ...] = ()
 
 
 class Observed:
@@ -59,11 +66,14 @@ class Observed:
         self._inside: types.FrameType | None = None
         self._codes: dict[types.CodeType, dict[str, Any]] = {}
         self.called: set[int] = set()
+        self._outside = AskedOutside()
 
     def __call__(self, frame: PyObject, event: str, arg: FxArg) -> None:
         """The profile hook."""
         if event == "return" and frame is self._inside:
             self._inside = None
+        if event == "c_call" and self._inside is None:
+            self._outside.builtin(frame, arg)
         if event != "call":
             return
         code = frame.f_code
@@ -74,21 +84,23 @@ class Observed:
                 self._inside = frame
         if self._inside is None:
             self._codes.setdefault(code, frame.f_globals)
+            self._outside.call(frame)
 
     def ran(self) -> Ran:
         """What the code names."""
-        return _ran(self._codes)
+        return _ran(self._codes, self._outside)
 
     def modules(self) -> dict[str, dict[str, Any]]:
         """The globals of what ran, by the module's name."""
         return {str(table.get("__name__")): table for table in self._codes.values()}
 
 
-def _ran(codes: dict[types.CodeType, dict[str, Any]]) -> Ran:
+def _ran(codes: dict[types.CodeType, dict[str, Any]], outside: AskedOutside) -> Ran:
     names: set[str] = set()
     numbers: set[int] = set()
     sequences: set[tuple[int, ...]] = set()
     reads: dict[str, dict[str, None]] = {}
+    attributes: set[tuple[str, str]] = set()
     imports: dict[tuple[str, int, str], None] = {}
     open_ = False
     for code, table in codes.items():
@@ -97,6 +109,7 @@ def _ran(codes: dict[types.CodeType, dict[str, Any]]) -> Ran:
             continue
         found = words(code)
         names |= found.names
+        attributes |= found.reads
         open_ = open_ or found.open
         if not foreign(module):
             numbers |= found.numbers
@@ -111,6 +124,9 @@ def _ran(codes: dict[types.CodeType, dict[str, Any]]) -> Ran:
         open_,
         frozenset(numbers),
         frozenset(sequences),
+        frozenset(attributes),
+        frozenset(outside.variables),
+        tuple(outside.places),
     )
 
 

@@ -68,7 +68,7 @@ def experts_rewrite(recognition: Recognition, bank: int, within: IdRange = ALL_I
             ids = plan.call(recognition.routing.leave_out, ids, weights, len(recognition.experts))
         y = plan.add(KeptStep("experts", bank, (rows, ids, weights), source=recognition.source))
         summed, axis = recognition.combine.node.meta["shape"], recognition.combine.axis
-        plan.note(y, (count, summed[axis] if axis < len(summed) else 1), recognition.combine.node.meta.get("dtype"))
+        plan.note(y, (count, recognition.features), recognition.combine.node.meta.get("dtype"))
         y = _restore(plan, y, summed, axis)
         return y if recognition.base is None else plan.call(aten.add.Tensor, ref(recognition.base), y)
 

@@ -73,7 +73,7 @@ def array_text(value: PyObject) -> str:
 
 def inert(value: PyObject) -> bool:
     """A library's own modules and tools, which an installed package does not exchange."""
-    module = isinstance(value, types.ModuleType) and value.__name__ != "os" and foreign(value.__name__)
+    module = isinstance(value, types.ModuleType) and foreign(value.__name__)
     return module or tells_nothing(type(value))
 
 

@@ -21,6 +21,7 @@ from moeopt.capture.tree import tree_leaves
 from moeopt.errors import Declined
 from moeopt.rewrite.call_guard import Tie
 from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
+from moeopt.rewrite.view_or_copy import without_copies_of_some
 from moeopt.value_types import PyObject
 
 
@@ -126,7 +127,7 @@ def generalize(plans: list[KeptSteps], shapes: list[list[tuple[int, ...]]]) -> K
     Raises:
         Declined: the plans differ in something other than sizes.
     """
-    sizes = InputSizes(shapes)
+    sizes, plans = InputSizes(shapes), without_copies_of_some(plans)
     first = plans[0]
     _refuse_padding(plans, sizes)
     _refuse_shares(plans, sizes)

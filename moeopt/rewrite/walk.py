@@ -138,7 +138,7 @@ class Walk:
                 self.strings.add(value)
         elif id(value) in self._own:
             self.note(place, "own", self._own[id(value)])
-        elif id(value) in self._seen:
+        elif id(value) in self._seen and not isinstance(value, logging.Logger):  # by which name is it asked?
             if self._seen[id(value)] != place:
                 self.note(place, "same", self._seen[id(value)])
         else:

@@ -10,6 +10,7 @@ import decimal
 import gc
 import logging
 import os
+import re
 import sys
 import threading
 import types
@@ -45,7 +46,10 @@ guard's."""
 _ASKED_OF_DEVICES = ("get_autocast_dtype", "is_autocast_enabled")
 _DEVICES = ("cuda", "hpu", "mps", "mtia", "xpu")
 _OF_PYTHON = ("argv", "flags")
-_LEVELS = frozenset(("isEnabledFor", "getEffectiveLevel", "level", "disabled"))
+_LEVELS = frozenset(("isEnabledFor", "getEffectiveLevel"))
+_LEVEL_OF = ("level", "disabled")
+"""Attributes that other objects have too."""
+_WORD = re.compile(r"\w+")
 _DECIMALS = frozenset(("Decimal", "getcontext"))
 _BACKENDS = "torch.backends"
 _UNSET = object()
@@ -61,9 +65,7 @@ def read_ambient(walk: Walk, place: str, value: ContextVar[PyObject] | logging.L
 
 def read_library(walk: Walk, module: types.ModuleType) -> None:
     """The state of a module of Python's or PyTorch's that the code holds."""
-    if module is os:
-        _variables(walk)
-    elif module.__name__ == _BACKENDS:
+    if module.__name__ == _BACKENDS:
         _backends(walk)
     elif module.__name__.startswith(_BACKENDS):
         _backend(walk, module.__name__, module)
@@ -96,6 +98,8 @@ def read_modes(walk: Walk) -> None:
     if walk.names & _DECIMALS:
         walk.probe.add("({0}().prec, {0}().rounding) == {1}", decimal.getcontext, _decimals())
         walk.note("decimal.getcontext()", "context", "{} digits, {}".format(*_decimals()))
+    if walk.ran.variables:
+        _variables(walk)
     if "getLogger" in walk.names:
         named = (logging.root.manager.loggerDict.get(name) for name in (*walk.names, *dict(walk.ran.globals)))
         for logger in (logging.root, *named):
@@ -127,7 +131,8 @@ def _ask(walk: Walk, place: str, ask: Callable[..., PyObject] | None, *of: str) 
 def _logger(walk: Walk, place: str, logger: logging.Logger) -> None:
     """What a logger lets through, where the code asks for that."""
     walk.note(place, "logger", logger.name)
-    if walk.names & _LEVELS:
+    holders = ("", *_WORD.findall(place))
+    if walk.names & _LEVELS or any((holder, asked) in walk.ran.reads for holder in holders for asked in _LEVEL_OF):
         lets = logger.getEffectiveLevel(), logger.manager.disable, logger.disabled
         asked = logger.getEffectiveLevel, logger.manager, logger
         walk.probe.add("({0}(), {1}.disable, {2}.disabled) == {3}", *asked, lets)
@@ -157,10 +162,9 @@ def _backend(walk: Walk, place: str, holder: PyObject, depth: int = 2) -> None:
 
 
 def _variables(walk: Walk) -> None:
-    """The variables of the process that the code names, and that no other was added."""
-    table, keys = variables(walk.names)
-    if table:
-        walk.probe.keys(table)
+    """The variables of the process that the code looks up, and that no other was added."""
+    table, keys = variables(walk.ran.variables)
+    walk.probe.keys(table)
     for name, key in keys.items():
         walk.link(walk.probe, table, key, table[key], f"the variable {name}")
 

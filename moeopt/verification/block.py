@@ -35,6 +35,7 @@ def verify_block(
     cases: Sequence[Case],
     level: Literal["strict", "fast", "off"] = "strict",
     ids_of: Callable[[Selections], list[Event]] | None = None,
+    features: int | None = None,
 ) -> BlockCheck:
     """Run every case on both and judge (see the module's docstring).
 
@@ -44,6 +45,7 @@ def verify_block(
         cases: the inputs. A case on which the original itself raises is skipped, with the reason.
         level: "strict" runs all cases; "fast" stops at the first failure; "off" runs nothing.
         ids_of: which recorded choices are routing; by default every top-k, sort, argmax, ...
+        features: that an output has for each token, where they may not be its last axis.
     """
     if level == "off":
         return BlockCheck(name, None, reason="not verified: verify='off'")
@@ -53,7 +55,7 @@ def verify_block(
         result = CaseResult(case.name)
         check.cases.append(result)
         try:
-            _run_case(case, original, rewritten, result, check, ids_of)
+            _run_case(case, original, rewritten, result, check, ids_of, features)
         except Fail as failure:
             result.status, result.reason = "failed", str(failure)
             if check.passed:
@@ -75,6 +77,7 @@ def _run_case(
     result: CaseResult,
     check: BlockCheck,
     ids_of: Callable[[Selections], list[Event]] | None,
+    features: int | None,
 ) -> None:
     try:
         y_orig, chosen = record_selections(original, case.args, case.kwargs)
@@ -111,6 +114,7 @@ def _run_case(
         leaves[2],
         [torch.finfo(y.dtype).eps if isinstance(y, Tensor) and y.is_floating_point() else eps for y in leaves[0]],
         routing.ties > 0,
+        features,
     )
     for number, (a, b, o) in enumerate(zip(*leaves, strict=True)):
         where = "the output" if len(leaves[0]) == 1 else f"output {number}"

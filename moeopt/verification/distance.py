@@ -1,7 +1,8 @@
 """How far an output is from the float64 truth, one token at a time.
 
 A token is a row: all dims but the last are tokens, the last holds features; a scalar or a vector is
-one token. The distance of token t is ``|y_t - o_t| / |o_t|`` in float64, L2 norms. A row ``eps`` times
+one token. Where a block's outputs have their features elsewhere (an image's channels), ``features_last``
+turns them. The distance of token t is ``|y_t - o_t| / |o_t|`` in float64, L2 norms. A row ``eps`` times
 smaller than the root mean square row carries no digits, so the denominator stops there.
 """
 
@@ -17,6 +18,15 @@ def as_rows(y: Tensor) -> Tensor:
     """``y`` as (tokens, features) in float64 (complex128 for complex)."""
     y = y.detach().to(torch.complex128 if y.dtype.is_complex else torch.float64)
     return y.reshape(1, -1) if y.dim() < 2 else y.reshape(-1, y.shape[-1])
+
+
+def features_last(y: Tensor, features: int | None) -> Tensor:
+    """``y`` with its one axis of ``features`` numbers as the last, the rows of other axes being tokens.
+
+    Itself where the last axis has so many, or not exactly one axis has; None or 1: it is the last.
+    """
+    axes = [axis for axis, size in enumerate(y.shape) if size == features]
+    return y.movedim(axes[0], -1) if len(axes) == 1 and features != 1 and y.dim() > 2 else y
 
 
 def token_distance(y: Tensor, oracle: Tensor, *, eps: float | None = None) -> Tensor:

@@ -34,8 +34,9 @@ STOPPED = "no gradient flows through the original, and one does through the rewr
 
 
 def gradients_differ(
-    module: nn.Module, original: Callable[..., Any], rewritten: Callable[..., Any], args: PyObject, kwargs: PyObject
-) -> str:
+    module: nn.Module, original: Callable[..., Any], rewritten: Callable[..., Any], args: PyObject, kwargs: PyObject,
+    kept: Iterable[nn.Module] = (),
+) -> str:  # fmt: skip
     """Why the two are not the same where gradients are asked for, ``STOPPED`` where the original has none; or "".
 
     Their outputs are compared as well: a forward may ask whether gradients are enabled.
@@ -44,26 +45,19 @@ def gradients_differ(
         module: the block; its Parameters are differentiated too, whether they ask for it or not.
         original, rewritten: its two forwards.
         args, kwargs: one real call.
+        kept: modules that both call. Their hooks on gradients do not run, as those on Parameters do not.
     """
     named = every = [(n, p) for n, p in module.named_parameters() if p.is_floating_point()]
     if sum(p.numel() for _, p in named) > LARGE:
         named = [(n, p) for n, p in named if p.numel() <= LARGE // 64]
-    flags = [(p, p.requires_grad) for _, p in every]
-    state = ModuleState(module)
     ran = []
-    try:
-        for _, parameter in every:
-            parameter.requires_grad_(False)  # no gradient of a large one is ever held
-        for _, parameter in named:
-            parameter.requires_grad_(True)
+    with _asked_for([p for _, p in named], [p for _, p in every], kept):
+        state = ModuleState(module)  # each run ends as it began: without hooks
         for whose, fn in (("the original's", original), ("its", rewritten)):
             try:
                 ran.append(_run(fn, args, kwargs, [p for _, p in named], state))
             except Exception as err:
                 return f"{whose} gradient raises {type(err).__name__}: {(str(err).splitlines() or [''])[0][:200]}"
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
     (outs, want), (outs_got, got) = ran
     if len(outs) != len(outs_got) or not all(map(_close, outs, outs_got)):
         return "its outputs are not the original's where gradients are enabled (is_grad_enabled() in its forward?)"
@@ -76,6 +70,32 @@ def gradients_differ(
         if not _close(a, b):
             return f"the gradient of {name} is not the original's (no_grad, detach or .data in its forward?)"
     return ""
+
+
+def hooks_of(module: nn.Module) -> tuple[PyObject, PyObject]:
+    """The tables of a module's hooks on gradients."""
+    return module._backward_hooks, module._backward_pre_hooks
+
+
+@contextlib.contextmanager
+def _asked_for(named: Iterable[Tensor], every: Iterable[Tensor], kept: Iterable[nn.Module]) -> Iterator[None]:
+    """Gradients of ``named`` are asked for and of the others of ``every`` not; no hook on a gradient runs."""
+    flags = [(p, p.requires_grad) for p in every]
+    tables = [p._backward_hooks for p, _ in flags] + [t for k in kept for m in k.modules() for t in hooks_of(m)]
+    hooks = [(table, table.copy()) for table in tables if table]
+    try:
+        for table, _ in hooks:
+            table.clear()  # autograd looks into the table itself
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)  # no gradient of a large one is ever held
+        for parameter in named:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for table, held in hooks:
+            table.update(held)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

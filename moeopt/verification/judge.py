@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from moeopt.verification.distance import Finiteness, as_rows, finite_rows, finiteness, token_distance
+from moeopt.verification.distance import Finiteness, as_rows, features_last, finite_rows, finiteness, token_distance
 from moeopt.verification.rerounding import rerounded_distances
 from moeopt.verification.results import CaseResult, Fail
 from moeopt.verification.selections import OracleError, Selections
@@ -54,6 +54,7 @@ class Judge:
         oracle: the leaves of the float64 outputs.
         eps: per leaf, of the dtype it was computed in.
         tied: whether routing ties were broken otherwise, so that integers may differ.
+        features: of a token, as ``features_last`` takes them.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class Judge:
         oracle: list[Any],
         eps: list[float],
         tied: bool,
+        features: int | None = None,
     ) -> None:
+        self.features = features
         self.result, self.call, self.oracle, self.eps, self.tied = result, call, oracle, eps, tied
         self.too_far = ""  # the reason to give for the first ill-conditioned token, should the float64 run differ
         self._measured: list[Tensor | None] | None = None
@@ -79,6 +82,7 @@ class Judge:
             return
         if o.shape != a.shape:
             raise Fail(f"the float64 oracle gave {where} shape {tuple(o.shape)}, the original {tuple(a.shape)}")
+        a, b, o = (features_last(t, self.features) for t in (a, b, o))
         pattern, eps = finiteness(a, b), self.eps[leaf]
         if pattern.leaked:
             own = self._not_finite_itself(pattern.leaked[0], len(pattern.both))
@@ -99,7 +103,7 @@ class Judge:
     def _not_finite_itself(self, token: int, tokens: int) -> bool:
         """Whether a row of an argument that has ``tokens`` rows holds NaN or infinity."""
         given = [t for t in pytree.tree_leaves(self.call[1:3]) if isinstance(t, Tensor) and t.dtype.is_floating_point]
-        rows = [as_rows(t) for t in given]
+        rows = [as_rows(features_last(t, self.features)) for t in given]
         return any(len(r) == tokens and not bool(torch.isfinite(r[token]).all()) for r in rows)
 
     def _bound(self, leaf: int, where: str, d_orig: Tensor, d_new: Tensor, judged: Tensor) -> None:
@@ -142,8 +146,9 @@ class Judge:
         rounded as ``a`` is, and they agree as far as outputs of that dtype do.
         """
         eps, result = torch.finfo(a.dtype).eps, self.result
+        a, b, o = (features_last(t, self.features) for t in (a, b, self.oracle[leaf]))
         judged = finite_rows(as_rows(a))
-        d = token_distance(b, self.oracle[leaf], eps=eps)[judged]
+        d = token_distance(b, o, eps=eps)[judged]
         d = torch.where(d.isnan(), 0.0, d)
         if not len(d):
             return
@@ -162,7 +167,7 @@ class Judge:
         """The original's distance when it is rounded otherwise, of ill-conditioned tokens; 0 for the others."""
         if self._measured is None:
             try:
-                self._measured = rerounded_distances(*self.call, self.oracle, self.eps)
+                self._measured = rerounded_distances(*self.call, self.oracle, self.eps, self.features)
             except OracleError:  # other rounding led to other choices: no distance was measured, so the bound stays
                 self._measured = [None] * len(self.oracle)
         found = self._measured[leaf]

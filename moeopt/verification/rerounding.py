@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from moeopt.value_types import PyObject
-from moeopt.verification.distance import token_distance
+from moeopt.verification.distance import features_last, token_distance
 from moeopt.verification.float64_rules import MOVES, Float64Rule
 from moeopt.verification.noise import narrows
 from moeopt.verification.oracle import Pinned, run_in
@@ -48,6 +48,7 @@ def rerounded_distances(
     selections: Selections,
     oracle: list[Any],
     eps: list[float],
+    features: int | None = None,
 ) -> list[Tensor | None]:
     """Per output leaf, the root mean square over RERUNS of each token's distance from ``oracle``.
 
@@ -55,7 +56,7 @@ def rerounded_distances(
         fn, args, kwargs: the original and one call of it.
         selections: its choices, pinned in every run.
         oracle: the leaves of its float64 outputs.
-        eps: of each leaf, as in ``token_distance``.
+        eps: of each leaf, as in ``token_distance``. features: of a token, as ``features_last`` takes them.
 
     Returns:
         float64 (tokens,) per floating leaf; None for the other leaves. Tokens that were not finite hold NaN.
@@ -68,7 +69,8 @@ def rerounded_distances(
         leaves = flatten(run_in(fn, args, kwargs, _Rerounded(selections, seed)))[0]
         for n, (y, o) in enumerate(zip(leaves, oracle, strict=True)):
             if isinstance(y, Tensor) and y.is_floating_point() and y.numel():
-                d = token_distance(y, o, eps=eps[n]).square() / RERUNS
+                pair = (features_last(t, features) for t in (y, o))
+                d = token_distance(*pair, eps=eps[n]).square() / RERUNS
                 before = squares[n]
                 squares[n] = d if before is None else before + d
     return [None if total is None else total.sqrt() for total in squares]

@@ -189,3 +189,21 @@ def test_gradients_are_looked_at_on_calls_that_fit_together():
     opt = moeopt.optimize(block, (x, lengths))
     assert [b.status for b in opt.report.blocks] == ["rewritten"]
     torch.testing.assert_close(opt(x, lengths), block(x, lengths))
+
+
+def test_hooks_on_gradients_run_for_the_user_alone():
+    """They are those of Parameters, and of modules that the rewritten code calls; afterwards they are there again."""
+    model, ran = seeded(MoE).eval(), []
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda grad, name=name: ran.append(name))
+    model.router.register_full_backward_hook(lambda *_: ran.append("after"))
+    model.router.register_full_backward_pre_hook(lambda *_: ran.append("before"))
+    fast = moeopt.optimize(model, X)
+    assert fast.report.blocks[0].status == "rewritten" and ran == []
+    found = []
+    for one in (model, fast):
+        x = X.clone().requires_grad_()
+        one(x).sum().backward()
+        found.append(sorted(ran))
+        ran.clear()
+    assert found[0] == found[1] and {"after", "before", "router.weight"} <= {*found[0]}

@@ -118,11 +118,19 @@ def test_what_was_verified_in_evaluation_mode_alone_is_asked_about_no_training(s
     assert own.sizes == own.recorded and own.sizes and not own.trained
 
 
-def test_hooks_of_parameters_are_run_by_no_timing(slower_at):
+@pytest.mark.parametrize(
+    "hook",
+    (
+        lambda m: next(m.parameters()).register_hook(lambda grad: None),
+        lambda m: m.register_full_backward_pre_hook(lambda *_: None),
+    ),
+    ids=("a Parameter", "the block"),
+)
+def test_hooks_on_gradients_are_run_by_no_timing(slower_at, hook):
     slower_at(8)
     source = model()
     plain = rewritten_forward(optimized(source).model).own_code
-    next(source.parameters()).register_hook(lambda grad: None)
+    hook(source)
     hooked = rewritten_forward(optimized(source).model).own_code
     assert plain.trained and not hooked.trained and hooked.recorded == plain.recorded
 

@@ -106,6 +106,15 @@ def test_every_second_expert_is_a_stack_with_gaps():
     assert torch.equal(one.w_in_s[0], root.w_in[1:2])
 
 
+def test_hooks_of_the_block_itself_do_not_matter():
+    root, refs = stacked()
+    bank = LiveExpertWeights(root, refs, ("oi", "oi"))
+    before = bank.w_in(0)[0].data_ptr(), bank.lies()
+    root.register_forward_hook(lambda *_: None)
+    root.register_forward_pre_hook(lambda *_: None)
+    assert (bank.w_in(0)[0].data_ptr(), bank.lies()) == before
+
+
 def test_paths():
     root, refs = stacked()
     assert expert_paths(refs) == {"w_in", "w_out", "b"} and tensor_at(root, "b") is root.b

@@ -206,6 +206,84 @@ def test_another_thread_is_told_where_the_code_asks_for_it(name):
     assert not torch.equal(got, before) and torch.equal(fast(X), before)
 
 
+class WithLevel:
+    """What has attributes of a logger's names, and is none."""
+
+    level, disabled = 1, False
+
+
+class Names(Asking):
+    """It names ``level`` and ``disabled``, of itself and of a configuration, and logs."""
+
+    level, config = 1, WithLevel()
+
+    def __init__(self, **sizes):
+        super().__init__(ask=None, **sizes)
+        self.ask = self.own
+
+    def own(self):
+        config = self.config
+        LOGGER.debug("level %s", self.level)
+        return self.level > 3 or config.level > 3 or self.config.disabled
+
+
+def test_attributes_of_a_logger_s_names_are_not_its_level():
+    fast = optimized(build(Names))
+    with level(LOGGER):
+        fast(X)
+    assert not fast.model.forward.fallbacks
+
+
+class Holds(Names):
+    """It has the logger by another name too, and asks for the level by that one."""
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.log = LOGGER
+
+    def own(self):
+        LOGGER.debug("is called")
+        return asked(self)
+
+
+def by_itself(of):
+    return of.log.level == logging.DEBUG
+
+
+def by_a_local(of):
+    log = of.log
+    return log.level == logging.DEBUG
+
+
+def by_an_argument(of):
+    return level_of(of.log) == logging.DEBUG
+
+
+def by_a_string(of):
+    return getattr(of.log, "level") == logging.DEBUG  # noqa: B009
+
+
+def by_a_closure(of):
+    log = of.log
+    return (lambda: log.level)() == logging.DEBUG
+
+
+def level_of(log):
+    return log.level
+
+
+asked = by_itself
+
+
+@pytest.mark.parametrize("way", (by_itself, by_a_local, by_an_argument, by_a_string, by_a_closure))
+def test_a_level_is_watched_by_whatever_name_it_is_asked(monkeypatch, way):
+    monkeypatch.setitem(globals(), "asked", way)
+    model = build(Holds)
+    fast = optimized(model)
+    with level(LOGGER), pytest.warns(StaleModelWarning, match=r"\.level, which its code reads"):
+        close(fast(X), model(X))
+
+
 def test_what_the_code_does_not_ask_for_does_not_matter():
     fast = optimized(build())
     with threads(), seed(), ThreadPoolExecutor(1) as pool:

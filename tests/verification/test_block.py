@@ -270,3 +270,38 @@ def test_a_write_of_the_rewritten_alone_is_found_and_one_that_changes_nothing_is
     nan = Quiet(0)
     nan.seen.fill_(torch.nan)
     assert verify_block("block", Silent(0), nan, [case]).passed
+
+
+def image(shape, wrong=0.0):
+    """A function of images; ``wrong`` is added to one channel of the first pixel, which is far below the others."""
+
+    def forward(x):
+        y = x * 3
+        y[:, :, 0, 0] *= 1e-3
+        y[0, 0, 0, 0] += wrong
+        return y
+
+    return forward, Case("an image", (seeded(*shape),), {})
+
+
+@pytest.mark.parametrize("features", (8, None))
+def test_a_token_of_an_image_is_a_pixel(features):
+    """Beside larger pixels of its row an error does not show, and beside its own other channels it does."""
+    same, case = image((2, 8, 3, 5))
+    broken, _ = image((2, 8, 3, 5), wrong=1e-7)
+    assert verify_block("image", same, same, [case], features=features).passed
+    result = verify_block("image", same, broken, [case], features=features)
+    assert result.passed == (features is None), result.reason
+
+
+def test_one_channel_of_a_pixel_alone_is_no_token():
+    """Of an image of one pixel each number was a token: one that cancels failed a right block."""
+
+    def summed(order):
+        return lambda x: torch.stack([x[:, 0] + x[:, 1] - x[:, 1] if order else x[:, 0], *x[:, 1:].unbind(1)], 1)
+
+    x = torch.ones(4, 8, 1, 1)
+    x[:, 0], x[:, 1] = 0.1, 3.0
+    case = Case("one pixel", (x,), {})
+    assert verify_block("image", summed(False), summed(True), [case], features=8).passed
+    assert not verify_block("image", summed(False), summed(True), [case]).passed

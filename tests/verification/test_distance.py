@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from moeopt.verification.distance import finiteness, token_distance
+from moeopt.verification.distance import features_last, finiteness, token_distance
 from tests.verification.tiny import seeded
 
 
@@ -53,3 +53,12 @@ def test_finiteness():
     pattern = finiteness(a, b)
     assert pattern.leaked == [0] and pattern.healed_nan == [1] and pattern.healed_inf == [2]
     assert pattern.both.tolist() == [False, False, False, False, True]
+
+
+def test_the_features_of_an_image_are_its_channels():
+    y = seeded(2, 6, 3, 4)
+    assert torch.equal(features_last(y, 6), y.permute(0, 2, 3, 1))
+    for features in (None, 1, 4, 5):  # unknown, of no axis of its own, the last, none
+        assert torch.equal(features_last(y, features), y)
+    twice = seeded(6, 6, 3)
+    assert torch.equal(features_last(twice, 6), twice) and features_last(y[0, :, :, 0], 6).shape == (6, 3)

@@ -41,7 +41,7 @@ from moeopt.lower.onnx.lowerings.base import Lowering
 from moeopt.lower.onnx.narrow_numbers import cast_narrow
 from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.lower.onnx.simplify import simplify
-from moeopt.lower.onnx.upcast import upcast_graph
+from moeopt.lower.onnx.upcast import upcast_and_tell
 from moeopt.lower.signature import describe_call
 from moeopt.lower.size_one import avoid_size_one, export_widened
 from moeopt.lower.specialization_guards import counted_sizes
@@ -237,7 +237,7 @@ def write_graph(
     say(f"lowering {len(sites)} expert blocks")
     products = take_products(model)
     if plan.provider == "cpu":
-        upcast_graph(model)
+        upcast_and_tell(model, sites, plan.remarks)
     accurate_graph(model)
     if "tensorrt" not in plan.provider:
         cast_narrow(model)

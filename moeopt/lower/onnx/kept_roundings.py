@@ -26,7 +26,7 @@ _MOVES = (
     "ConstantOfShape", "Constant", "OneHot", "Trilu", "Relu", "ScatterElements", "ScatterND",
 )  # fmt: skip
 """What they give are numbers that they were given."""
-_SMALL = 16
+SMALL = 16
 """Elements of a constant that is looked at."""
 
 
@@ -39,7 +39,7 @@ def kept_roundings(model: OnnxModel) -> list[tuple[OnnxValue, Any]]:
     import onnx_ir as ir
 
     narrow = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
-    asked_for = not any(v.dtype in narrow and v.const_value.size > _SMALL for v in model.graph.initializers.values())
+    asked_for = not any(v.dtype in narrow and v.const_value.size > SMALL for v in model.graph.initializers.values())
     whole: set[int] = set()
     kept: dict[int, tuple[OnnxValue, Any]] = {}
     for node in model.graph.all_nodes():
@@ -105,7 +105,7 @@ def _is_whole(tensor: OnnxValue) -> bool:
     """Whether a small constant holds whole numbers, or infinities, which mask."""
     import numpy as np
 
-    if tensor is None or tensor.size > _SMALL:
+    if tensor is None or tensor.size > SMALL:
         return False
     numbers = tensor.numpy().astype(np.float64)
     return bool(((numbers == np.round(numbers)) | np.isinf(numbers)).all())

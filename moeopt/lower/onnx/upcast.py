@@ -8,6 +8,7 @@ outputs keep their dtype through one Cast each. Roundings that decide stay (``mo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,11 +16,17 @@ from torch import Tensor
 
 from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.experts_node import ExpertsNode
-from moeopt.lower.onnx.kept_roundings import kept_roundings, round_again
+from moeopt.lower.onnx.kept_roundings import SMALL, kept_roundings, round_again
 from moeopt.lower.onnx.lowerings.row_graph import widened
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
 from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.value_types import OnnxModel, OnnxNode, OnnxValue
+
+BEYOND_FLOAT16 = (
+    "float16 is computed as float32 by ONNX Runtime on a CPU: what exceeds 65504 is infinite in the model, and stays "
+    "finite in the engine"
+)
+"""A note on engines with float16 weights."""
 
 NARROW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -70,6 +77,20 @@ def upcast_node(site: ExpertsNode) -> ExpertsNode:
         dtype=wide.get(site.dtype, site.dtype),
         weights_dtype=wide.get(site.weights_dtype, site.weights_dtype),
     )
+
+
+def upcast_and_tell(model: OnnxModel, sites: Iterable[ExpertsNode], remarks: list[str]) -> None:
+    """:func:`upcast_graph` of a graph with these experts; ``BEYOND_FLOAT16`` joins ``remarks`` where it has float16.
+
+    Roundings that stay (``kept_roundings``) overflow as they did; bfloat16 has float32's range.
+    """
+    import onnx_ir as ir
+
+    weights = model.graph.initializers.values()
+    widened_here = any(v.dtype == ir.DataType.FLOAT16 and v.const_value.size > SMALL for v in weights)
+    if (widened_here or any(site.dtype == torch.float16 for site in sites)) and BEYOND_FLOAT16 not in remarks:
+        remarks.append(BEYOND_FLOAT16)
+    upcast_graph(model)
 
 
 def upcast_graph(model: OnnxModel) -> bool:

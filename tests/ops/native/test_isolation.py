@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops import StackedExpertWeights, experts_reference
+from moeopt.ops import ListExpertWeights, StackedExpertWeights, experts_reference
 from tests.ops.native.blocks import Sizes, random_block
 
 ROOT = Path(__file__).parents[3]
@@ -55,6 +55,30 @@ def test_a_token_s_bits_depend_on_no_neighbour(kernel, layouts, dtype):
         assert torch.equal(kernel(x[chosen], ids[chosen], weights[chosen], bank, spec), whole[chosen]), chosen
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     assert torch.equal(kernel(x[order], ids[order], weights[order], bank, spec), whole[order])
+
+
+def apart(w):
+    """``w`` with both strides beyond one."""
+    around = w.new_zeros(2 * w.shape[0], 2 * w.shape[1])
+    around[::2, ::2] = w
+    return around[::2, ::2]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("where", (0, 1), ids=("w_in", "w_out"))
+@pytest.mark.parametrize("layouts", LAYOUTS, ids=str)
+def test_a_token_s_bits_depend_on_no_other_expert_s_strides(kernel, layouts, where, dtype):
+    """The weights of one expert lie in no order. Rows (of tokens, of hidden numbers) below 1e-38 show which product the
+    others have: pairs of bfloat16 take them for zero."""
+    act, tokens, first = (("identity", 1e-38, 1), ("relu2", 1, 6e-20))[where]
+    spec = ExpertsSpec(rows="plain", activation=act, w_in_layout=layouts[0], w_out_layout=layouts[1])
+    x, ids, weights, bank, _ = random_block(spec, Sizes(T=9, E=3), dtype, seed=15, biases=False)
+    lists = [bank.w_in(e)[0] * first for e in range(3)], [bank.w_out(e) * 1e30 for e in range(3)]
+    lists[where][1] = apart(lists[where][1])
+    mixed = ListExpertWeights([lists[0]], lists[1])
+    ids[:], ids[0, 1], x = torch.tensor([0, 1]), 2, x * tokens
+    whole = kernel(x, ids, weights, mixed, spec)
+    assert torch.equal(kernel(x[:1], ids[:1], weights[:1], mixed, spec), whole[:1])
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)

@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int64_t MOST_ROWS = 256;                 // of a segment
-constexpr int64_t MOST_HIDDEN = 16 << 20;          // elements of hidden rows that are alive at once
+constexpr int64_t MOST_HIDDEN = 64 << 20;          // bytes of hidden rows that are alive at once
 constexpr int64_t FEW_PRODUCTS = 1 << 18;          // multiply-adds below which a thread is not worth waking
 constexpr int64_t GATHERED = 16, COMBINED = 4;     // rows, tokens of one task
 
@@ -111,26 +111,14 @@ struct Plan {
         std::stable_sort(&order[t * c.K], &order[t * c.K] + c.K,
                          [&](int64_t a, int64_t b) { return read_id(c, t, a) < read_id(c, t, b); });
     const int64_t rows = (int64_t)token.size();
-    const bool halves = k.dot_bf16 && c.spec->compute == MOEOPT_BF16;
-    job.short_x = job.short_h = halves;
-    for (const moeopt_expert &x : experts) {
-      auto paired = [](const moeopt_matrix &m) { return m.dtype == MOEOPT_BF16 && (m.stride_in == 1 || m.stride_out == 1); };
-      job.short_x = job.short_x && paired(x.w_in[0]) && (c.spec->rows != SEPARATE || paired(x.w_in[1]));
-      job.short_h = job.short_h && paired(x.w_out);
-    }
     if (c.spec->rounds && !experts.empty()) round_for(experts[0]);
-    job.evens_x = job.evens_h = k.evens && c.spec->compute == MOEOPT_F32 && !c.spec->rounds;
-    for (const moeopt_expert &x : experts) {
-      auto pairs = [](const moeopt_matrix &m) { return m.dtype == MOEOPT_U4 && m.block == 32 && m.in % 32 == 0; };
-      job.evens_x = job.evens_x && pairs(x.w_in[0]) && (c.spec->rows != SEPARATE || pairs(x.w_in[1]));
-      job.evens_h = job.evens_h && pairs(x.w_out);
-    }
     job.call = &c;
     job.rows = rows;
-    job.ldx = padded(c.H, job.short_x ? 2 : size);
+    for (const Segment &seg : segments) job.step = std::max(job.step, padded(c.H, bytes(seg.x)) * bytes(seg.x));
+    for (Segment &seg : segments) seg.x.ld = job.step / bytes(seg.x);
     job.ldo = padded(c.D, size);
     place_hidden();
-    r.reset(allocate(rows * job.ldx * (job.short_x ? 2 : size)));
+    r.reset(allocate(rows * job.step));
     o.reset((float *)allocate(rows * job.ldo * size));
     job.token = token.data(), job.slot = slot.data(), job.segment_of = segment_of.data();
     job.row_of = row_of.data(), job.order = order.data(), job.segments = segments.data();
@@ -177,30 +165,44 @@ struct Plan {
       if (ends[e] == row) continue;
       experts.push_back(entry(c, e));
       check(experts.back(), c, k.wide);
-      const int64_t I = experts.back().w_out.in;
+      const moeopt_expert &w = experts.back();
+      const int64_t I = w.w_out.in;
+      const Rows x = rows_for(w.w_in[0], c.spec->rows == SEPARATE ? w.w_in[1] : w.w_in[0]), hidden = rows_for(w.w_out, w.w_out);
       if (c.kept && I * (c.spec->rows == PLAIN ? 1 : 2) > c.kept_step) throw Wrong();
       const int64_t n = ends[e] - row, parts = (n + MOST_ROWS - 1) / MOST_ROWS;
       products += n * I * (c.H * (c.spec->rows == PLAIN ? 1 : 2) + c.D);
       for (int64_t p = 0; p < parts; p++) {
         const int64_t count = (n - 1) / parts + 1, first = row + p * count;
         if (first >= ends[e]) break;
-        segments.push_back({e, first, std::min(count, ends[e] - first), I, 0, 0, &experts.back()});
+        segments.push_back({e, first, std::min(count, ends[e] - first), I, 0, x, hidden, &experts.back()});
         for (int64_t i = first; i < first + segments.back().count; i++) segment_of[i] = (int64_t)segments.size() - 1;
       }
       row = ends[e];
     }
   }
 
+  // of rows that both matrices multiply
+  Rows rows_for(const moeopt_matrix &one, const moeopt_matrix &other) const {
+    const bool halves = k.dot_bf16 && c.spec->compute == MOEOPT_BF16;
+    const bool evens = k.evens && c.spec->compute == MOEOPT_F32 && !c.spec->rounds;
+    auto paired = [](const moeopt_matrix &m) { return m.dtype == MOEOPT_BF16 && (m.stride_in == 1 || m.stride_out == 1); };
+    auto pairs = [](const moeopt_matrix &m) { return m.dtype == MOEOPT_U4 && m.block == 32 && m.in % 32 == 0; };
+    return {halves && paired(one) && paired(other), evens && pairs(one) && pairs(other), 0};
+  }
+
+  int64_t bytes(const Rows &rows) const { return rows.half ? 2 : size; }
+
   void place_hidden() {
     int64_t at = 0, most = 0;
     for (int64_t i = 0; i < (int64_t)segments.size(); i++) {
       Segment &s = segments[i];
-      s.ldh = padded(s.I, job.short_h ? 2 : size);
-      if (i == 0 || at + s.count * s.ldh > MOST_HIDDEN) batches.push_back(i), at = 0;
-      s.h = at, at += s.count * s.ldh, most = std::max(most, at);
+      s.hidden.ld = padded(s.I, bytes(s.hidden));
+      const int64_t own = s.count * s.hidden.ld * bytes(s.hidden);
+      if (i == 0 || at + own > MOST_HIDDEN) batches.push_back(i), at = 0;
+      s.h = at, at += own, most = std::max(most, at);
     }
     batches.push_back((int64_t)segments.size());
-    h.reset(allocate(most * (job.short_h ? 2 : size)));
+    h.reset(allocate(most));
   }
 
   std::vector<int64_t> ends;

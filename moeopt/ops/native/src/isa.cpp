@@ -52,11 +52,13 @@ inline void store_up_to(void *p, int64_t dtype, int64_t i, V v, int64_t n) {
 void gather(const Job &job, int64_t row, int64_t end) {
   const moeopt_call &c = *job.call;
   const moeopt_spec &s = *c.spec;
-  const int64_t size = c.x_dtype == MOEOPT_F32 ? 4 : 2, kept = job.short_x ? MOEOPT_BF16 : MOEOPT_F32;
+  const int64_t size = c.x_dtype == MOEOPT_F32 ? 4 : 2;
   const int64_t padded = up_to(c.H, PAD), weighted = product_dtype(c.x_dtype, c.weights_dtype);
   for (; row < end; row++) {
     const char *x = (const char *)c.x + job.token[row] * c.x_stride[0] * size;
-    char *r = (char *)job.r + row * job.ldx * (job.short_x ? 2 : 4);
+    const Rows &lie = job.segments[job.segment_of[row]].x;
+    const int64_t kept = lie.half ? MOEOPT_BF16 : MOEOPT_F32;
+    char *r = (char *)job.r + row * job.step;
     const float w = s.weight_on_input ? weight_of(c, job.token[row], job.slot[row]) : 1.f;
     for (int64_t i = 0; i < padded; i += L) {
       V v{};
@@ -66,7 +68,7 @@ void gather(const Job &job, int64_t row, int64_t end) {
       v = round_to(v, s.compute);
       if (i + L > c.H)
         for (int j = 0; j < L; j++) v[j] = i + j < c.H ? v[j] : 0.f;  // 0 * w is a NaN where w is one
-      if (job.evens_x) store_evens_first((float *)r, i, v);
+      if (lie.evens) store_evens_first((float *)r, i, v);
       else store_as(r, kept, i, v);
     }
     if (job.round_x) round_row((float *)r, c.H, job.round_x->dtype == MOEOPT_U4, zero_of(job.round_x->dtype, job.round_x->zeros));
@@ -77,9 +79,10 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
   const moeopt_call &c = *job.call;
   const moeopt_spec &s = *c.spec;
   const moeopt_expert &e = *seg.weights;
-  const int64_t n = end - first, x_size = job.short_x ? 2 : 4, kept = job.short_h ? MOEOPT_BF16 : MOEOPT_F32;
+  const Rows &lie = seg.hidden;
+  const int64_t n = end - first, size = lie.half ? 2 : 4, kept = lie.half ? MOEOPT_BF16 : MOEOPT_F32;
   const bool mixed = s.rows == INTERLEAVED || s.rows == INTERLEAVED_UP, gated = s.rows != PLAIN;
-  View one = view(e.w_in[0], s, job.evens_x), g = one, u = one;
+  View one = view(e.w_in[0], s, seg.x.evens), g = one, u = one;
   const int64_t half = up_to(n, 256), ldt = 2 * half + APART;  // a row of sums: gates, then ups, or in turns
   float *bg = scratch, *bu = bg + MOST_COLUMNS, *panel = scratch + BIAS, *hg = panel + PANEL, *hu = hg + half;
   int64_t step = 1;  // from one gate to the next in a row of scratch
@@ -89,7 +92,7 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
   if (together) {
     hg = panel + PANEL + gate_at, hu = panel + PANEL + up_at, step = 2;
   } else if (s.rows == SEPARATE) {
-    u = view(e.w_in[1], s, job.evens_x);
+    u = view(e.w_in[1], s, seg.x.evens);
   } else if (gated) {
     g = rows_of(one, gate_at, mixed ? 2 : 1), u = rows_of(one, up_at, mixed ? 2 : 1);
   }
@@ -102,15 +105,15 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
   }
   for (int64_t m0 = 0; m0 < seg.count; m0 += ROWS) {
     const int64_t M = smaller(ROWS, seg.count - m0);
-    const char *x = (const char *)job.r + (seg.row + m0) * job.ldx * x_size;
+    const char *x = (const char *)job.r + (seg.row + m0) * job.step;
     if (together) {
-      product(one, s.compute, job.short_x, 2 * first, 2 * n, x, job.ldx, c.H, M, panel + PANEL, ldt, panel);
+      product(one, s.compute, seg.x.half, 2 * first, 2 * n, x, seg.x.ld, c.H, M, panel + PANEL, ldt, panel);
     } else {
-      product(g, s.compute, job.short_x, first, n, x, job.ldx, c.H, M, hg, ldt, panel);
-      if (gated) product(u, s.compute, job.short_x, first, n, x, job.ldx, c.H, M, hu, ldt, panel);
+      product(g, s.compute, seg.x.half, first, n, x, seg.x.ld, c.H, M, hg, ldt, panel);
+      if (gated) product(u, s.compute, seg.x.half, first, n, x, seg.x.ld, c.H, M, hu, ldt, panel);
     }
     for (int64_t m = 0; m < M; m++) {
-      char *h = (char *)job.h + (seg.h + (m0 + m) * seg.ldh) * (job.short_h ? 2 : 4);
+      char *h = (char *)job.h + seg.h + (m0 + m) * lie.ld * size;
       alignas(64) float whole[ROUNDED_COLUMNS];  // blocks of this task, which no other writes to
       char *kept_row = (char *)c.kept + (seg.row + m0 + m) * c.kept_step * (s.compute == MOEOPT_F32 ? 4 : 2);
       for (int64_t j = 0; j < n; j += L) {
@@ -132,14 +135,14 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
         }
         const V a = gate_product(gate, up, s);
         if (job.round_h) store(whole + j, a);
-        else if (job.evens_h) store_evens_first((float *)h, first + j, a);  // then I is a multiple of 32, and n one of L
+        else if (lie.evens) store_evens_first((float *)h, first + j, a);  // then I is a multiple of 32, and n one of L
         else store_up_to(h, kept, first + j, a, smaller(L, n - j));
       }
       if (job.round_h) {
         const moeopt_matrix &w = *job.round_h;
         for (int64_t j = 0; j < n; j += ROW_BLOCK)
           round_block((RowBlock *)h + (first + j) / ROW_BLOCK, whole + j, smaller(ROW_BLOCK, n - j), w.dtype == MOEOPT_U4, zero_of(w.dtype, w.zeros));
-      } else if (end == seg.I) memset(h + end * (job.short_h ? 2 : 4), 0, (up_to(end, PAD) - end) * (job.short_h ? 2 : 4));
+      } else if (end == seg.I) memset(h + end * size, 0, (up_to(end, PAD) - end) * size);
     }
   }
 }
@@ -147,15 +150,16 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
 void output(const Job &job, const Segment &seg, int64_t first, int64_t end, float *scratch) {
   const moeopt_call &c = *job.call;
   const moeopt_spec &s = *c.spec;
-  const int64_t n = end - first, size = job.short_h ? 2 : 4;
+  const Rows &lie = seg.hidden;
+  const int64_t n = end - first, size = lie.half ? 2 : 4;
   const int64_t ldt = up_to(n, 256) + APART;
   float *bias = scratch, *panel = scratch + BIAS, *to = panel + PANEL;
-  const View v = view(seg.weights->w_out, s, job.evens_h);
+  const View v = view(seg.weights->w_out, s, lie.evens);
   load_bias(bias, seg.weights->b_out, first, 1, n, s.compute);
   for (int64_t m0 = 0; m0 < seg.count; m0 += ROWS) {
     const int64_t M = smaller(ROWS, seg.count - m0);
-    const char *h = (const char *)job.h + (seg.h + m0 * seg.ldh) * size;
-    product(v, s.compute, job.short_h, first, n, h, seg.ldh, seg.I, M, to, ldt, panel);
+    const char *h = (const char *)job.h + seg.h + m0 * lie.ld * size;
+    product(v, s.compute, lie.half, first, n, h, lie.ld, seg.I, M, to, ldt, panel);
     for (int64_t m = 0; m < M; m++) {
       float *o = job.o + (seg.row + m0 + m) * job.ldo + first;
       for (int64_t j = 0; j < n; j += L) {

@@ -16,16 +16,23 @@ inline int64_t columns_across(int64_t rows, int64_t dtype, bool streams) {
   return rows <= 8 && dtype != MOEOPT_F32 ? 1024 : rows <= 16 ? 512 : 256;
 }
 
+// How an expert's rows lie, which its own weights alone decide: in what order they are summed must not depend on which other
+// experts are hit.
+struct Rows {
+  bool half;      // of bfloat16 instead of float32: both factors of a product stay 16 bits
+  bool evens;     // of 32 numbers the 16 of even places come first: W has two codes in a byte
+  int64_t ld;     // from one to the next, in numbers of the row's own size
+};
+
 struct Segment {  // rows row .. row + count of the sorted rows belong to expert e
-  int64_t e, row, count, I, h, ldh;  // h: where its hidden rows begin (elements), ldh: from one to the next
-  const moeopt_expert *weights;      // resolved: pointers are those of e
+  int64_t e, row, count, I, h;   // h: where its hidden rows begin, in bytes
+  Rows x, hidden;                // what its first and its second matrix multiply
+  const moeopt_expert *weights;  // resolved: pointers are those of e
 };
 
 struct Job {  // one call, laid out: what every task reads
   const moeopt_call *call;
-  int64_t rows, ldx, ldo;           // sorted rows; strides of r_RH and o_RD
-  bool short_x, short_h;            // rows of bfloat16 instead of float32: both factors of a product stay 16 bits
-  bool evens_x, evens_h;            // of 32 numbers of a row the 16 of even places come first: W has two codes in a byte
+  int64_t rows, step, ldo;          // sorted rows; bytes from one row of r_RH to the next; stride of o_RD
   const moeopt_matrix *round_x, *round_h;  // a matrix for whose codes rows are rounded to 8 bits (rounded.h), or null
   const int64_t *token, *slot;      // of each sorted row
   const int64_t *segment_of;        // of each sorted row

@@ -180,7 +180,7 @@ void gather(const Job &job, int64_t row, int64_t end) {
   for (; row < end; row++) {
     const double *x = (const double *)c.x + job.token[row] * c.x_stride[0];
     const double w = c.spec->weight_on_input ? weight_of(c, job.token[row], job.slot[row]) : 1.;
-    double *r = (double *)job.r + row * job.ldx;
+    double *r = (double *)((char *)job.r + row * job.step);
     for (int64_t i = 0; i < c.H; i++) r[i] = x[i * c.x_stride[1]] * w;
   }
 }
@@ -200,9 +200,9 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
   double *panel = (double *)scratch, *gates = panel + GROUP * WIDE, *ups = gates + ROWS * COLUMNS;
   for (int64_t m0 = 0; m0 < seg.count; m0 += ROWS) {
     const int64_t M = seg.count - m0 < ROWS ? seg.count - m0 : ROWS;
-    const double *x = (const double *)job.r + (seg.row + m0) * job.ldx;
-    product(e.w_in[0], gate_at, step, n, x, job.ldx, M, gates, panel);
-    if (gated) product(e.w_in[second], up_at, step, n, x, job.ldx, M, ups, panel);
+    const double *x = (const double *)((const char *)job.r + (seg.row + m0) * job.step);
+    product(e.w_in[0], gate_at, step, n, x, seg.x.ld, M, gates, panel);
+    if (gated) product(e.w_in[second], up_at, step, n, x, seg.x.ld, M, ups, panel);
     for (int64_t m = 0; m < M; m++) {
       double *g = gates + m * COLUMNS, *u = ups + m * COLUMNS;
       if (e.b_in[0].data)
@@ -219,7 +219,7 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
         if (s.up_offset != 0.) each(u, n, [&](double v) { return v + s.up_offset; });
         for (int64_t j = 0; j < n; j++) g[j] *= u[j];
       }
-      memcpy((double *)job.h + seg.h + (m0 + m) * seg.ldh + first, g, n * sizeof(double));
+      memcpy((double *)((char *)job.h + seg.h) + (m0 + m) * seg.hidden.ld + first, g, n * sizeof(double));
     }
   }
 }
@@ -229,7 +229,8 @@ void output(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
   double *panel = (double *)scratch, *to = panel + GROUP * WIDE;
   for (int64_t m0 = 0; m0 < seg.count; m0 += ROWS) {
     const int64_t M = seg.count - m0 < ROWS ? seg.count - m0 : ROWS;
-    product(seg.weights->w_out, first, 1, n, (const double *)job.h + seg.h + m0 * seg.ldh, seg.ldh, M, to, panel);
+    const double *h = (const double *)((const char *)job.h + seg.h) + m0 * seg.hidden.ld;
+    product(seg.weights->w_out, first, 1, n, h, seg.hidden.ld, M, to, panel);
     for (int64_t m = 0; m < M; m++) {
       double *o = (double *)job.o + (seg.row + m0 + m) * job.ldo + first;
       for (int64_t j = 0; j < n; j++) o[j] = to[m * COLUMNS + j] + bias_of(seg.weights->b_out, first + j);

@@ -1,0 +1,59 @@
+"""Hooks of a rewritten block itself run around its rewritten code, as around its own."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.toy_moe import Block, E, H, K, X, build, close, optimized
+
+SEEN: list[int] = []
+
+
+class Stacked(nn.Module):
+    """The block holds the stacked weights of its experts itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(H, E)
+        self.w_in = nn.Parameter(torch.randn(E, H, 2 * H) / 4)
+        self.w_out = nn.Parameter(torch.randn(E, 2 * H, H) / 4)
+
+    def forward(self, x):
+        w, ids = self.gate(x).softmax(-1).topk(K, -1)
+        h = torch.einsum("bth,btkhi->btki", x, self.w_in[ids]).relu()
+        return torch.einsum("btki,btkih,btk->bth", h, self.w_out[ids], w)
+
+
+def collecting(module):
+    """Hooks that write to a global, one before and one after each call."""
+    module.register_forward_pre_hook(lambda *_: SEEN.append(1))
+    module.register_forward_hook(lambda *_: SEEN.append(2))
+
+
+@pytest.mark.parametrize("cls", (Block, Stacked))
+def test_a_block_that_is_looked_at_is_rewritten(cls):
+    model = build(cls)
+    collecting(model)
+    fast = optimized(model)
+    SEEN.clear()
+    close(fast(X), model(X))
+    assert SEEN == [1, 2, 1, 2] and not fast.model.forward.fallbacks
+
+
+@pytest.mark.parametrize("cls", (Block, Stacked))
+def test_one_that_is_looked_at_later_stays_rewritten(cls):
+    model = build(cls)
+    fast = optimized(model)
+    fast(X)
+    collecting(fast.model)
+    SEEN.clear()
+    for _ in range(2):  # the second is done again by its words, or not
+        close(fast(X), model(X))
+    assert SEEN == [1, 2, 1, 2] and not fast.model.forward.fallbacks
+
+
+def test_an_engine_of_one_is_compared_with_its_own_choices(recwarn):
+    pytest.importorskip("onnxruntime")
+    engine = optimized(build(Stacked), X, backend="onnxruntime", verify="strict")
+    assert engine.certificate.passed
+    assert not [w for w in recwarn if "runs its original code" in str(w.message)]
