@@ -12,6 +12,7 @@ from typing import Any
 
 from moeopt.bundle.manifest import NAME, check_target
 from moeopt.errors import UsageError
+from moeopt.sizes import in_words
 
 
 def check_destination(
@@ -49,8 +50,8 @@ def check_destination(
     free = shutil.disk_usage(parent).free
     if need_bytes > free:
         raise UsageError(
-            f"{target} needs about {_words(need_bytes)}, and {_words(free)} are free there: free some space, or give a "
-            "directory on another disk"
+            f"{target} needs about {in_words(need_bytes)}, and {in_words(free)} are free there: free some space, or "
+            "give a directory on another disk"
         )
     old = _old_bundle(target)
     if old is None:
@@ -62,10 +63,6 @@ def check_destination(
             "directory, verify it (verify='strict'), or say overwrite=True (--overwrite)"
         )
     return words
-
-
-def _words(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def _old_bundle(target: Path) -> tuple[bool, str] | None:

@@ -189,7 +189,7 @@ def test_a_quantised_directory_is_refused(tmp_path):
 def test_too_little_memory_is_said_before_anything_is_read(tmp_path, monkeypatch):
     write("qwen3", tmp_path / "model")
     monkeypatch.setattr(preflights, "free_memory", lambda: 1000)
-    with pytest.raises(UsageError, match=r"needs about 0.20 GB of memory, and 0.00 MB are free .*: end other programs"):
+    with pytest.raises(UsageError, match=r"needs about 0.20 GB of memory, and 1.0 kB are free .*: end other programs"):
         moeopt.optimize(tmp_path / "model", out=tmp_path / "b")
     assert {p.name for p in tmp_path.iterdir()} == {"model"}
 
@@ -205,7 +205,7 @@ def test_without_a_bundle_what_is_put_together_must_fit(tmp_path, monkeypatch):
 def test_too_little_disk_is_said_before_anything_is_read(tmp_path, monkeypatch):
     write("qwen3", tmp_path / "model")
     monkeypatch.setattr(preflights, "_free_disk", lambda out: 1000)
-    with pytest.raises(UsageError, match=r"needs about 1.1. MB, and 0.00 MB are free there: free some space"):
+    with pytest.raises(UsageError, match=r"needs about 1.1. MB, and 1.0 kB are free there: free some space"):
         moeopt.optimize(tmp_path / "model", out=tmp_path / "b")
 
 
