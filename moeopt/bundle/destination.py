@@ -30,13 +30,7 @@ def check_destination(
             verified bundle that an unverified one would replace.
     """
     target = Path(directory)
-    try:
-        os.lstat(target)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as err:  # a name that is too long, or holds what no name may
-        why = getattr(err, "strerror", None) or err
-        raise UsageError(f"{str(target)[:80]!r} cannot be written: {why}; give another directory") from err
+    check_name(target)
     check_target(target)
     parent = next(p for p in target.absolute().parents if p.exists())
     if not parent.is_dir():
@@ -63,6 +57,17 @@ def check_destination(
             "directory, verify it (verify='strict'), or say overwrite=True (--overwrite)"
         )
     return words
+
+
+def check_name(target: Path) -> None:
+    """``UsageError`` for a path that nothing can have: a name in it is too long, or holds what no name may."""
+    try:
+        os.lstat(target)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as err:
+        why = getattr(err, "strerror", None) or err
+        raise UsageError(f"{str(target)[:80]!r} cannot be written: {why}; give another directory") from err
 
 
 def _old_bundle(target: Path) -> tuple[bool, str] | None:

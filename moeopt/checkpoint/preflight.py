@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeopt.backends import registry
-from moeopt.bundle.destination import check_destination
-from moeopt.bundle.manifest import check_target
+from moeopt.bundle.destination import check_destination, check_name
 from moeopt.checkpoint.alike_layers import AlikeLayers
 from moeopt.checkpoint.directory import CheckpointDirectory
 from moeopt.checkpoint.expanded import ExpandedDirectory
+from moeopt.checkpoint.journal import folder_of
 from moeopt.checkpoint.scratch import scratch_place
 from moeopt.checkpoint.structure import Structure
 from moeopt.errors import UsageError
@@ -51,9 +51,10 @@ class Preflight:
 
 def check_out(source: Path, target: Path, options: Options, overwrite: bool) -> None:
     """``UsageError`` where no bundle of the directory ``source`` can be written to ``target``."""
+    for path in (target, folder_of(target)):
+        check_name(path)
     if target.resolve() == source.resolve():
         raise UsageError(f"{target} is the model's own directory: give a new one")
-    check_target(target)
     check_destination(target, options.verify != "off", overwrite)
 
 
