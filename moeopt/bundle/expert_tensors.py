@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moeopt.ops import quantized_experts as quantized
 from moeopt.ops.experts import decode, unflatten
-from moeopt.value_types import FxTarget
+from moeopt.value_types import FxTarget, PyObject
 
 
 def takes_experts(op: FxTarget) -> bool:
@@ -36,13 +36,13 @@ def tensors_by_expert(op: FxTarget, weights: Sequence[Any]) -> list[list[Tensor]
     return found if all(_lies_whole(tensor) for tensors in found for tensor in tensors) else None
 
 
-def _of_floats(*given: Any) -> list[list[Tensor]]:
+def _of_floats(*given: PyObject) -> list[list[Tensor]]:
     *lists, spec = given
     bank = unflatten([part or [] for part in lists], decode(spec))
     return [[*bank.w_in(e), bank.w_out(e)] for e in range(bank.num_experts)]
 
 
-def _of_codes(*given: Any) -> list[list[Tensor]]:
+def _of_codes(*given: PyObject) -> list[list[Tensor]]:
     *lists, _, formats = given
     bank = quantized.unflatten([part or [] for part in lists], quantized.decode_formats(formats))
     held = [[m[e] for m in (*bank.w_in_q, bank.w_out_q)] for e in range(bank.num_experts)]
