@@ -5,7 +5,7 @@
 
 moeopt       the bundle with ``resident=``: experts beyond the budget are unmapped and dropped from the file's cache
 plain mmap   the same bundle with ``mapped=True``: the kernel's own read-ahead brings pages. What exceeds the budget is
-             dropped between tokens (MADV_PAGEOUT, POSIX_FADV_DONTNEED), pages that were used longest ago first, as the
+             dropped between tokens (MADV_DONTNEED, POSIX_FADV_DONTNEED), pages that were used longest ago first, as the
              kernel under a limit would; a token may exceed it meanwhile, which favours this peer
 accelerate   transformers' ``from_pretrained(device_map="auto", max_memory=)`` of the checkpoint: layers that fit are in
              memory, others are read from the offload folder at each call; its files' cache is dropped between tokens
@@ -108,6 +108,11 @@ def pages_of(spans: list[tuple[int, int]]) -> int:
     return total
 
 
+def spans_of(layers: list[Any]) -> list[tuple[int, int]]:
+    """(address, bytes) of each matrix of each expert of each layer."""
+    return [(m.data_ptr(), m.numel() * m.element_size()) for layer in layers for expert in layer for m in expert]
+
+
 def of_moeopt(bundle: Path, source: Path, share: float, tokens: int, kind: str) -> dict[str, Any]:
     """moeopt, plain mmap and in memory, by ``kind``."""
     import moeopt
@@ -117,16 +122,14 @@ def of_moeopt(bundle: Path, source: Path, share: float, tokens: int, kind: str) 
     file = bundle / "weights.safetensors"
     found = moeopt.load(bundle, mapped=True)
     layers = found._runner.expert_layers()
-    total = sum(m.numel() * m.element_size() for matrices, _ in layers for m in matrices)
-    spans = [(m.data_ptr(), m.numel() * m.element_size()) for matrices, _ in layers for m in matrices]
+    spans = spans_of(layers)
+    total = sum(size for _, size in spans)
     budget = int(total * share)
     if kind == "moeopt":
         del found, layers
         gc.collect()
         found = moeopt.load(bundle, resident=budget)
-        spans = [
-            (m.data_ptr(), m.numel() * m.element_size()) for ms, _ in found._runner.expert_layers() for m in ms
-        ]  # fmt: skip
+        spans = spans_of(found._runner.expert_layers())
         allow(ROOM)
         figures = decoded(lambda ids: found(input_ids=ids, use_cache=False), file, tokens, lambda: pages_of(spans))
         return figures | {"hit_rate": found.residency.hit_rate, "enforced": found.residency.enforced}

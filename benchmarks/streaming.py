@@ -182,7 +182,7 @@ def decoded(out: Path, share: float, tokens: int) -> dict[str, Any]:
 
 
 def _experts(engine: Any) -> list[Any]:
-    return [matrix for matrices, _ in engine._runner.expert_layers() for matrix in matrices]
+    return [matrix for layer in engine._runner.expert_layers() for expert in layer for matrix in expert]
 
 
 def in_fresh_process(*words: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 from moeopt.backends import registry
 from moeopt.backends.base import Made
 from moeopt.capture.tree import ArgsKwargs
-from moeopt.errors import UsageError
+from moeopt.errors import NotSaveableError, UsageError
+from moeopt.report import Report
 from moeopt.value_types import PyObject
 
 
@@ -94,11 +95,26 @@ class Optimized:
             overwrite: let an unverified bundle take the place of a verified one.
 
         Raises:
-            NotSaveableError: the model cannot be exported; the message names the op in the way.
+            NotSaveableError: the model cannot be exported; the message names the op in the way, and a block whose own
+                code is in the graph, for it was declined.
             UsageError: the directory cannot be written to or holds something else.
         """
-        return registry.get(self.report.backend).save(self._made, self._call, directory, overwrite)
+        try:
+            return registry.get(self.report.backend).save(self._made, self._call, directory, overwrite)
+        except NotSaveableError as err:
+            if left := _left_to_own_code(self.report):
+                raise NotSaveableError(f"{err}; {left}") from err
+            raise
 
     def _repr_html_(self) -> str:
         """Report and certificate as tables, for a notebook."""
         return f"<div>{self.report._repr_html_()}{self.certificate._repr_html_()}</div>"
+
+
+def _left_to_own_code(report: Report) -> str:
+    """The blocks with experts whose own code a graph of the model would hold, with the reason; "" for none."""
+    left = [block for block in report.declined if block.kind == "moe"]
+    if not left:
+        return ""
+    more = f" (as are {len(left) - 1} more)" if len(left) > 1 else ""
+    return f"{left[0].name or 'the model'}{more} is left to its own code: {left[0].reason}"

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "moeopt"
 FLOORS = [
     {"obstacles"},
-    {"errors", "value_types", "file_lock", "listed"},
+    {"errors", "value_types", "file_lock", "listed", "sizes"},
     {
         "options",
         "limits",

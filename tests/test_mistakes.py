@@ -189,7 +189,7 @@ def test_too_little_space_is_told_first(here, monkeypatch):
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 2_000_000_000))
     with pytest.raises(
-        MoeoptError, match=r"b needs about 61.0 GB, and 2.0 GB are free there: free some space, or give"
+        MoeoptError, match=r"b needs about 61.00 GB, and 2.00 GB are free there: free some space, or give"
     ):
         check_destination("b", True, need_bytes=61_000_000_000)
 

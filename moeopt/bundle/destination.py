@@ -12,6 +12,7 @@ from typing import Any
 
 from moeopt.bundle.manifest import NAME, check_target
 from moeopt.errors import UsageError
+from moeopt.sizes import in_words
 
 
 def check_destination(
@@ -29,13 +30,7 @@ def check_destination(
             verified bundle that an unverified one would replace.
     """
     target = Path(directory)
-    try:
-        os.lstat(target)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as err:  # a name that is too long, or holds what no name may
-        why = getattr(err, "strerror", None) or err
-        raise UsageError(f"{str(target)[:80]!r} cannot be written: {why}; give another directory") from err
+    check_name(target)
     check_target(target)
     parent = next(p for p in target.absolute().parents if p.exists())
     if not parent.is_dir():
@@ -49,8 +44,8 @@ def check_destination(
     free = shutil.disk_usage(parent).free
     if need_bytes > free:
         raise UsageError(
-            f"{target} needs about {_words(need_bytes)}, and {_words(free)} are free there: free some space, or give a "
-            "directory on another disk"
+            f"{target} needs about {in_words(need_bytes)}, and {in_words(free)} are free there: free some space, or "
+            "give a directory on another disk"
         )
     old = _old_bundle(target)
     if old is None:
@@ -64,8 +59,15 @@ def check_destination(
     return words
 
 
-def _words(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+def check_name(target: Path) -> None:
+    """``UsageError`` for a path that nothing can have: a name in it is too long, or holds what no name may."""
+    try:
+        os.lstat(target)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as err:
+        why = getattr(err, "strerror", None) or err
+        raise UsageError(f"{str(target)[:80]!r} cannot be written: {why}; give another directory") from err
 
 
 def _old_bundle(target: Path) -> tuple[bool, str] | None:

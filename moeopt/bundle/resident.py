@@ -1,10 +1,14 @@
 """Experts on disk, of which as many are in memory as may be: those that tokens choose most.
 
 A bundle's experts are views of its mapped file. Before the experts of a layer run, the router's choice is known: those
-of it that are not in memory are read, all asked for at once, and others leave first, so that no more than the budget is
-ever held (one call's own choice excepted). What leaves is what the least tokens chose lately. An expert that leaves is
-unmapped and dropped from the kernel's cache of the file, so the budget is one on memory and not on this process's view
-of it; :meth:`ResidentExperts.measured` asks the kernel (mincore) what of the experts really is in memory.
+of it that are not in memory are asked for one after the other, and for each another one leaves, so that no more than
+the budget is ever held (one layer's own choice excepted) and the disk has work while the next one leaves. Then all are
+waited for. What leaves is what the least tokens chose lately. An expert that leaves is unmapped and dropped from the
+kernel's cache of the file, so the budget is one on memory and not on this process's view of it;
+:meth:`ResidentExperts.measured` asks the kernel (mincore) what of the experts really is in memory.
+
+Experts are unmapped with MADV_DONTNEED: MADV_PAGEOUT, which would do both steps in one, does nothing for a process that
+may not write to the file, and says so to nobody.
 
 Shape legend: T tokens, E experts, K chosen per token.
 """
@@ -13,11 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import heapq
+import logging
 import mmap
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +31,11 @@ import torch
 from torch import Tensor
 
 from moeopt.errors import UsageError
+from moeopt.sizes import in_words
 
+LOG = logging.getLogger("moeopt")
 _PAGE = mmap.PAGESIZE
-_WILLNEED, _PAGEOUT, _POPULATE_READ = 3, 21, 22
+_WILLNEED, _DONTNEED, _POPULATE_READ = 3, 4, 22
 """Linux's numbers of what madvise is asked for: https://man7.org/linux/man-pages/man2/madvise.2.html"""
 DECAY = 0.98
 """What of an expert's load is left after each call of its layer."""
@@ -42,9 +50,9 @@ class Residency:
         calls, tokens: of the model; tokens are counted at its first layer with experts.
         hit_rate: share of the chosen experts that were in memory; None before the first call.
         bytes_read: in all.
-        seconds_lost: waiting for reads.
-        over: the most bytes by which one call's own choice exceeded the budget.
-        enforced: how the budget is kept, in words.
+        seconds_lost: until what was chosen had been read, and what left for it was dropped.
+        over: the most bytes by which one layer's own choice exceeded the budget.
+        enforced: how the budget is kept, in words, and what is outside of it.
     """
 
     budget: int
@@ -63,10 +71,11 @@ class Residency:
 
     def __str__(self) -> str:
         rate = "-" if self.hit_rate is None else f"{self.hit_rate:.1%}"
+        more = f", at most {in_words(self.over)} above that for one layer's own choice" if self.over else ""
         return (
-            f"{self.resident / 1e6:.1f} of {self.budget / 1e6:.1f} MB of experts in memory; hit rate {rate}, "
-            f"{self.bytes_read_per_token / 1e6:.2f} MB read a token, {self.seconds_lost:.2f} s lost in {self.calls} "
-            f"calls; {self.enforced}"
+            f"{in_words(self.resident)} of {in_words(self.budget)} of experts in memory; hit rate {rate}, "
+            f"{in_words(round(self.bytes_read_per_token))} read a token, {self.seconds_lost:.2f} s lost in "
+            f"{self.calls} calls{more}; {self.enforced}"
         )
 
 
@@ -77,7 +86,6 @@ class _Expert:
     pieces: list[tuple[int, int]]
     bytes: int
     load: float = 0.0
-    here: bool = False
 
 
 class ResidentExperts:
@@ -86,37 +94,58 @@ class ResidentExperts:
     Args:
         budget: bytes.
         file: the safetensors file that the weights are mapped from.
-        layers: for each layer with experts, its matrices as the op takes them (stacked, or one for each expert), and E.
+        layers: for each layer with experts, the matrices of each expert.
+        others: how many layers have experts beside those, which the budget says nothing of.
 
     Raises:
         UsageError: the budget does not hold the largest expert, or this system cannot drop pages.
     """
 
-    def __init__(self, budget: int, file: Path, layers: Sequence[tuple[list[Tensor], int]]) -> None:
+    def __init__(self, budget: int, file: Path, layers: Sequence[Sequence[Sequence[Tensor]]], others: int = 0) -> None:
         if not hasattr(os, "posix_fadvise"):
             raise UsageError("resident= drops pages of files, which this system is not asked for here: use Linux")
         self._lock = threading.Lock()
         self._libc = ctypes.CDLL(None, use_errno=True)
         self.budget = budget
         self._maps = _mappings(file)
-        self._layers = [_experts_of(matrices, experts) for matrices, experts in layers]
-        largest = max((expert.bytes for layer in self._layers for expert in layer), default=0)
+        known: dict[tuple[tuple[int, int], ...], _Expert] = {}  # layers may share their experts
+        self._layers = [[_expert_of(tensors, known) for tensors in layer] for layer in layers]
+        largest = max((expert.bytes for expert in known.values()), default=0)
         if budget < largest:
             raise UsageError(
                 f"resident={budget} is less than the {largest} bytes of one expert: give that much for each "
                 "expert that a token chooses, at least"
             )
         self._file = os.open(file, os.O_RDONLY)
+        self._here: dict[int, _Expert] = {}
         self._held = self._calls = self._tokens = self._hits = self._asked = self._read = self._over = 0
         self._lost = 0.0
-        for layer in self._layers:
-            for expert in layer:
-                self._drop(expert)
+        with contextlib.suppress(OSError):
+            os.fsync(self._file)  # what was written just now cannot be dropped before it is on the disk
+        for expert in known.values():
+            self._drop(expert)
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)  # what was written or read in larger pieces, too
+        self._outside = self._told_outside(file, sum(expert.bytes for expert in known.values()), others)
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):
             os.close(self._file)
+
+    def _told_outside(self, file: Path, total: int, others: int) -> str:
+        """What the budget does not hold for, in words; "" where it holds for all."""
+        told = []
+        if others:
+            told.append(f"the experts of {others} more layers, whose weights the graph does not read as they lie")
+        stays = self.measured() if os.access(file, os.W_OK) else 0  # who may not write is told of no page
+        if stays > total // 8:
+            told.append(
+                f"{in_words(stays)} that stay in memory whatever is dropped: {file} lies in memory itself (tmpfs), or "
+                "another process has it mapped"
+            )
+        words = f"; not held to that: {'; '.join(told)}" if told else ""
+        if told:
+            LOG.warning("resident=%s%s", in_words(self.budget), words)
+        return words
 
     def before(self, number: int, ids_TK: Tensor) -> None:
         """Bring the experts of layer ``number`` that ``ids_TK`` names, before they run."""
@@ -131,12 +160,13 @@ class ResidentExperts:
         chosen = [expert for expert, count in zip(layer, counts, strict=True) if count]
         for expert, count in zip(layer, counts, strict=True):
             expert.load = expert.load * DECAY + count
-        missing = [expert for expert in chosen if not expert.here]
+        missing = [expert for expert in chosen if id(expert) not in self._here]
         self._hits += len(chosen) - len(missing)
         self._asked += len(chosen)
-        if missing:
-            self._make_room(sum(expert.bytes for expert in missing), {id(expert) for expert in chosen})
-            self._bring(missing)
+        if missing or self._held > self.budget:
+            started = time.perf_counter()
+            self._bring(missing, {id(expert) for expert in chosen})
+            self._lost += time.perf_counter() - started
         self._over = max(self._over, self._held - self.budget)
 
     @property
@@ -145,53 +175,56 @@ class ResidentExperts:
         rate = self._hits / self._asked if self._asked else None
         return Residency(
             self.budget, self._held, self._calls, self._tokens, rate, self._read, self._lost, max(self._over, 0),
-            "pages of experts beyond the budget are unmapped and dropped from the file's cache (MADV_PAGEOUT, "
-            "POSIX_FADV_DONTNEED)",
+            "pages of experts beyond the budget are unmapped and dropped from the file's cache (MADV_DONTNEED, "
+            f"POSIX_FADV_DONTNEED){self._outside}",
         )  # fmt: skip
 
     def measured(self) -> int:
         """Bytes of all experts that are in memory, as the kernel says it (mincore): mapped here or cached for all."""
         total = 0
-        for layer in self._layers:
-            for expert in layer:
-                for address, size in expert.pieces:
-                    begin, length = _inside(address, size)
-                    pages = (ctypes.c_ubyte * (length // _PAGE))()
-                    self._libc.mincore(ctypes.c_void_p(begin), ctypes.c_size_t(length), pages)
-                    total += sum(page & 1 for page in pages) * _PAGE
+        for address, size in {piece for layer in self._layers for expert in layer for piece in expert.pieces}:
+            begin, length = _inside(address, size)
+            pages = torch.zeros(length // _PAGE, dtype=torch.uint8)
+            self._libc.mincore(
+                ctypes.c_void_p(begin), ctypes.c_size_t(length), ctypes.c_void_p(pages.data_ptr())
+            )  # fmt: skip
+            total += int((pages & 1).sum()) * _PAGE
         return total
 
-    def _make_room(self, wanted: int, chosen: set[int]) -> None:
-        if self._held + wanted <= self.budget:
-            return
-        here = [e for layer in self._layers for e in layer if e.here and id(e) not in chosen]
-        for expert in sorted(here, key=lambda e: e.load):
-            self._drop(expert)
-            if self._held + wanted <= self.budget:
-                return
-
-    def _bring(self, missing: list[_Expert]) -> None:
-        started = time.perf_counter()
+    def _bring(self, missing: list[_Expert], chosen: set[int]) -> None:
+        """Have ``missing`` in memory, and no more than the budget beside what is ``chosen``."""
+        leaving = self._least_chosen(chosen)
+        self._make_room(0, leaving)
         for expert in missing:  # all are asked for before any is waited for
+            self._make_room(expert.bytes, leaving)
             self._advise(expert, _WILLNEED)
-        for expert in reversed(missing):  # the one that was asked for last: to wait for it is to wait for all
-            self._advise(expert, _POPULATE_READ)
-            expert.here = True
+            self._here[id(expert)] = expert
             self._held += expert.bytes
             self._read += expert.bytes
-        self._lost += time.perf_counter() - started
+        for expert in reversed(missing):  # the one that was asked for last: to wait for it is to wait for all
+            self._advise(expert, _POPULATE_READ)
+
+    def _make_room(self, wanted: int, leaving: Iterator[_Expert]) -> None:
+        while self._held + wanted > self.budget and (expert := next(leaving, None)) is not None:
+            self._drop(expert)
+
+    def _least_chosen(self, but: set[int]) -> Iterator[_Expert]:
+        """What is in memory ``but`` for some, in the order in which it may leave: of equal ones what came first."""
+        here = [(expert.load, turn, key) for turn, (key, expert) in enumerate(self._here.items()) if key not in but]
+        heapq.heapify(here)
+        while here:
+            yield self._here[heapq.heappop(here)[2]]
 
     def _drop(self, expert: _Expert) -> None:
         for address, size in expert.pieces:
             begin, length = _inside(address, size)
             if length > 0:
-                self._libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _PAGEOUT)
+                self._libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _DONTNEED)
         for address, size in expert.pieces:
             for start, stop, offset in self._maps:
                 if start <= address < stop:
                     os.posix_fadvise(self._file, address - start + offset, size, os.POSIX_FADV_DONTNEED)
-        if expert.here:
-            expert.here = False
+        if self._here.pop(id(expert), None) is not None:
             self._held -= expert.bytes
 
     def _advise(self, expert: _Expert, advice: int) -> None:
@@ -201,19 +234,10 @@ class ResidentExperts:
             self._libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(address + size - begin), advice)
 
 
-def _experts_of(matrices: Sequence[Tensor], experts: int) -> list[_Expert]:
-    """The pieces of each expert: a row of each stacked matrix, and every E-th of those that are apart."""
-    pieces: list[list[tuple[int, int]]] = [[] for _ in range(experts)]
-    apart = 0
-    for matrix in matrices:
-        if matrix.dim() == 3 and matrix.shape[0] == experts:
-            size = matrix[0].numel() * matrix.element_size()
-            for number in range(experts):
-                pieces[number].append((matrix[number].data_ptr(), size))
-        else:
-            pieces[apart % experts].append((matrix.data_ptr(), matrix.numel() * matrix.element_size()))
-            apart += 1
-    return [_Expert(found, sum(size for _, size in found)) for found in pieces]
+def _expert_of(tensors: Sequence[Tensor], known: dict[tuple[tuple[int, int], ...], _Expert]) -> _Expert:
+    """The expert whose matrices these are, one and the same where it was met before."""
+    pieces = tuple((t.data_ptr(), t.numel() * t.element_size()) for t in tensors if t.numel())
+    return known.setdefault(pieces, _Expert(list(pieces), sum(size for _, size in pieces)))
 
 
 def _inside(address: int, size: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import torch
 from moeopt.bundle import op_allowlist as allow
 from moeopt.bundle import values
 from moeopt.bundle.binding import Binding
+from moeopt.bundle.expert_tensors import takes_experts, tensors_by_expert
 from moeopt.bundle.graph import SCHEMA
 from moeopt.bundle.memory import Meter, hangs_on_values, tensors_of
 from moeopt.bundle.schemas import GraphFile
@@ -139,22 +140,25 @@ class GraphRunner:
         except Exception:  # a list that is no bank: the op says so at the call, as of any other
             return None
 
-    def expert_layers(self) -> list[tuple[list[torch.Tensor], int]]:
-        """The matrices of each call of the experts' op that reads weights as they are in the file, and E; numbers those
-        calls in :attr:`experts`."""
-        layers: list[tuple[list[torch.Tensor], int]] = []
-        for step in self.steps:
-            if step.op is not torch.ops.moeopt.experts.default or len(step.args) < 5:
+    def expert_layers(self) -> list[list[list[torch.Tensor]]]:
+        """Of each call of an experts' op that reads weights as they are in the file: by expert, its matrices. Numbers
+        those calls in :attr:`experts`."""
+        layers: list[list[list[torch.Tensor]]] = []
+        written = {into for _, into in self.write_back}
+        for step in self.expert_calls:
+            named = _refs(step.args[3:])
+            if step.kwargs or any(ref.name not in self.weights or ref.name in written for ref in named):
                 continue
-            w_in, w_out = ([self.weights.get(ref.name) for ref in _refs(step.args[at])] for at in (3, 4))
-            matrices = [weight for weight in (*w_in, *w_out) if weight is not None]
-            if not w_out or len(matrices) < len(w_in) + len(w_out):
-                continue
-            first = w_out[0]
-            stacked = len(w_out) == 1 and first is not None and first.dim() == 3
-            self.experts[step.out] = len(layers)
-            layers.append((matrices, first.shape[0] if stacked and first is not None else len(w_out)))
+            found = tensors_by_expert(step.op, _fill(step.args[3:], self.weights))
+            if found is not None:
+                self.experts[step.out] = len(layers)
+                layers.append(found)
         return layers
+
+    @property
+    def expert_calls(self) -> list[OpCall]:
+        """Every call of an experts' op."""
+        return [step for step in self.steps if takes_experts(step.op)]
 
     @staticmethod
     def _step(node: FxArg, ref: PyObject, device: PyObject) -> OpCall:

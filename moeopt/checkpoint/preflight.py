@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeopt.backends import registry
-from moeopt.bundle.destination import check_destination
-from moeopt.bundle.manifest import check_target
+from moeopt.bundle.destination import check_destination, check_name
 from moeopt.checkpoint.alike_layers import AlikeLayers
 from moeopt.checkpoint.directory import CheckpointDirectory
 from moeopt.checkpoint.expanded import ExpandedDirectory
+from moeopt.checkpoint.journal import folder_of
 from moeopt.checkpoint.scratch import scratch_place
 from moeopt.checkpoint.structure import Structure
 from moeopt.errors import UsageError
 from moeopt.options import Options
 from moeopt.options.quant_plan import CHECKPOINT, QuantPlan
+from moeopt.sizes import in_words
 
 LIBRARIES = 200_000_000
 """Bytes that tracing a model and verifying its blocks take beside weights."""
@@ -39,20 +40,21 @@ class Preflight:
     disk_free: int | None
 
     def __str__(self) -> str:
-        free = "unknown" if self.memory_free is None else _words(self.memory_free)
-        disk = f", disk needed {_words(self.disk_needed)}" if self.disk_needed else ""
-        disk += f", free {_words(self.disk_free)}" if self.disk_free is not None else ""
+        free = "unknown" if self.memory_free is None else in_words(self.memory_free)
+        disk = f", disk needed {in_words(self.disk_needed)}" if self.disk_needed else ""
+        disk += f", free {in_words(self.disk_free)}" if self.disk_free is not None else ""
         return (
-            f"streaming {_words(self.weights)} of weights in {self.layers} layers of at most "
-            f"{_words(self.layer)}: memory needed {_words(self.memory_needed)}, free {free}{disk}"
+            f"streaming {in_words(self.weights)} of weights in {self.layers} layers of at most "
+            f"{in_words(self.layer)}: memory needed {in_words(self.memory_needed)}, free {free}{disk}"
         )
 
 
 def check_out(source: Path, target: Path, options: Options, overwrite: bool) -> None:
     """``UsageError`` where no bundle of the directory ``source`` can be written to ``target``."""
+    for path in (target, folder_of(target)):
+        check_name(path)
     if target.resolve() == source.resolve():
         raise UsageError(f"{target} is the model's own directory: give a new one")
-    check_target(target)
     check_destination(target, options.verify != "off", overwrite)
 
 
@@ -97,20 +99,20 @@ def preflight(
     if found.memory_free is not None and found.memory_needed > found.memory_free:
         wide = layers * largest + LIBRARIES
         way = (
-            f"give out= (--out) with a directory that has {_words(copies * structure.bytes)} free: then "
-            f"{_words(wide)} of memory are enough"
+            f"give out= (--out) with a directory that has {in_words(copies * structure.bytes)} free: then "
+            f"{in_words(wide)} of memory are enough"
             if held and wide <= found.memory_free
-            else f"end other programs, or use a machine with {_words(found.memory_needed)} free"
+            else f"end other programs, or use a machine with {in_words(found.memory_needed)} free"
         )
         raise UsageError(
-            f"{directory.path} needs about {_words(found.memory_needed)} of memory, and "
-            f"{_words(found.memory_free)} are free ({found}): {way}"
+            f"{directory.path} needs about {in_words(found.memory_needed)} of memory, and "
+            f"{in_words(found.memory_free)} are free ({found}): {way}"
         )
     if scratch:
         _check_scratch(directory.path, anew, found.disk_free)
     elif found.disk_free is not None and disk > found.disk_free:
         raise UsageError(
-            f"{out} needs about {_words(disk)}, and {_words(found.disk_free)} are free there: free some space, "
+            f"{out} needs about {in_words(disk)}, and {in_words(found.disk_free)} are free there: free some space, "
             "or give a directory on another disk"
         )
     return found
@@ -119,9 +121,9 @@ def preflight(
 def _check_scratch(path: Path, needed: int, free: int | None) -> None:
     if free is not None and needed > free:
         raise UsageError(
-            f"{path} stands for {_words(needed)} of floats, which are kept on the disk while blocks are verified, and "
-            f"{_words(free)} are free in {scratch_place()}: set TMPDIR to a folder on a disk that has room, or give "
-            "out= (--out)"
+            f"{path} stands for {in_words(needed)} of floats, which are kept on the disk while blocks are verified, "
+            f"and {in_words(free)} are free in {scratch_place()}: set TMPDIR to a folder on a disk that has room, or "
+            "give out= (--out)"
         )
 
 
@@ -199,7 +201,3 @@ def _limit_room() -> list[int | None]:
 def _free_disk(out: Path) -> int:
     parent = next(p for p in out.absolute().parents if p.exists())
     return shutil.disk_usage(parent).free
-
-
-def _words(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -81,7 +81,12 @@ class DistributedForward(RewrittenForward):
 
     Args:
         sharded: by the number of the op: how its experts are reached, and where this rank's own lie in the module.
+
+    Attributes:
+        divided: that experts of the module are elsewhere, and so is what its own code would need.
     """
+
+    divided = True
 
     def __init__(
         self, module: nn.Module, program: BlockProgram,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -87,12 +88,19 @@ def _listed(pairs: Iterable[tuple[str, Placement]]) -> dict[str, list[Placement]
 
 def _plain(placement: PyObject) -> PyObject:
     try:
-        return [[int(rank) for rank in ranks] for ranks in placement]
+        return [[_rank(rank) for rank in ranks] for ranks in placement]
     except TypeError:
         raise UsageError(
             f"a placement lists for each expert the ranks that hold it, like [[0], [0], [1], [0, 1]]; got "
             f"{str(placement):.60}"
         ) from None
+
+
+def _rank(given: PyObject) -> int:
+    """``TypeError`` for what is no whole number: half a rank would be rounded to another one."""
+    if isinstance(given, bool):
+        raise TypeError
+    return operator.index(given)
 
 
 def _check(name: str, placement: Placement, E: int, ranks: int) -> None:

@@ -45,10 +45,14 @@ def as_model(model: PyObject) -> nn.Module:
 
 
 def _sharded(model: nn.Module) -> str:
-    """The name of a Parameter of which this process has a part only; "" where there is none."""
+    """The name of a Parameter, or of a block's experts, of which this process has a part only; "" where it has all."""
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh") or getattr(parameter, "_is_flat_param", False):
             return name
+    for path, module in model.named_modules():  # experts that are apart are here whole, or not at all
+        forward = rewritten_forward(module)
+        if forward is not None and forward.divided:
+            return path or "the list of experts"
     return ""
 
 

@@ -75,7 +75,7 @@ class RewrittenForward:
 
     source: Source | None = None
     own_code: OwnCode | None = None
-    silent = _changed = False
+    silent = divided = _changed = False
     _unlooked = 0
 
     def __init__(self, module: nn.Module, program: BlockProgram, original: Callable[..., Any] | None = None) -> None:

@@ -1,7 +1,10 @@
 """Experts on disk: the results are those of an engine in memory, and the kernel confirms what is in memory."""
 
+import ctypes
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +13,12 @@ import pytest
 import torch
 
 import moeopt
+from moeopt.bundle import resident
+from moeopt.bundle.expert_tensors import tensors_by_expert
+from moeopt.bundle.mapped_file import MappedFile
 from moeopt.bundle.resident import ResidentExperts
 from moeopt.errors import UsageError
+from moeopt.ir.specs import ExpertsSpec
 from moeopt.limits import as_bytes
 
 if not hasattr(os, "posix_fadvise") or not Path("/proc/self/maps").exists():
@@ -50,6 +57,11 @@ class Layers(torch.nn.Module):
         for layer in self.layers:
             x = x + layer(x)
         return x
+
+
+def layer(*matrices):
+    """One layer, as a list of layers: by expert its part of each stack."""
+    return [[list(parts) for parts in zip(*matrices, strict=True)]]
 
 
 def rows(number, count):
@@ -103,23 +115,23 @@ def test_with_half_of_the_experts_in_memory_the_results_are_the_same_bits(bundle
     assert max(found["measured"]) <= half + edges and max(found["measured"]) > half // 2
     assert (found["calls"], found["tokens"], found["over"]) == (12, 8 + 11, 0)
     assert 0 < found["hit"] < 1 and found["read"] >= found["resident"] > 0
-    assert "MADV_PAGEOUT, POSIX_FADV_DONTNEED" in found["said"] and "MB read a token" in found["said"]
+    assert "MADV_DONTNEED, POSIX_FADV_DONTNEED" in found["said"] and "MB read a token" in found["said"]
 
 
 def test_the_experts_that_tokens_choose_most_stay(tmp_path):
     file = tmp_path / "w"
     file.write_bytes(b"\0" * 4096)
-    experts = ResidentExperts(2 * 4096, file, [([torch.ones(4, 32, 32)], 4)])
+    experts = ResidentExperts(2 * 4096, file, layer(torch.ones(4, 32, 32)))
     for ids in ([[0, 1]], [[0, 1]], [[0, 2]], [[0, 2]], [[0, 3]]):
         experts.before(0, torch.tensor(ids))
-    assert [e.here for e in experts._layers[0]] == [True, False, False, True]
+    assert [id(e) in experts._here for e in experts._layers[0]] == [True, False, False, True]
     assert experts.residency.hit_rate == 6 / 10 and experts.residency.bytes_read == 4 * 4096
 
 
 def test_ids_that_name_no_expert_read_nothing(tmp_path):
     file = tmp_path / "w"
     file.write_bytes(b"\0" * 4096)
-    experts = ResidentExperts(3 * 4096, file, [([torch.ones(2, 32, 32), *torch.ones(2, 32, 32)], 2)])
+    experts = ResidentExperts(3 * 4096, file, layer(torch.ones(2, 32, 32), torch.ones(2, 32, 32)))
     experts.before(0, torch.tensor([[-1, 2], [7, -5]]))
     assert experts.residency.bytes_read == 0 and experts.residency.tokens == 2
     experts.before(0, torch.tensor([[1, -1]]))
@@ -129,12 +141,117 @@ def test_ids_that_name_no_expert_read_nothing(tmp_path):
 def test_a_choice_that_exceeds_the_budget_runs_and_is_told(tmp_path):
     file = tmp_path / "w"
     file.write_bytes(b"\0" * 4096)
-    experts = ResidentExperts(4096, file, [([torch.ones(4, 32, 32)], 4)])
+    experts = ResidentExperts(4096, file, layer(torch.ones(4, 32, 32)))
     experts.before(0, torch.tensor([[0, 1], [2, 3]]))
-    assert experts.residency.over == 3 * 4096
-    experts.before(0, torch.tensor([[3]]))
-    experts.before(0, torch.tensor([[3]]))
-    assert experts.residency.resident <= 4 * 4096
+    assert experts.residency.over == 3 * 4096 and experts.residency.resident == 4 * 4096
+    assert "16.4 kB of 4.1 kB of experts in memory" in str(experts.residency)
+    assert ", at most 12.3 kB above that for one layer's own choice; pages" in str(experts.residency)
+    experts.before(0, torch.tensor([[3]]))  # which misses nothing, and has nothing of the others
+    assert experts.residency.resident == 4096 and experts.residency.over == 3 * 4096
+
+
+def test_experts_that_two_layers_share_are_held_once(tmp_path):
+    file = tmp_path / "w"
+    file.write_bytes(b"\0" * 4096)
+    experts = ResidentExperts(4096, file, layer(torch.ones(2, 32, 32)) * 2)
+    experts.before(0, torch.tensor([[1]]))
+    experts.before(1, torch.tensor([[1]]))
+    found = experts.residency
+    assert (found.resident, found.bytes_read, found.hit_rate, found.tokens) == (4096, 4096, 0.5, 1)
+
+
+class Asked:
+    """What would be asked of the C library."""
+
+    def __init__(self):
+        self.calls = []
+
+    def madvise(self, address, size, advice):
+        self.calls.append(advice)
+
+    def mincore(self, address, size, pages):
+        torch.frombuffer((ctypes.c_ubyte * -(-size.value // 4096)).from_address(pages.value), dtype=torch.uint8).fill_(
+            1
+        )
+
+
+def test_the_disk_has_work_while_the_next_expert_leaves(tmp_path):
+    file = tmp_path / "w"
+    file.write_bytes(b"\0" * 4096)
+    experts = ResidentExperts(2 * 3 * 4096, file, layer(torch.ones(4, 96, 32)))  # of one whole page at least
+    experts.before(0, torch.tensor([[0, 1]]))
+    experts._libc = asked = Asked()
+    experts.before(0, torch.tensor([[2, 3]]))
+    will_need, do_not_need, populate = 3, 4, 22
+    assert asked.calls == [do_not_need, will_need, do_not_need, will_need, populate, populate]
+
+
+def test_what_cannot_be_dropped_is_told(tmp_path, monkeypatch, caplog):
+    """As where the file lies on a file system in memory: mincore finds every page, whatever was dropped."""
+    monkeypatch.setattr(resident.ctypes, "CDLL", lambda *_, **__: Asked())
+    file = tmp_path / "w"
+    file.write_bytes(b"\0" * 4096)
+    words = str(ResidentExperts(4 * 4096, file, layer(torch.ones(4, 128, 32)), others=2).residency)
+    assert (
+        "; not held to that: the experts of 2 more layers, whose weights the graph does not read as they lie; " in words
+    )
+    assert re.search(
+        r"; [0-9.]+ kB that stay in memory whatever is dropped: .*w lies in memory itself \(tmpfs\), or an", words
+    )
+    assert "resident=16.4 kB; not held to that" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may act for another user")
+def test_who_may_not_write_to_the_file_drops_its_pages_too(tmp_path):
+    """MADV_PAGEOUT does nothing for such a process, and its pages stay where they are mapped."""
+    size = 1 << 20
+    file = tmp_path / "w"
+    file.write_bytes(os.urandom(4 * size))
+    file.chmod(0o644)
+    fits = MappedFile(file)  # of the owner, which mincore tells the truth
+    whole = layer(fits.tensor(torch.uint8, (4, 1024, 1024), 0))
+    experts = ResidentExperts(size, file, whole)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setuid(65534)
+            for e in (0, 1, 2, 3):
+                experts.before(0, torch.tensor([[e]]))
+            os.kill(os.getpid(), signal.SIGSTOP)  # while it is looked at
+        finally:
+            os._exit(0)
+    try:
+        os.waitpid(child, os.WUNTRACED)
+        held = experts.measured()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert held <= size
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_experts_that_are_codes(tmp_path, quantize):
+    torch.manual_seed(0)
+    made = moeopt.optimize(Layers().eval(), rows(0, 16), verify="off", quantize=quantize)
+    calls, folder = [rows(n % 8, 1) for n in range(16)], made.save(tmp_path / "b")
+    engine, whole = moeopt.load(folder, resident="1MB"), moeopt.load(folder)
+    assert all(torch.equal(engine(x), whole(x)) for x in calls)
+    found = engine.residency
+    codes = 3 * H * I // (1 if quantize == "int8" else 2)
+    each = found.bytes_read / sum(len(x) for x in calls) / 4 / (1 - found.hit_rate)
+    assert codes < each < 1.3 * codes and found.resident <= 10**6 and 0 < found.hit_rate < 1
+
+
+def test_numbers_that_lie_apart_are_left_alone():
+    """Of experts along another axis, the pages between an expert's first number and its last are the others' too."""
+    spec, w_in, w_out = ExpertsSpec().text, torch.ones(2, 8, 4), torch.ones(2, 4, 4)
+    op = torch.ops.moeopt.experts.default
+    assert len(tensors_by_expert(op, ([w_in], [w_out], None, None, None, spec))) == 2
+    turned = w_in.transpose(1, 2).contiguous().transpose(1, 2)
+    assert len(tensors_by_expert(op, ([turned], [w_out], None, None, None, spec))) == 2
+    apart = w_in.movedim(0, 1).contiguous().movedim(1, 0)
+    assert tensors_by_expert(op, ([apart], [w_out], None, None, None, spec)) is None
+    assert tensors_by_expert(op, ([], [], None, None, None, spec)) is None
 
 
 def test_threads_share_one_budget(bundle):

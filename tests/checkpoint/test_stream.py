@@ -12,7 +12,7 @@ from moeopt.checkpoint import preflight as preflights
 from moeopt.checkpoint.journal import folder_of
 from moeopt.checkpoint.stream import streamed
 from moeopt.cli import main
-from moeopt.errors import CheckpointError, UsageError
+from moeopt.errors import CheckpointError, NotSaveableError, UsageError
 from moeopt.find.example_inputs import made_up
 from moeopt.options import Options
 
@@ -189,7 +189,7 @@ def test_a_quantised_directory_is_refused(tmp_path):
 def test_too_little_memory_is_said_before_anything_is_read(tmp_path, monkeypatch):
     write("qwen3", tmp_path / "model")
     monkeypatch.setattr(preflights, "free_memory", lambda: 1000)
-    with pytest.raises(UsageError, match=r"needs about 0.20 GB of memory, and 0.00 MB are free .*: end other programs"):
+    with pytest.raises(UsageError, match=r"needs about 0.20 GB of memory, and 1.0 kB are free .*: end other programs"):
         moeopt.optimize(tmp_path / "model", out=tmp_path / "b")
     assert {p.name for p in tmp_path.iterdir()} == {"model"}
 
@@ -205,7 +205,7 @@ def test_without_a_bundle_what_is_put_together_must_fit(tmp_path, monkeypatch):
 def test_too_little_disk_is_said_before_anything_is_read(tmp_path, monkeypatch):
     write("qwen3", tmp_path / "model")
     monkeypatch.setattr(preflights, "_free_disk", lambda out: 1000)
-    with pytest.raises(UsageError, match=r"needs about 1.1. MB, and 0.00 MB are free there: free some space"):
+    with pytest.raises(UsageError, match=r"needs about 1.1. MB, and 1.0 kB are free there: free some space"):
         moeopt.optimize(tmp_path / "model", out=tmp_path / "b")
 
 
@@ -286,6 +286,14 @@ def test_the_models_own_directory_is_no_place(tmp_path):
         moeopt.optimize(tmp_path / "model", out=tmp_path / "model")
 
 
+@pytest.mark.parametrize("letters", [245, 300])
+def test_a_name_that_is_too_long_for_the_bundle_or_for_the_folder_beside_it(tmp_path, letters):
+    write("qwen3", tmp_path / "model")
+    with pytest.raises(UsageError, match="' cannot be written: File name too long; give another directory"):
+        moeopt.optimize(tmp_path / "model", out=tmp_path / ("n" * letters))
+    assert {p.name for p in tmp_path.iterdir()} == {"model"}
+
+
 def test_explain_reads_one_layer_of_each_kind(tmp_path, monkeypatch):
     from moeopt.checkpoint.directory import CheckpointDirectory
 
@@ -322,6 +330,20 @@ def test_the_command_streams_a_directory(tmp_path, capsys):
         file.unlink()
     code, _, err = run(capsys, "optimize", tmp_path / "model", "--out", tmp_path / "c")
     assert code == 1 and "lacks model-0000" in err and "Traceback" not in err and not (tmp_path / "c").exists()
+
+
+def test_what_cannot_be_saved_names_the_block_that_was_declined(tmp_path):
+    """Its own code is in the graph, with an op of transformers that a bundle does not call."""
+    write("mixtral", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    next(t for name, t in tensors.items() if ".experts.1." in name)[0, 0] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    words = (
+        r"cannot be saved .*; model.layers.0.mlp.experts is left to its own code: \w+ has 1 NaN of its 12,288 entries"
+    )
+    with pytest.raises(NotSaveableError, match=words):
+        moeopt.optimize(tmp_path / "model", out=tmp_path / "b", verify="off")
 
 
 def test_a_failed_save_says_that_the_work_is_kept(tmp_path, caplog, monkeypatch):

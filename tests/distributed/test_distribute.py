@@ -226,6 +226,9 @@ def test_without_torch_distributed_it_says_how_to_start():
         ({"placement": 3}, "placement is a int; give None"),
         ({"placement": "nowhere.json"}, "placement='nowhere.json' is no file"),
         ({"placement": [1, 2, 3, 4]}, "a placement lists for each expert the ranks that hold it, like [[0],"),
+        ({"placement": [["x"]] * 4}, "like [[0], [0], [1], [0, 1]]; got [['x'], ['x'], ['x'], ['x']]"),
+        ({"placement": [[0.5]] * 4}, "like [[0], [0], [1], [0, 1]]; got [[0.5], [0.5], [0.5], [0.5]]"),
+        ({"placement": {"Block": [[False]] * 4}}, "like [[0], [0], [1], [0, 1]]; got [[False], [False]"),
         (
             {"placement": {"devices": 4, "placements": []}},
             "placement is a plan for 4 devices, and the mesh has 1 ranks: plan with devices=1",

@@ -1,6 +1,7 @@
 """Weights, gradients and graphs of a distributed model: what is saved, loaded, trained, compiled and refused."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -144,6 +145,12 @@ def others(rank, mesh):
         seen["loaded whole"] = differs(d(tokens(6)), other(tokens(6)))
         short = {k: v[:4] if k.startswith("w_") else v for k, v in other.model.state_dict().items()}
         seen["another size"] = raised(lambda: d.model.load_state_dict(short))
+        plain = optimised(Layers, blocks=1)
+        apart = moeopt.distribute(plain, mesh, timeout=TIMEOUT, tokens="replicated")
+        calls = {"optimize": moeopt.optimize, "explain": moeopt.explain, "profile": lambda m, x: moeopt.profile(m, [x])}
+        for name, call in calls.items():
+            seen[f"{name} separate experts"] = raised(functools.partial(call, apart.model, tokens(6)))
+        seen["after that"] = differs(apart(tokens(6)), plain(tokens(6)), exact=True)
     copies = moeopt.distribute(opt, mesh, timeout=TIMEOUT, placement=[[0, 1], [0], [1], [1], [0]])
     seen["copies train"] = raised(lambda: copies(tokens(4)))
     return seen
@@ -185,7 +192,10 @@ def test_compiled_code_is_interrupted_at_the_experts(seen):
         ("pickle", "torch.distributed.checkpoint saves and loads its state_dict"),
         ("save", "NotSaveableError: nowhere: a distributed model has no bundle"),
         ("export", "save or export the optimised model before moeopt.distribute"),
-        ("optimize", "UsageError: "),
+        ("optimize", "UsageError: w_in of Stacked is divided over processes already"),
+        ("optimize separate experts", "UsageError: layers.0 of Layers is divided over processes already"),
+        ("explain separate experts", "optimise it, and divide its experts with moeopt.distribute(optimized, mesh)"),
+        ("profile separate experts", "UsageError: layers.0 of Layers is divided over processes already"),
         ("verify", "UsageError: a distributed model is verified when it is made"),
         ("another size", "size mismatch for w_in: it is (4, 48, 16), and the experts of all ranks are (5, 48, 16)"),
         ("copies train", "UsageError: Stacked: its placement has copies of experts"),
@@ -194,6 +204,10 @@ def test_compiled_code_is_interrupted_at_the_experts(seen):
 def test_what_a_distributed_model_cannot_do_is_refused(seen, what, words):
     for each in seen:
         assert words in each[what]
+
+
+def test_what_was_refused_has_changed_nothing(seen):
+    assert [each["after that"] for each in seen] == ["", ""]
 
 
 def test_whole_tensors_are_loaded_in_parts(seen):

@@ -131,7 +131,8 @@ class LoadedEngine(Engine):
             )
         if self.device.type != "cpu":
             raise UsageError(f"resident= keeps experts in the pages of a file, and the engine runs on {self.device}")
-        self._resident = ResidentExperts(budget, self.manifest.path(WEIGHTS), layers)
+        others = len(self._runner.expert_calls) - len(layers)
+        self._resident = ResidentExperts(budget, self.manifest.path(WEIGHTS), layers, others)
         self._runner.before_experts = self._resident.before
 
     @property

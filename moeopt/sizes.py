@@ -1,0 +1,8 @@
+"""Bytes in words, for messages."""
+
+
+def in_words(size: int) -> str:
+    """Like ``1.25 GB``, ``3.20 MB`` or ``18.4 kB``."""
+    if size >= 1e8:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
