@@ -10,12 +10,17 @@ from array import array
 from torch import Tensor
 
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.ops.native.matrices import ABSENT, NO_MATRIX
 from moeopt.ops.reference import dtypes
 
 KEPT = 32
 """The word of a ``moeopt_call`` that is the address of what is kept of h; the next is how far its rows are apart."""
-_ENTRY = 42
-"""The words of a ``moeopt_expert``: the third of each of its first matrices is how many rows that has."""
+_OUT = 2
+"""The word of a ``moeopt_matrix`` that says how many rows it has."""
+_SECOND = len(NO_MATRIX)
+"""The words of one, behind which the second matrix of a ``moeopt_expert`` begins."""
+_ENTRY = 3 * len(NO_MATRIX) + 4 * len(ABSENT)
+"""The words of a ``moeopt_expert``."""
 
 
 class Hidden:
@@ -33,7 +38,8 @@ class Hidden:
 
         None where the experts differ in how many numbers of h they have.
         """
-        widths = {one + two for one, two in zip(entries[2::_ENTRY], entries[12::_ENTRY], strict=True)}
+        firsts, seconds = entries[_OUT::_ENTRY], entries[_SECOND + _OUT :: _ENTRY]
+        widths = {one + two for one, two in zip(firsts, seconds, strict=True)}
         if len(widths) != 1:
             return None
         (width,) = widths
