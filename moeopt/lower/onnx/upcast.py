@@ -8,6 +8,7 @@ outputs keep their dtype through one Cast each. Roundings that decide stay (``mo
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,6 +29,7 @@ BEYOND_FLOAT16 = (
 )
 """A note on engines with float16 weights."""
 
+_FLOAT16 = re.compile(r"\bfloat16\b")
 NARROW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -88,7 +90,8 @@ def upcast_and_tell(model: OnnxModel, sites: Iterable[ExpertsNode], remarks: lis
 
     weights = model.graph.initializers.values()
     widened_here = any(v.dtype == ir.DataType.FLOAT16 and v.const_value.size > SMALL for v in weights)
-    if (widened_here or any(site.dtype == torch.float16 for site in sites)) and BEYOND_FLOAT16 not in remarks:
+    asked_for = any(site.dtype == torch.float16 or _FLOAT16.search(site.spec.encode()) for site in sites)
+    if (widened_here or asked_for) and BEYOND_FLOAT16 not in remarks:
         remarks.append(BEYOND_FLOAT16)
     upcast_graph(model)
 
