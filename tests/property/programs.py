@@ -81,11 +81,10 @@ def routings(draw: st.DrawFn, num_experts: int, top_k: int, dtype: str) -> Route
 
 
 @st.composite
-def surroundings(draw: st.DrawFn, any_rank: bool, stackable: bool, twin: bool) -> Around:
+def surroundings(draw: st.DrawFn, any_rank: bool, stackable: bool) -> Around:
     rank = one_of(draw, 2, 3)
-    kinds = ("added", "gated", "twin") if twin else ("added", "gated")
     around = Around(
-        shared=one_of(draw, *kinds) if maybe(draw, 3) else "",
+        shared=one_of(draw, "added", "gated", "twin") if maybe(draw, 3) else "",
         out_scale=0.7 if maybe(draw, 2) else 1.0,
         residual=maybe(draw, 3),
         norm=one_of(draw, "rms", "layer") if maybe(draw, 3) else "",
@@ -114,9 +113,6 @@ def inside_programs(draw: st.DrawFn, form: str) -> Program:
     # an expert runs once per slot on other rows, which no single sum says (AMBIGUOUS in test_programs.py).
     weighs_outputs = form in ("take_outputs", "stack_dense", "stack_einsum") or (form == "slot_where" and top_k > 1)
     on_input = not weighs_outputs and maybe(draw, 2)
-    # A shared expert of the routed ones' shape is told from them by the tokens that it sees, or, where every expert
-    # sees every token, by its weight. Where most are chosen, some routed one may look alike (AMBIGUOUS again).
-    twin = 2 * top_k <= num_experts
     expert = draw(expert_functions(zero_at_zero=on_input and (dense or form in forms.ALL_ROWS)))
     if all_weighted:
         router = Router(one_of(draw, *routers.DENSE), bias=maybe(draw, 3), float32=dtype != "float32")
@@ -135,9 +131,7 @@ def inside_programs(draw: st.DrawFn, form: str) -> Program:
         router=router,
         expert=expert,
         layout=draw(layouts(form in forms.STACKED, expert.gated)),
-        around=draw(
-            surroundings(form in forms.ANY_RANK and not given_more, not given_more and dtype == "float32", twin)
-        ),
+        around=draw(surroundings(form in forms.ANY_RANK and not given_more, not given_more and dtype == "float32")),
         weight_on="input" if on_input else "output",
         dtype=dtype,
         seed=draw(st.integers(0, 10_000)),

@@ -112,16 +112,11 @@ def test_outside(kind, record_property):
     record_property("outside programs", run_all(outside_programs(kind), OUTSIDE_EACH, kind))
 
 
-TWIN = Around(shared="twin")
 AMBIGUOUS = [
-    (Program(form="hit_loop", experts=3, top_k=3, around=TWIN), "no tensor before the experts holds the expert ids"),
-    (Program(form="dense_loop", experts=5, top_k=4, around=TWIN), "no tensor before the experts holds the expert ids"),
-    (Program(form="slot_where", experts=3, top_k=3, around=TWIN), "its experts run several times in one forward"),
-    (Program(experts=5, top_k=4, around=TWIN), "no tensor before the experts holds the expert ids"),
     (Program(form="slot_where", top_k=2, weight_on="input"), "is not linear in the experts' outputs"),
     (Program(form="slot_where", experts=2, top_k=2, weight_on="input"), "is not linear in the experts' outputs"),
 ]
-"""Left out of ``inside_programs``: a shared expert that sees what some routed expert sees, and one sum per slot."""
+"""Left out of ``inside_programs``: one sum per slot."""
 
 
 @pytest.mark.parametrize(("program", "reason"), AMBIGUOUS, ids=lambda p: repr(p) if isinstance(p, Program) else "")
@@ -134,6 +129,21 @@ def test_what_cannot_be_told_is_declined_and_right(program, reason):
     original = build(program)
     for i, call in enumerate(calls(program, original)):
         assert_same(run(opt, (call, {}), seed=i), run(original, (call, {}), seed=i), exact=True)
+
+
+TWIN = Around(shared="twin")
+TWINS = [
+    Program(form="hit_loop", experts=3, top_k=3, around=TWIN),
+    Program(form="dense_loop", experts=5, top_k=4, around=TWIN),
+    Program(form="slot_where", experts=3, top_k=3, around=TWIN),
+    Program(experts=5, top_k=4, around=TWIN),
+]
+"""Shared experts of the routed ones' shape that see what some routed expert sees: their weight alone tells them."""
+
+
+@pytest.mark.parametrize("program", TWINS, ids=repr)
+def test_a_shared_expert_that_sees_what_a_routed_one_sees_is_told_by_its_weight(program):
+    check(program)
 
 
 def test_counts(capsys):
