@@ -33,9 +33,11 @@ def mixed_vectors(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
         path = _weighed_table(unread, node, memo) or _looked_up_table(unread, node)
         if path and _scales(node):
             table = unread.named[path]
-            place = unread.place(unread.tape.call_of(node), node.meta["index"], len(table), {id(table)})
+            call = unread.tape.call_of(node)
+            place = unread.place(call, node.meta["index"], len(table), {id(table)})
+            own = path.removeprefix(f"{call.path}.")  # the same in every model that holds the block
             reason = (
-                f"its experts are vectors, the rows of {path}, which a gate mixes for each token: no expert is a "
+                f"its experts are vectors, the rows of {own}, which a gate mixes for each token: no expert is a "
                 "product, so there is nothing to group; this block stays as it is"
             )
             yield dataclasses.replace(place, reason=reason)
