@@ -158,7 +158,7 @@ class ResidentExperts:
         if stays > total // 8:
             told.append(
                 f"{in_words(stays)} that stay in memory whatever is dropped: {file} lies in memory itself (tmpfs), or "
-                "another process has it mapped"
+                "another engine or process has it mapped"
             )
         words = f"; not held to that: {'; '.join(told)}" if told else ""
         if told:
