@@ -8,7 +8,8 @@ kernel's cache of the file, so the budget is one on memory and not on this proce
 :meth:`ResidentExperts.measured` asks the kernel (mincore) what of the experts really is in memory.
 
 Experts are unmapped with MADV_DONTNEED: MADV_PAGEOUT, which would do both steps in one, does nothing for a process that
-may not write to the file, and says so to nobody.
+may not write to the file, and says so to nobody. Of memory that is no file's it makes zeros, so that it is asked for
+pages of the file alone: a matrix that was copied when it was read (``bundle.aligned``) stays.
 
 Shape legend: T tokens, E experts, K chosen per token.
 """
@@ -98,7 +99,8 @@ class ResidentExperts:
         others: how many layers have experts beside those, which the budget says nothing of.
 
     Raises:
-        UsageError: the budget does not hold the largest expert, or this system cannot drop pages.
+        UsageError: the budget does not hold the largest expert, no expert lies in pages of the file, or this system
+            cannot drop pages.
     """
 
     def __init__(self, budget: int, file: Path, layers: Sequence[Sequence[Sequence[Tensor]]], others: int = 0) -> None:
@@ -109,8 +111,14 @@ class ResidentExperts:
         self.budget = budget
         self._maps = _mappings(file)
         known: dict[tuple[tuple[int, int], ...], _Expert] = {}  # layers may share their experts
-        self._layers = [[_expert_of(tensors, known) for tensors in layer] for layer in layers]
+        self._layers = [[self._expert_of(tensors, known) for tensors in layer] for layer in layers]
         largest = max((expert.bytes for expert in known.values()), default=0)
+        if not largest:
+            raise UsageError(
+                f"resident= keeps experts in the pages of {file}, and none of these lie there: they were copied when "
+                "they were read, as tensors are that do not begin at a multiple of 64 bytes, or the file is another "
+                "one by now; save the bundle again with this version"
+            )
         if budget < largest:
             raise UsageError(
                 f"resident={budget} is less than the {largest} bytes of one expert: give that much for each "
@@ -125,22 +133,32 @@ class ResidentExperts:
         for expert in known.values():
             self._drop(expert)
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)  # what was written or read in larger pieces, too
-        self._outside = self._told_outside(file, sum(expert.bytes for expert in known.values()), others)
+        total = sum(expert.bytes for expert in known.values())
+        copied = sum(size for pieces in known for _, size in pieces) - total
+        self._outside = self._told_outside(file, total, others, copied)
+
+    def _expert_of(self, tensors: Sequence[Tensor], known: dict[tuple[tuple[int, int], ...], _Expert]) -> _Expert:
+        """The expert whose matrices these are, one and the same where it was met before: what of it the file has."""
+        pieces = tuple((t.data_ptr(), t.numel() * t.element_size()) for t in tensors if t.numel())
+        lying = [(at, size) for at, size in pieces if any(a <= at and at + size <= z for a, z, _ in self._maps)]
+        return known.setdefault(pieces, _Expert(lying, sum(size for _, size in lying)))
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, OSError):
             os.close(self._file)
 
-    def _told_outside(self, file: Path, total: int, others: int) -> str:
+    def _told_outside(self, file: Path, total: int, others: int, copied: int) -> str:
         """What the budget does not hold for, in words; "" where it holds for all."""
         told = []
         if others:
             told.append(f"the experts of {others} more layers, whose weights the graph does not read as they lie")
+        if copied:
+            told.append(f"{in_words(copied)} that were copied when they were read, as they lie in the file")
         stays = self.measured() if os.access(file, os.W_OK) else 0  # who may not write is told of no page
         if stays > total // 8:
             told.append(
                 f"{in_words(stays)} that stay in memory whatever is dropped: {file} lies in memory itself (tmpfs), or "
-                "another process has it mapped"
+                "another engine or process has it mapped"
             )
         words = f"; not held to that: {'; '.join(told)}" if told else ""
         if told:
@@ -232,12 +250,6 @@ class ResidentExperts:
         for address, size in expert.pieces:
             begin = address // _PAGE * _PAGE
             self._libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(address + size - begin), advice)
-
-
-def _expert_of(tensors: Sequence[Tensor], known: dict[tuple[tuple[int, int], ...], _Expert]) -> _Expert:
-    """The expert whose matrices these are, one and the same where it was met before."""
-    pieces = tuple((t.data_ptr(), t.numel() * t.element_size()) for t in tensors if t.numel())
-    return known.setdefault(pieces, _Expert(list(pieces), sum(size for _, size in pieces)))
 
 
 def _inside(address: int, size: int) -> tuple[int, int]:

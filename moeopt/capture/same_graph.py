@@ -7,7 +7,7 @@ depends on who else holds the tensor.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,26 @@ def same_computation(a: Tape, b: Tape, but: Collection[tuple[str, str]] = ()) ->
 def calls_made(tape: Tape) -> list[str]:
     """The names of what a call of a block called, in order."""
     return [op_name(node) for node in tape.nodes if node.op == "call_function"]
+
+
+def one_computation(few: Sequence[Tape], many: Sequence[Tape]) -> bool:
+    """Whether all tapes make the same calls, and those of ``few`` rows with every word that those of ``many``, which
+    are of several sizes, have in common: ``x * (0.5 if len(x) > 100 else 1.0)`` is another computation for few."""
+    made = [_Lines(tape, ()).lines for tape in (*many, *few)]
+    if len({*map(len, made)}) > 1:
+        return False
+    return all(_in_common([[op, target, *args, *kwargs] for op, target, args, kwargs in versions], len(many))
+               for versions in zip(*made, strict=True))  # fmt: skip
+
+
+def _in_common(versions: list[list[Any]], count: int) -> bool:
+    """Whether all versions of a line have what the first ``count`` have in common."""
+    if len({*map(len, versions)}) > 1:
+        return all(line[:2] == versions[0][:2] for line in versions)
+    return not any(
+        all(word == column[0] for word in column[:count]) and any(word != column[0] for word in column[count:])
+        for column in zip(*versions, strict=True)
+    )
 
 
 class _Lines:

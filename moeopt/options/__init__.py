@@ -23,6 +23,7 @@ Choices of the whole process, which are no fields, for a call of the op has no `
 
 from moeopt.options.checks import check_device as check_device
 from moeopt.options.environment import ALL_VARIABLES as ALL_VARIABLES
+from moeopt.options.environment import ASKED_WITH as ASKED_WITH
 from moeopt.options.environment import EVERY_VARIABLE as EVERY_VARIABLE
 from moeopt.options.environment import ONE_VARIABLE as ONE_VARIABLE
 from moeopt.options.environment import cache_directory as cache_directory

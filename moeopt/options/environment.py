@@ -90,6 +90,8 @@ ONE_VARIABLE = type(os.environ).__getitem__.__code__
 """What runs where one variable is looked up, whose name is its ``key``: ``os.getenv(name)``, ``name in os.environ``."""
 ALL_VARIABLES = type(os.environ).__iter__.__code__
 """What runs where code goes through all of them."""
+ASKED_WITH = frozenset(("environ", "getenv", "environb", "getenvb"))
+"""Names in code that looks variables up."""
 EVERY_VARIABLE = ""
 """Among names of variables: all that there are. None has this name."""
 
@@ -97,8 +99,10 @@ EVERY_VARIABLE = ""
 def variables(names: Collection[str]) -> tuple[dict[Any, Any], dict[str, Any]]:
     """The process's table of variables, and the keys of those of ``names`` in it; ``EVERY_VARIABLE`` stands for all."""
     table: dict[Any, Any] = getattr(os.environ, "_data", {})  # encoded; os.environ decodes at each access
-    wanted = sorted(os.environ if EVERY_VARIABLE in names else names)
-    keys = {name: os.environ.encodekey(name) for name in wanted}
+    keys: dict[str, Any] = {}
+    for name in sorted(os.environ if EVERY_VARIABLE in names else names):
+        with contextlib.suppress(UnicodeEncodeError):  # a word of the code that no variable can have as its name
+            keys[name] = os.environ.encodekey(name)
     return table, {name: key for name, key in keys.items() if key in table}
 
 

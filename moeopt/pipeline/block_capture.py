@@ -16,7 +16,7 @@ from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.isolated_run import undone
 from moeopt.capture.probe_inputs import aimed_at_router, probe_call
 from moeopt.capture.random_ops import refuse_random
-from moeopt.capture.same_graph import calls_made
+from moeopt.capture.same_graph import one_computation
 from moeopt.capture.tape import Tape, clone_inputs, record
 from moeopt.capture.tree import ArgsKwargs, tree_leaves
 from moeopt.errors import Declined
@@ -85,17 +85,16 @@ class Capture:
     def _read_more_tokens(self, options: Options) -> None:
         """Read three calls of more tokens: in few of them, what leaves rows out may leave out none.
 
-        All six must make the same calls of PyTorch: a branch on the number of tokens is another computation.
+        All six must be one computation: a branch on the number of tokens is another one.
         """
-        before, made = dict(self.__dict__), [calls_made(tape) for tape in self.tapes]
+        before, few = dict(self.__dict__), self.tapes
         try:
             self.tapes, self.founds, self.calls = [], [], []
             for variant in range(3):
                 found = self._watch(_SHOWS_MORE + 6 * variant, options.seed + variant, variant)
                 self.found = found if variant == 0 else self.found
             self._read(options)
-            made += [calls_made(tape) for tape in self.tapes]
-            alike = read_alike(self.plans) and all(names == made[0] for names in made)
+            alike = read_alike(self.plans) and one_computation(few, self.tapes)
         except Declined:
             alike = False
         if not alike:

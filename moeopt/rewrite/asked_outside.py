@@ -10,6 +10,7 @@ is told in the report, where the code that asks is the user's or a helper of Pyt
 from __future__ import annotations
 
 import datetime
+import os
 import random
 import types
 
@@ -57,7 +58,8 @@ class AskedOutside:
     def call(self, frame: types.FrameType) -> None:
         """A function of Python's begins."""
         if frame.f_code is ONE_VARIABLE:
-            self.variables.add(str(frame.f_locals.get("key")))
+            name = frame.f_locals.get("key")
+            self.variables.add(os.fsdecode(name) if isinstance(name, bytes) else str(name))
         elif frame.f_code is ALL_VARIABLES:
             self.variables.add(EVERY_VARIABLE)
 

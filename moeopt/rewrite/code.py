@@ -87,11 +87,14 @@ def _read(code: types.CodeType) -> CodeNames:
 
 def _attributes(code: types.CodeType) -> Iterator[tuple[str, str]]:
     """Each attribute with the name of what it is read from: of ``self.config.level`` it is ``config``."""
-    assigned: dict[str, set[str]] = {}  # by local variable, the names of what it was set to
+    given = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    assigned = {name: {""} for name in given}  # by local variable, the names of what it was set to
     found: list[tuple[str, str, bool]] = []
     last, local = "", False  # what the step before loaded; "" where no name tells
     for step in dis.get_instructions(code):
         name, value = step.opname, step.argval
+        if step.is_jump_target:  # ``a or b``, ``a if there else b``: the last value may be another one
+            last, local = "", False
         if name in ("LOAD_ATTR", "LOAD_METHOD"):
             found.append((last, value, local))
         elif name == "STORE_FAST":

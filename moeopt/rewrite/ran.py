@@ -103,13 +103,16 @@ def _ran(codes: dict[types.CodeType, dict[str, Any]], outside: AskedOutside) -> 
     attributes: set[tuple[str, str]] = set()
     imports: dict[tuple[str, int, str], None] = {}
     open_ = False
+    called = {code.co_name for code, table in codes.items() if not foreign(str(table.get("__name__")))}
     for code, table in codes.items():
         module = str(table.get("__name__"))
         if foreign(module) and not module.startswith("collections"):
             continue
         found = words(code)
         names |= found.names
-        attributes |= found.reads
+        # what a property gives, or ``__getattr__``, has another name where it is held
+        computed = "__getattr__" in called or "__getattribute__" in called
+        attributes |= {("" if computed or holder in called else holder, asked) for holder, asked in found.reads}
         open_ = open_ or found.open
         if not foreign(module):
             numbers |= found.numbers

@@ -1,10 +1,9 @@
 """From the plans of several probe calls to one plan for every shape.
 
-The same block, run on inputs of different sizes, gives the same steps with different integers. An
-integer that never changes is a constant; one that changes must be a size of an input, a product of
-sizes, a multiple or an offset of one. Anything else that changes (a float, a tensor made outside
-PyTorch, the steps themselves) means that the forward depends on the data in a way that no graph
-repeats, and the block is declined.
+The same block, run on inputs of different sizes, gives the same steps with different integers. An integer that never
+changes is a constant; one that changes must be a size of an input, a product of sizes, a multiple or an offset of one.
+Anything else that changes (a float, a tensor made outside PyTorch, the steps themselves) means that the forward depends
+on the data in a way that no graph repeats, and the block is declined.
 """
 
 from __future__ import annotations

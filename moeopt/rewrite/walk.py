@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from moeopt.capture.held_contents import foreign
+from moeopt.options import ASKED_WITH
 from moeopt.rewrite.code import digest, filled, fingerprint, installed, words
 from moeopt.rewrite.guard_expression import GuardExpression
 from moeopt.rewrite.ran import Ran
@@ -195,6 +196,8 @@ class Walk:
         if writable:
             self.probe.attribute(value, "__code__", code)
         if digest(code) not in self.ran.codes:
+            if words(code).names & ASKED_WITH:  # a variable that it looks up is called by a name in it
+                self.strings |= words(code).names
             return
         self._named(place, value.__dict__)
         where = f"of {value.__qualname__}"

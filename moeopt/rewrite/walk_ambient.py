@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from moeopt.options import variables
+from moeopt.options import ASKED_WITH, variables
 from moeopt.value_types import PyObject
 
 if TYPE_CHECKING:
@@ -98,8 +98,9 @@ def read_modes(walk: Walk) -> None:
     if walk.names & _DECIMALS:
         walk.probe.add("({0}().prec, {0}().rounding) == {1}", decimal.getcontext, _decimals())
         walk.note("decimal.getcontext()", "context", "{} digits, {}".format(*_decimals()))
-    if walk.ran.variables:
-        _variables(walk)
+    wanted = walk.ran.variables | (walk.names if walk.names & ASKED_WITH else frozenset())
+    if wanted:  # those that are named where no recorded call came: in a branch of other sizes, or of another mode
+        _variables(walk, wanted)
     if "getLogger" in walk.names:
         named = (logging.root.manager.loggerDict.get(name) for name in (*walk.names, *dict(walk.ran.globals)))
         for logger in (logging.root, *named):
@@ -161,9 +162,9 @@ def _backend(walk: Walk, place: str, holder: PyObject, depth: int = 2) -> None:
             _backend(walk, f"{place}.{name}", value, depth - 1)
 
 
-def _variables(walk: Walk) -> None:
-    """The variables of the process that the code looks up, and that no other was added."""
-    table, keys = variables(walk.ran.variables)
+def _variables(walk: Walk, names: frozenset[str]) -> None:
+    """Those of ``names`` that are variables of the process, and that no other was added."""
+    table, keys = variables(names)
     walk.probe.keys(table)
     for name, key in keys.items():
         walk.link(walk.probe, table, key, table[key], f"the variable {name}")

@@ -1,9 +1,12 @@
 """Experts on disk: the results are those of an engine in memory, and the kernel confirms what is in memory."""
 
 import ctypes
+import hashlib
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +67,14 @@ def layer(*matrices):
     return [[list(parts) for parts in zip(*matrices, strict=True)]]
 
 
+def mapped(tmp_path, *shapes):
+    """A file of zeros, and one layer of float32 matrices that are its pages."""
+    file, sizes = tmp_path / "w", [4 * math.prod(shape) for shape in shapes]
+    file.write_bytes(bytes(sum(sizes)))
+    pages = MappedFile(file)
+    return file, layer(*(pages.tensor(torch.float32, s, sum(sizes[:n])) for n, s in enumerate(shapes)))
+
+
 def rows(number, count):
     return torch.randn(count, H, generator=torch.Generator().manual_seed(number))
 
@@ -119,9 +130,8 @@ def test_with_half_of_the_experts_in_memory_the_results_are_the_same_bits(bundle
 
 
 def test_the_experts_that_tokens_choose_most_stay(tmp_path):
-    file = tmp_path / "w"
-    file.write_bytes(b"\0" * 4096)
-    experts = ResidentExperts(2 * 4096, file, layer(torch.ones(4, 32, 32)))
+    file, layers = mapped(tmp_path, (4, 32, 32))
+    experts = ResidentExperts(2 * 4096, file, layers)
     for ids in ([[0, 1]], [[0, 1]], [[0, 2]], [[0, 2]], [[0, 3]]):
         experts.before(0, torch.tensor(ids))
     assert [id(e) in experts._here for e in experts._layers[0]] == [True, False, False, True]
@@ -129,9 +139,8 @@ def test_the_experts_that_tokens_choose_most_stay(tmp_path):
 
 
 def test_ids_that_name_no_expert_read_nothing(tmp_path):
-    file = tmp_path / "w"
-    file.write_bytes(b"\0" * 4096)
-    experts = ResidentExperts(3 * 4096, file, layer(torch.ones(2, 32, 32), torch.ones(2, 32, 32)))
+    file, layers = mapped(tmp_path, (2, 32, 32), (2, 32, 32))
+    experts = ResidentExperts(3 * 4096, file, layers)
     experts.before(0, torch.tensor([[-1, 2], [7, -5]]))
     assert experts.residency.bytes_read == 0 and experts.residency.tokens == 2
     experts.before(0, torch.tensor([[1, -1]]))
@@ -139,9 +148,8 @@ def test_ids_that_name_no_expert_read_nothing(tmp_path):
 
 
 def test_a_choice_that_exceeds_the_budget_runs_and_is_told(tmp_path):
-    file = tmp_path / "w"
-    file.write_bytes(b"\0" * 4096)
-    experts = ResidentExperts(4096, file, layer(torch.ones(4, 32, 32)))
+    file, layers = mapped(tmp_path, (4, 32, 32))
+    experts = ResidentExperts(4096, file, layers)
     experts.before(0, torch.tensor([[0, 1], [2, 3]]))
     assert experts.residency.over == 3 * 4096 and experts.residency.resident == 4 * 4096
     assert "16.4 kB of 4.1 kB of experts in memory" in str(experts.residency)
@@ -151,9 +159,8 @@ def test_a_choice_that_exceeds_the_budget_runs_and_is_told(tmp_path):
 
 
 def test_experts_that_two_layers_share_are_held_once(tmp_path):
-    file = tmp_path / "w"
-    file.write_bytes(b"\0" * 4096)
-    experts = ResidentExperts(4096, file, layer(torch.ones(2, 32, 32)) * 2)
+    file, layers = mapped(tmp_path, (2, 32, 32))
+    experts = ResidentExperts(4096, file, layers * 2)
     experts.before(0, torch.tensor([[1]]))
     experts.before(1, torch.tensor([[1]]))
     found = experts.residency
@@ -176,9 +183,8 @@ class Asked:
 
 
 def test_the_disk_has_work_while_the_next_expert_leaves(tmp_path):
-    file = tmp_path / "w"
-    file.write_bytes(b"\0" * 4096)
-    experts = ResidentExperts(2 * 3 * 4096, file, layer(torch.ones(4, 96, 32)))  # of one whole page at least
+    file, layers = mapped(tmp_path, (4, 96, 32))
+    experts = ResidentExperts(2 * 3 * 4096, file, layers)  # of one whole page at least
     experts.before(0, torch.tensor([[0, 1]]))
     experts._libc = asked = Asked()
     experts.before(0, torch.tensor([[2, 3]]))
@@ -189,9 +195,8 @@ def test_the_disk_has_work_while_the_next_expert_leaves(tmp_path):
 def test_what_cannot_be_dropped_is_told(tmp_path, monkeypatch, caplog):
     """As where the file lies on a file system in memory: mincore finds every page, whatever was dropped."""
     monkeypatch.setattr(resident.ctypes, "CDLL", lambda *_, **__: Asked())
-    file = tmp_path / "w"
-    file.write_bytes(b"\0" * 4096)
-    words = str(ResidentExperts(4 * 4096, file, layer(torch.ones(4, 128, 32)), others=2).residency)
+    file, layers = mapped(tmp_path, (4, 128, 32))
+    words = str(ResidentExperts(4 * 4096, file, layers, others=2).residency)
     assert (
         "; not held to that: the experts of 2 more layers, whose weights the graph does not read as they lie; " in words
     )
@@ -252,6 +257,38 @@ def test_numbers_that_lie_apart_are_left_alone():
     apart = w_in.movedim(0, 1).contiguous().movedim(1, 0)
     assert tensors_by_expert(op, ([apart], [w_out], None, None, None, spec)) is None
     assert tensors_by_expert(op, ([], [], None, None, None, spec)) is None
+
+
+def rewritten_with_room(bundle, folder, room):
+    """The bundle, ``room`` bytes of whose weights' header were added: a safetensors file like any other."""
+    shutil.copytree(bundle, folder)
+    file, manifest = folder / "weights.safetensors", folder / "moeopt.json"
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    file.write_bytes((size + room).to_bytes(8, "little") + raw[8 : 8 + size] + b" " * room + raw[8 + size :])
+    said = json.loads(manifest.read_text())
+    said["files"][file.name] = {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "bytes": file.stat().st_size}
+    manifest.write_text(json.dumps(said))
+    return folder
+
+
+def test_weights_that_were_copied_when_they_were_read_are_never_dropped(bundle, tmp_path):
+    """What MADV_DONTNEED takes of memory that is no file's comes back as zeros."""
+    folder = rewritten_with_room(bundle, tmp_path / "b", 8)
+    engine, want = moeopt.load(folder), moeopt.load(bundle)(rows(1, 4))
+    with pytest.raises(UsageError, match=r"in the pages of .*weights.safetensors, and none of these lie there: they w"):
+        engine.keep_resident(6 * EXPERT)
+    assert torch.equal(engine(rows(1, 4)), want)
+
+
+def test_a_matrix_that_was_copied_beside_one_in_the_file_stays_and_is_told(tmp_path, caplog):
+    file, [pages] = mapped(tmp_path, (4, 32, 32))
+    copies = torch.ones(4, 64, 64)
+    experts = ResidentExperts(4096, file, [[[*held, copy] for held, copy in zip(pages, copies, strict=True)]])
+    for e in range(4):
+        experts.before(0, torch.tensor([[e]]))
+    assert bool((copies == 1).all()) and experts.residency.bytes_read == 4 * 4096
+    assert "; not held to that: 65.5 kB that were copied when they were read, as they lie in the file" in caplog.text
 
 
 def test_threads_share_one_budget(bundle):

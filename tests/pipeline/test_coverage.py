@@ -53,7 +53,16 @@ class LongOnes(Skipping):
         return y.relu() if len(x) > 100 else y
 
 
-@pytest.mark.parametrize(("model", "status"), [(Skipping, "rewritten"), (LongOnes, "declined")])
+class LongHalves(Skipping):
+    """The same calls of PyTorch, with another number."""
+
+    def forward(self, x):
+        return super().forward(x) * (0.5 if len(x) > 100 else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "status"), [(Skipping, "rewritten"), (LongOnes, "declined"), (LongHalves, "declined")]
+)
 def test_calls_of_more_tokens_speak_for_those_of_fewer_where_both_compute_the_same(model, status):
     torch.manual_seed(0)
     made = model().eval()

@@ -77,6 +77,7 @@ LOOKED_UP = {
     "by getenv": (lambda: os.getenv(f"READER_{'scale'.upper()}", "1"), {"READER_SCALE"}),
     "by names of their own": (lambda: (environ.get("READER_A"), getenv("READER_B")), {"READER_A", "READER_B"}),
     "whether it is there": (lambda: "READER_SCALE" in os.environ, {"READER_SCALE"}),
+    "by bytes": (lambda: os.environb.get(b"READER_SCALE"), {"READER_SCALE"}),
     "all": (lambda: dict(os.environ), {EVERY_VARIABLE}),
     "all in a loop": (lambda: [v for k, v in os.environ.items() if k.startswith("READER_")], {EVERY_VARIABLE}),
 }
@@ -115,6 +116,38 @@ def test_variables_of_computed_names_are_watched_and_files_are_told(monkeypatch)
     before = fast.model.forward.fallbacks
     close(fast(X), model(X))
     assert fast.model.forward.fallbacks == before == 2
+
+
+def doubles():
+    return os.getenv("READER_DOUBLES") == "1"
+
+
+NOT_IN_RECORDED_CALLS = {
+    "of one row": lambda x: len(x) == 1 and os.getenv("READER_DOUBLES") == "1",
+    "with gradients": lambda x: torch.is_grad_enabled() and os.environ.get("READER_DOUBLES") == "1",
+    "in a function": lambda x: torch.is_grad_enabled() and doubles(),
+    "as bytes": lambda x: os.environb.get(b"READER_" + b"DOUBLES") == b"1",
+}
+
+
+class DoublesSome(Block):
+    when = None
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y * 2 if DoublesSome.when(x) else y
+
+
+@pytest.mark.parametrize("when", NOT_IN_RECORDED_CALLS)
+def test_a_variable_is_watched_where_no_recorded_call_asked_for_it(when, monkeypatch):
+    """A branch of one row, or of calls with gradients: its lookups are named in the code, and were not seen."""
+    monkeypatch.setattr(DoublesSome, "when", staticmethod(NOT_IN_RECORDED_CALLS[when]))
+    model, x = build(DoublesSome), X[:1, :1]
+    fast = optimized(model)
+    close(fast(x), model(x))
+    monkeypatch.setenv("READER_DOUBLES", "1")
+    with pytest.warns(StaleModelWarning, match="the variable READER_DOUBLES, which its code reads"):
+        close(fast(x), model(x))
 
 
 def test_a_block_that_asks_nothing_has_no_note():

@@ -245,6 +245,15 @@ class Holds(Names):
         LOGGER.debug("is called")
         return asked(self)
 
+    @property
+    def logger(self):
+        return self.log
+
+
+class Computes(Holds):
+    def __getattr__(self, name):
+        return self.log if name == "computed" else super().__getattr__(name)
+
 
 def by_itself(of):
     return of.log.level == logging.DEBUG
@@ -268,17 +277,48 @@ def by_a_closure(of):
     return (lambda: log.level)() == logging.DEBUG
 
 
+def by_one_of_two(of):
+    return (of.log or ANOTHER).level == logging.DEBUG
+
+
+def by_a_local_of_two(of):
+    log = of.log if of.config is not None else ANOTHER
+    return log.level == logging.DEBUG
+
+
+def by_an_argument_with_a_default(of):
+    return level_of_given(of.log) == logging.DEBUG
+
+
+def by_a_property(of):
+    return of.logger.level == logging.DEBUG
+
+
+def by_getattr(of):
+    return of.computed.level == logging.DEBUG
+
+
 def level_of(log):
     return log.level
 
 
+def level_of_given(log=None):
+    log = log or ANOTHER
+    return log.level
+
+
+ANOTHER = logging.getLogger("of.nobody")
 asked = by_itself
 
 
-@pytest.mark.parametrize("way", (by_itself, by_a_local, by_an_argument, by_a_string, by_a_closure))
+@pytest.mark.parametrize(
+    "way",
+    (by_itself, by_a_local, by_an_argument, by_a_string, by_a_closure, by_one_of_two, by_a_local_of_two,
+     by_an_argument_with_a_default, by_a_property, by_getattr),
+)  # fmt: skip
 def test_a_level_is_watched_by_whatever_name_it_is_asked(monkeypatch, way):
     monkeypatch.setitem(globals(), "asked", way)
-    model = build(Holds)
+    model = build(Computes if way is by_getattr else Holds)
     fast = optimized(model)
     with level(LOGGER), pytest.warns(StaleModelWarning, match=r"\.level, which its code reads"):
         close(fast(X), model(X))

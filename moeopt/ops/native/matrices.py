@@ -52,7 +52,8 @@ def _codes(w: QuantizedWeight, rounds: bool) -> tuple[int, ...]:
     for t in (w.codes, w.scales, zeros):
         if t is not None:
             plain(t)
-    if w.scales.dtype not in FLOATS or w.codes.stride(1) != 1 or w.scales.stride(1) != 1:
+    narrow = w.scales.dtype in FLOATS and w.scales.dtype is not torch.float64
+    if not narrow or w.codes.stride(1) != 1 or w.scales.stride(1) != 1:
         raise Unfit(f"codes of strides {w.codes.stride()} and scales of {w.scales.dtype} {w.scales.stride()}")
     dtype, per_byte = CODES[kind], 2 if format.packed else 1
     block = min(format.block[1] or K, K)

@@ -1,5 +1,7 @@
 """The native kernel on codes: the reference on the dequantised weights, whatever the format, the sizes and the rows."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -101,3 +103,16 @@ def test_what_it_does_not_read_is_left_to_torch(kernel, name):
     with pytest.raises(Unfit, match="the kernel reads int8 and symmetric int4 with scales for each row, not"):
         kernel(*args)
     torch.testing.assert_close(dispatch.quantized_on_cpu(*args), cpu.experts_cpu(*args), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-channel"])
+def test_scales_of_64_bits_are_left_to_torch(kernel, name, rounds):
+    """They were read as numbers of 16."""
+    spec, format = ExpertsSpec(), dataclasses.replace(FORMATS[name], scale="float64")
+    bank = bank_of(spec, format, 64, 32, torch.float32)
+    args = call_of(bank.reading("int8") if rounds else bank, spec, 5, 64, torch.float32)
+    with pytest.raises(Unfit, match=r"codes of strides \(\d+, 1\) and scales of torch.float64"):
+        kernel(*args)
+    definition = experts_reference if rounds else cpu.experts_cpu
+    torch.testing.assert_close(dispatch.quantized_on_cpu(*args), definition(*args), rtol=0, atol=0)

@@ -57,7 +57,7 @@ bool is_weight(const moeopt_matrix &m, bool wide, bool rounds) {
   if (is_float(m.dtype)) return true;
   if (m.dtype != MOEOPT_I8 && m.dtype != MOEOPT_U4) return false;
   const bool even = m.dtype == MOEOPT_I8 || (m.stride_out % 2 == 0 && (m.block % 2 == 0 || m.block >= m.in));
-  return m.scales && is_float(m.scale_dtype) && m.block > 0 && m.stride_in == 1 && even;
+  return m.scales && is_float(m.scale_dtype) && m.scale_dtype != MOEOPT_F64 && m.block > 0 && m.stride_in == 1 && even;
 }
 
 int64_t read_id(const moeopt_call &c, int64_t t, int64_t k) {
