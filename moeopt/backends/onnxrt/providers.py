@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 from collections.abc import Sequence
 
 import torch
@@ -45,7 +46,7 @@ def runtime() -> PyObject:
             f"backend 'onnxruntime' needs {err.name}: pip install 'moeopt[onnxruntime]' (CPU) "
             "or 'moeopt[onnxruntime-gpu]'"
         ) from None
-    if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < _OLDEST:
+    if tuple(map(int, re.findall(r"\d+", onnxruntime.__version__)[:2])) < _OLDEST:
         raise UsageError(
             f"backend 'onnxruntime' needs ONNX Runtime 1.31 or newer, and {onnxruntime.__version__} is installed, "
             "whose TopK ends the process where a router's score is not a number: pip install -U "

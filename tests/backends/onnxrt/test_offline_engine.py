@@ -256,7 +256,9 @@ def test_a_gpu_build_without_a_gpu_claims_only_the_cpu(monkeypatch):
     assert sessions.available() == ["cpu"]
 
 
-@pytest.mark.parametrize("version, refused", [("1.30.0", True), ("1.9.2", True), ("1.31.0", False), ("2.0.1", False)])
+@pytest.mark.parametrize(
+    "version, refused", [("1.30.0", True), ("1.9.2", True), ("1.31.0", False), ("1.33rc1", False), ("2.0.1", False)]
+)
 def test_a_runtime_that_is_too_old_is_refused_before_it_runs(version, refused, monkeypatch):
     monkeypatch.setattr("onnxruntime.__version__", version)
     if not refused:
