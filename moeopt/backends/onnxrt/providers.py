@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -42,17 +43,19 @@ def runtime() -> PyObject:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as err:
-        raise UsageError(
-            f"backend 'onnxruntime' needs {err.name}: pip install 'moeopt[onnxruntime]' (CPU) "
-            "or 'moeopt[onnxruntime-gpu]'"
-        ) from None
+        raise UsageError(f"backend 'onnxruntime' needs {err.name}: {_how_to_get_one()}") from None
     if tuple(map(int, re.findall(r"\d+", onnxruntime.__version__)[:2])) < _OLDEST:
         raise UsageError(
-            f"backend 'onnxruntime' needs ONNX Runtime 1.31 or newer, and {onnxruntime.__version__} is installed, "
-            "whose TopK ends the process where a router's score is not a number: pip install -U "
-            "'moeopt[onnxruntime]' (CPU) or 'moeopt[onnxruntime-gpu]'"
+            "backend 'onnxruntime' needs ONNX Runtime 1.31 or newer (TopK of 1.30 ends the process where a router's "
+            f"score is not a number), and {onnxruntime.__version__} is installed: {_how_to_get_one()}"
         )
     return onnxruntime
+
+
+def _how_to_get_one() -> str:
+    if sys.version_info < (3, 11):
+        return "PyPI has no ONNX Runtime for Python 3.10 that is new enough: use a newer Python, or backend='torch'"
+    return "pip install -U 'moeopt[onnxruntime]' (CPU) or 'moeopt[onnxruntime-gpu]'"
 
 
 def _home(name: str) -> str | None:

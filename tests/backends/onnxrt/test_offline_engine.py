@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import pickle
 import shutil
+import sys
 
 import pytest
 import torch
@@ -264,5 +265,15 @@ def test_a_runtime_that_is_too_old_is_refused_before_it_runs(version, refused, m
     if not refused:
         assert sessions.runtime().__version__ == version
         return
-    with pytest.raises(UsageError, match=f"needs ONNX Runtime 1.31 or newer, and {version} is installed, whose TopK"):
+    with pytest.raises(UsageError, match=rf"needs ONNX Runtime 1.31 or newer \(TopK .* and {version} is installed: "):
         moeopt.optimize(build(), torch.randn(3, 16), backend="onnxruntime")
+
+
+@pytest.mark.parametrize(
+    "python, way", [((3, 10, 13), "use a newer Python, or backend='torch'"), ((3, 11), "pip install")]
+)
+def test_the_way_to_a_runtime_is_one_that_this_python_has(python, way, monkeypatch):
+    monkeypatch.setattr("onnxruntime.__version__", "1.30.0")
+    monkeypatch.setattr(sys, "version_info", python)
+    with pytest.raises(UsageError, match=way):
+        sessions.runtime()
