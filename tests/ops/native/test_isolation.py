@@ -181,10 +181,15 @@ def test_a_child_of_what_used_openmp_before_the_kernel_was_loaded(whole_library)
     assert out.returncode == 7, out.stderr[-2000:]
 
 
+def state_of(stat):
+    """R where a thread runs or waits for a core, S where it sleeps."""
+    return stat.read_text().rpartition(")")[2].split()[0]
+
+
 @pytest.mark.skipif(not TASKS.is_dir(), reason="this system has no /proc")
 def test_no_thread_runs_between_calls(best):
     def states():
-        return [t.read_text().rpartition(")")[2].split()[0] for t in TASKS.glob("*/stat")]
+        return [state_of(t) for t in TASKS.glob("*/stat")]
 
     best(*block(torch.float32, LAYOUTS[0]), threads=4)
     deadline = time.monotonic() + 60  # a machine at work may take its time to put them to sleep
@@ -204,6 +209,8 @@ def test_a_call_waits_for_no_thread_that_has_no_core(best):
         libc.signal(signal.SIGUSR1, ctypes.cast(libc.pause, ctypes.c_void_p))
         held = {task.name for task in TASKS.iterdir()} - before
         assert len(held) == 2, held
+        while any(state_of(TASKS / thread / "stat") != "S" for thread in held):  # not while one has the pool's lock
+            time.sleep(0.01)
         for thread in held:
             assert libc.tgkill(os.getpid(), int(thread), signal.SIGUSR1) == 0
         time.sleep(0.1)
