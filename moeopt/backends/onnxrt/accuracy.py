@@ -108,8 +108,8 @@ def version_notes(provider: str) -> list[str]:
     if row is None or row["nan"]:
         return []
     return [
-        f"ONNX Runtime {version()} passes over scores of a router that are NaN, where PyTorch chooses these experts "
-        "first: 1.32 and newer do as PyTorch does"
+        f"ONNX Runtime {version()} passes over scores of a router that are NaN; 1.32 and newer choose these experts "
+        "first, as a model does"
     ]
 
 
