@@ -40,6 +40,8 @@ def program(tmp_path_factory):
         subprocess.run([*words, library, "-o", out, *compile.LIBRARIES], check=True)
         env = {**os.environ, "LD_LIBRARY_PATH": str(aside), "TSAN_OPTIONS": f"exitcode={TOLD}"}
         done = subprocess.run([out, str(calls)], env=env, capture_output=True, text=True, timeout=600)
+        if "unexpected memory mapping" in done.stderr:  # of an older sanitizer, on a newer kernel of the system
+            pytest.skip(f"the thread sanitizer of {compiler} does not start here: {done.stderr[:200]}")
         return done.returncode, done.stdout + done.stderr[:4000]
 
     return run
