@@ -6,3 +6,8 @@ def in_words(size: int) -> str:
     if size >= 1e8:
         return f"{size / 1e9:.2f} GB"
     return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
+
+
+def in_megabytes(size: int) -> str:
+    """Like ``1.25 GB`` or ``3.2 MB``; ``0 MB`` of nothing, so that sizes side by side are of one unit."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

@@ -13,6 +13,7 @@ from moeopt.ir.weight_format import WeightFormat
 from moeopt.published.comparison import Comparison, KindOfMatrix, compare
 from moeopt.published.directory_of import directory_of, stated_of
 from moeopt.published.loaded_matrix import kind_of
+from moeopt.sizes import in_megabytes
 
 _SHORT = {"uint4": "int4", "uint8": "int8", "int8": "int8", "e4m3": "fp8", "e2m1": "mxfp4", "nf4": "nf4"}
 
@@ -58,7 +59,7 @@ def _of_experts(model: nn.Module, comparison: Comparison, places: list[BlockCand
         here = sum(k.count * k.shape[0] * k.shape[1] for k in alike) * dtype.itemsize
         yield (
             f"checkpoint {formats}, experts held as {_name(dtype)}, {here / there:.2g} times the file "
-            f"({_megabytes(there)} there, {_megabytes(here)} here)"
+            f"({in_megabytes(there)} there, {in_megabytes(here)} here)"
         )
     if stored or not experts:
         return
@@ -101,7 +102,7 @@ def _skipped(method: str, experts: dict[str, torch.Tensor], model: nn.Module) ->
     dtypes = ", ".join(sorted({_name(t.dtype) for t in experts.values()}))
     return (
         f"the quantiser skipped the experts (they were never quantised): checkpoint {method}, experts held as "
-        f"{dtypes}, {_megabytes(size)} of the model's {_megabytes(whole)}; quantize='int8' or 'int4' quantises them"
+        f"{dtypes}, {in_megabytes(size)} of the model's {in_megabytes(whole)}; quantize='int8' or 'int4' quantises them"
     )
 
 
@@ -125,7 +126,3 @@ def _short(format: WeightFormat) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

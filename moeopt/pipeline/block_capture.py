@@ -247,10 +247,8 @@ def _stateless(tape: Tape, plans: list[KeptSteps], shapes: list[list[tuple[int, 
 
 def _run_under(watched: TorchDispatchMode, module: nn.Module, call: ArgsKwargs) -> None:
     args, kwargs = clone_inputs(call)
-    with watched:
-        original_forward(module)(
-            *args, **kwargs
-        )  # hooks of the block itself stay with it: they are no code of its forward
+    with watched:  # without hooks of the block itself: they stay with it, and are no code of its forward
+        original_forward(module)(*args, **kwargs)
 
 
 def _later_call(module: nn.Module, call: ArgsKwargs) -> Tape:

@@ -34,10 +34,12 @@ def read_alike(plans: Sequence[KeptSteps]) -> bool:
 def plan_of(
     tape: Tape, recognitions: list[Recognition], ranges: list[IdRange], scratch: Collection[tuple[str, str]]
 ) -> KeptSteps:
+    """The steps of one recorded call in which the experts' op stands for each recognised group of experts."""
     return kept_steps(tape, [experts_rewrite(f, i, ranges[i]) for i, f in enumerate(recognitions)], scratch)
 
 
 def refuse_other_experts(first: list[Recognition], other: list[Recognition]) -> None:
+    """``Declined`` where two calls of a block were not read as the same experts of the same function."""
     if len(first) != len(other) or any(
         a.experts != b.experts or a.spec != b.spec for a, b in zip(first, other, strict=False)
     ):

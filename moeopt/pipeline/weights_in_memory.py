@@ -12,6 +12,7 @@ from torch import nn
 from moeopt.ir.weight_refs import expert_paths, tensor_at
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.rewrite.live_codes import PREFIX
+from moeopt.sizes import in_megabytes
 
 MAPS = Path("/proc/self/maps")
 
@@ -38,12 +39,12 @@ def weights_note(model: nn.Module, outcome: PipelineResult) -> str:
         place = mapped if _inside(files, tensor) else own
         place[kind] += tensor.untyped_storage().nbytes()
     parts = [k for k in ("experts as codes", "experts as floats", "the rest") if own[k] or mapped[k]]
-    told = ", ".join(f"{part} {_size(own[part])}{_also(mapped[part])}" for part in parts)
-    return f"weights in memory: {told}; {_size(sum(own.values()))} of the process's own"
+    told = ", ".join(f"{part} {in_megabytes(own[part])}{_also(mapped[part])}" for part in parts)
+    return f"weights in memory: {told}; {in_megabytes(sum(own.values()))} of the process's own"
 
 
 def _also(mapped: int) -> str:
-    return f" and {_size(mapped)} mapped from files" if mapped else ""
+    return f" and {in_megabytes(mapped)} mapped from files" if mapped else ""
 
 
 def _mapped_ranges() -> list[tuple[int, int]]:
@@ -66,7 +67,3 @@ def _inside(ranges: list[tuple[int, int]], tensor: torch.Tensor) -> bool:
     address = tensor.data_ptr()
     at = bisect_right(ranges, (address, 1 << 64)) - 1
     return at >= 0 and ranges[at][0] <= address < ranges[at][1]
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

@@ -13,6 +13,7 @@ that is written: :data:`moeopt.lower.onnx.accurate.FORMS` or :data:`REPLACED` na
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import json
 from typing import Any
@@ -68,8 +69,9 @@ def measure(provider: str = "cpu") -> dict[str, dict[str, Any]]:
     return found
 
 
+@functools.cache
 def table() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """``accuracy.json``: kernels by provider and version, as :func:`measure` gives them."""
+    """``accuracy.json``: kernels by provider and version, as :func:`measure` gives them; read once, and not changed."""
     text = importlib.resources.files("moeopt.backends.onnxrt").joinpath("accuracy.json").read_text()
     found: dict[str, dict[str, dict[str, dict[str, Any]]]] = json.loads(text)
     return found
