@@ -26,7 +26,7 @@ FLOORS = [
     },  # html draws plain values
     {"ir", "progress", "onnx_in"},
     {"ops"},
-    {"published"},  # quantised checkpoints, read into what ops take
+    {"published"},  # checkpoints: what their files hold, and quantised ones read into what ops take
     {"capture"},
     {"recognise"},
     {"find", "rewrite"},

@@ -11,8 +11,8 @@ import moeopt
 from moeopt.causal_lm.companions import _copied
 from moeopt.errors import CheckpointError
 from moeopt.hub_cache import cached_file, cached_folder, name_of
-from moeopt.inspection.headers import absent_files, interrupted
 from moeopt.published.directory_of import directory_of
+from moeopt.published.headers import absent_files, interrupted
 from tests.test_cli import run
 from tests.test_hugging_face import cached, make
 

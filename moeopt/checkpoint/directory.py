@@ -18,8 +18,8 @@ from moeopt.bundle.mapped_file import MappedFile
 from moeopt.bundle.weights_file import DTYPE_NAMES
 from moeopt.errors import CheckpointError
 from moeopt.hub_cache import name_of
-from moeopt.inspection.headers import INDEX, SINGLE, StoredTensor, interrupted, read_header, read_index, stat_of
 from moeopt.listed import listed
+from moeopt.published.headers import INDEX, SINGLE, StoredTensor, interrupted, read_header, read_index, stat_of
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {"F8_E8M0": torch.float8_e8m0fnu}
 _FETCH = "fetch the file again"

@@ -19,10 +19,10 @@ from torch import nn
 from moeopt.checkpoint.directory import CheckpointDirectory
 from moeopt.checkpoint.unfit import broken_words, mismatch_words, unfit
 from moeopt.errors import CheckpointError
-from moeopt.inspection.headers import interrupted
 from moeopt.listed import listed
 from moeopt.options import variable_set
 from moeopt.patches import kept_load_report
+from moeopt.published.headers import interrupted
 from moeopt.value_types import PyObject
 
 Keep = Callable[[str, torch.Tensor, list[str]], torch.Tensor | None]

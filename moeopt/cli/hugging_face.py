@@ -54,7 +54,7 @@ def weight_files(path: Path) -> list[Path]:
     found = [*path.glob("*.safetensors")] or [*path.glob("pytorch_model*.bin")]
     if found:
         return found
-    from moeopt.inspection.headers import interrupted  # needs torch, for which a mistyped path shall not wait
+    from moeopt.published.headers import interrupted  # needs torch, for which a mistyped path shall not wait
 
     index = next(path.glob("*.index.json"), None)
     other = other_weights(path)

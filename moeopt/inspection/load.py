@@ -19,11 +19,11 @@ from torch import nn
 from moeopt.errors import UsageError
 from moeopt.hub_cache import on_this_disk
 from moeopt.inspection.config_file import checked_fields, config_fields
-from moeopt.inspection.headers import Stored, absent_files, stored_weights
 from moeopt.onnx_in.read import is_onnx, read_onnx
 from moeopt.onnx_in.unroll import unrolled
 from moeopt.onnx_in.whole_file import interpreted
 from moeopt.other_files import directory_hint, file_hint
+from moeopt.published.headers import Stored, absent_files, stored_weights
 from moeopt.value_types import PyObject
 
 AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM",

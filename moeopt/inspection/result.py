@@ -8,10 +8,10 @@ from typing import Any
 
 from moeopt.inspection.counting import CONVENTIONS, Counts
 from moeopt.inspection.devices import Device
-from moeopt.inspection.headers import Stored
 from moeopt.inspection.memory import Fit
 from moeopt.inspection.quantized import QuantizedSizes
 from moeopt.inspection.roofline import ForwardPass
+from moeopt.published.headers import Stored
 
 
 @dataclass(frozen=True)

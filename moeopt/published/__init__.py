@@ -1,1 +1,1 @@
-"""Quantised checkpoints as they are published: read without being expanded, and compared with what was loaded."""
+"""Checkpoints as they are published: what their files hold; quantised ones are read unexpanded, and compared."""
