@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.bundle import aside
+from moeopt.bundle.full_disk import told
 from moeopt.bundle.schemas import ManifestFile
 from moeopt.errors import BundleError, UsageError
 from moeopt.untrusted import checked, open_regular, read_bytes, read_json, shown
@@ -92,7 +93,7 @@ def write_bundle(
     check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside.clear_abandoned(target)
-    with aside.folder(target) as folder:
+    with told(target), aside.folder(target) as folder:
         write_files(folder)
         files = {}
         for path in sorted(folder.iterdir()):

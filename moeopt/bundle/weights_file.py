@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from moeopt.bundle.aligned import ALIGNMENT
+from moeopt.bundle.full_disk import told
 from moeopt.bundle.mapped_file import MappedFile
 
 DTYPE_NAMES = {
@@ -30,11 +31,6 @@ DTYPE_NAMES = {
 """What a safetensors header calls each dtype: https://huggingface.co/docs/safetensors"""
 FILL = "moeopt.fill."
 _CHUNK = 64 << 20
-_WAYS = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space, or ask for more",
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or take another disk",
-}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES}
 """What systems answer whose files have one name each, as on exFAT and some network disks."""
 
@@ -52,7 +48,7 @@ class WeightsFile:
         self.path, self.begin = path, _aligned(8 + header)
         self.end = self.begin
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        with _told(path):
+        with told(path):
             os.ftruncate(self._file, self.begin + _aligned(capacity))
         self.mapped = MappedFile(path)
 
@@ -66,7 +62,7 @@ class WeightsFile:
         size = tensor.numel() * tensor.element_size()
         if offset + size > self.mapped.length:
             raise ValueError(f"{self.path} has room for {self.mapped.length} bytes, and {offset + size} are needed")
-        with _told(self.path):
+        with told(self.path):
             write_at(self._file, tensor, offset)
         self.end = _aligned(offset + size)
         return self.mapped.tensor(tensor.dtype, tensor.shape, offset)
@@ -79,7 +75,7 @@ class WeightsFile:
 
     def finish(self, blocks: Mapping[str, torch.Tensor]) -> None:
         """Make it a safetensors file of ``blocks``: those that do not lie in it are written, then the header."""
-        with _told(self.path):
+        with told(self.path):
             self._finish(blocks)
 
     def _finish(self, blocks: Mapping[str, torch.Tensor]) -> None:
@@ -135,17 +131,6 @@ class WeightsFile:
         self._file, self.end, self.begin = file, self.end - self.begin + begin, begin
 
 
-@contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """While open, what the system refuses to write is told with the file and the way out."""
-    try:
-        yield
-    except OSError as err:
-        way = _WAYS.get(err.errno or 0, "")
-        said = err.strerror or str(err)
-        raise OSError(err.errno, f"{said}: {way}, and call again" if way else said, str(path)) from err
-
-
 _becoming: ContextVar[WeightsFile | None] = ContextVar("moeopt_weights_file", default=None)
 
 
@@ -185,7 +170,7 @@ def _second_name(path: Path, name: Path) -> None:
     except OSError as err:
         if err.errno not in _NO_LINKS:
             raise
-        with _told(name):
+        with told(name):
             shutil.copyfile(path, name)
 
 

@@ -24,6 +24,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from moeopt.bundle import aside
+from moeopt.bundle.full_disk import told
 from moeopt.bundle.values import DTYPES
 from moeopt.bundle.weights_file import WeightsFile
 from moeopt.checkpoint.folder_lock import take
@@ -152,7 +153,8 @@ class Journal:
         """Let go of the folder; where it is of no more use (``done``), or nothing is done yet, it goes."""
         self.file.close()
         if self._journal is not None:
-            self._journal.close()
+            with contextlib.suppress(OSError):  # a line that a full disk refused is refused again
+                self._journal.close()
         if self.writes and (done or not self.begun):
             self._remove()
         self._let_go()
@@ -175,7 +177,7 @@ class Journal:
         if self._journal is not None:
             self._journal.close()
         new = self.folder / f"{JOURNAL}.new"
-        with new.open("w", encoding="utf-8") as file:
+        with told(new), new.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
@@ -186,8 +188,9 @@ class Journal:
     def _write(self, line: dict[str, Any]) -> None:
         if not self.writes or self._journal is None:
             return
-        self._journal.write(json.dumps(line) + "\n")
-        self._journal.flush()
+        with told(self.folder / JOURNAL):
+            self._journal.write(json.dumps(line) + "\n")
+            self._journal.flush()
 
     def _restored(self, lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Take what the lines say, as far as it is still so; those lines."""

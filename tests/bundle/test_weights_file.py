@@ -10,6 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from moeopt.bundle.aligned import ALIGNMENT
+from moeopt.bundle.full_disk import told
+from moeopt.bundle.manifest import write_bundle
 from moeopt.bundle.weights_file import DTYPE_NAMES, WeightsFile, becomes_the_bundles, is_becoming_one, save_weights
 
 
@@ -135,3 +137,14 @@ def test_a_disk_that_takes_no_more_is_told_with_the_file_and_the_way_out(tmp_pat
     with pytest.raises(OSError, match=rf"{os.strerror(code)}: .*{way}.*begun") as told:
         calls[step]()
     assert told.value.errno == code and told.value.filename == str(tmp_path / "begun")
+
+
+def test_any_file_of_a_bundle_may_be_the_one_that_the_disk_does_not_take(tmp_path):
+    def write(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a flush has it: without a file's name
+
+    with pytest.raises(OSError, match=r"free some space, and call again: '.*b'") as said:
+        write_bundle(tmp_path / "b", "torch", write, {})
+    assert said.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError, match=r"directory: '.*absent'$"), told(tmp_path / "b"):
+        (tmp_path / "absent").read_bytes()

@@ -161,3 +161,14 @@ def test_where_there_is_no_room_to_begin_nothing_is_left(tmp_path, monkeypatch):
             opened(tmp_path / "w")
     assert not (tmp_path / "w").exists()
     worked(tmp_path / "w").close(done=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file here refuses as a full disk does")
+def test_a_line_that_the_disk_does_not_take_is_told_and_the_folder_let_go(tmp_path):
+    journal = worked(tmp_path / "w")
+    journal._journal.close()
+    journal._journal = open("/dev/full", "w")  # noqa: SIM115  the journal closes it
+    with pytest.raises(OSError, match=r"free some space, and call again: '.*journal.jsonl'"):
+        journal.keep("b.weight", torch.ones(2), ["stored.b"])
+    journal.close(done=False)
+    assert set(opened(tmp_path / "w").weights) == {"a.weight"}
