@@ -19,7 +19,7 @@ from moeopt.bundle.weights_file import DTYPE_NAMES
 from moeopt.errors import CheckpointError
 from moeopt.hub_cache import name_of
 from moeopt.listed import listed
-from moeopt.published.headers import INDEX, SINGLE, StoredTensor, interrupted, read_header, read_index, stat_of
+from moeopt.published.headers import INDEX, StoredTensor, files_of, interrupted, read_header, stat_of
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {"F8_E8M0": torch.float8_e8m0fnu}
 _FETCH = "fetch the file again"
@@ -54,9 +54,9 @@ class CheckpointDirectory(Mapping[str, CheckpointTensor]):
         self._mapped: dict[Path, MappedFile] = {}
         self._stats: dict[Path, os.stat_result] = {}
         self._entries: dict[str, CheckpointTensor] = {}
-        index = path / INDEX
-        where = read_index(index) if index.is_file() and not (path / SINGLE).is_file() else None
-        for file in self._files(where):
+        files, where = files_of(path)
+        self._check_there(files, where)
+        for file in files:
             self._stats[file] = stat_of(file)  # before its header: a file that changes after this is refused
             for name, stored in read_header(file).items():
                 if where is None or where.get(name) == file.name:
@@ -64,9 +64,9 @@ class CheckpointDirectory(Mapping[str, CheckpointTensor]):
         absent = [name for name in where or () if name not in self._entries]
         if absent:
             raise CheckpointError(
-                f"{index} says that {absent[0]!r} is in {(where or {})[absent[0]]}, and that file has no such tensor "
-                f"({len(absent)} of {len(where or {})} are missing so): the index and the files are of two versions; "
-                "fetch both again"
+                f"{path / INDEX} says that {absent[0]!r} is in {(where or {})[absent[0]]}, and that file has no such "
+                f"tensor ({len(absent)} of {len(where or {})} are missing so): the index and the files are of two "
+                "versions; fetch both again"
             )
 
     def __getitem__(self, name: str) -> CheckpointTensor:
@@ -126,29 +126,23 @@ class CheckpointDirectory(Mapping[str, CheckpointTensor]):
         rows = [(e.name, e.file.name, str(e.dtype), e.shape, e.start) for e in self._entries.values()]
         return hashlib.sha256(repr((stats, sorted(rows))).encode()).hexdigest()
 
-    def _files(self, where: Mapping[str, str] | None) -> list[Path]:
-        if where is None:
-            single = self.path / SINGLE
-            files = [single] if single.is_file() else sorted(self.path.glob("*.safetensors"))
-            if not files and any(self.path.glob("pytorch_model*.bin")):
-                raise CheckpointError(
-                    f"{self.path} holds its weights as pickles (pytorch_model.bin), which are read whole and not "
-                    "streamed: load the model with transformers and give it, or save it once with save_pretrained(), "
-                    "which writes safetensors"
-                )
-            if not files:
-                name = name_of(self.path)
-                way = f"`hf download {name}` brings the weights" if name else "give the directory of the weights"
-                raise CheckpointError(f"{self.path} has no *.safetensors file: {interrupted(self.path) or way}")
-            return files
-        files = [self.path / name for name in sorted(set(where.values()))]
-        absent = [file.name for file in files if not file.is_file()]
+    def _check_there(self, files: list[Path], where: Mapping[str, str] | None) -> None:
+        if not files and any(self.path.glob("pytorch_model*.bin")):
+            raise CheckpointError(
+                f"{self.path} holds its weights as pickles (pytorch_model.bin), which are read whole and not "
+                "streamed: load the model with transformers and give it, or save it once with save_pretrained(), "
+                "which writes safetensors"
+            )
+        if not files:
+            name = name_of(self.path)
+            way = f"`hf download {name}` brings the weights" if name else "give the directory of the weights"
+            raise CheckpointError(f"{self.path} has no *.safetensors file: {interrupted(self.path) or way}")
+        absent = [file.name for file in files if where is not None and not file.is_file()]
         if absent:
             raise CheckpointError(
                 f"{self.path} lacks {listed(absent, 1)} of the {len(files)} files that {INDEX} names: "
                 f"{interrupted(self.path) or _FETCH}"
             )
-        return files
 
     def _add(self, name: str, file: Path, stored: StoredTensor) -> None:
         dtype, size = DTYPES.get(stored.dtype), stored.stop - stored.start

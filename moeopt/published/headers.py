@@ -46,19 +46,39 @@ class Stored:
     elements: dict[str, int]
 
 
+def files_of(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The safetensors files that hold a directory's tensors, and the file of each tensor where an index says it.
+
+    Other files may lie beside them, of an earlier version or another library, with tensors of the same names. A file
+    that an index names may be absent.
+
+    Raises:
+        CheckpointError: the index is damaged.
+    """
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE], None
+    if (directory / INDEX).is_file():
+        where = read_index(directory / INDEX)
+        return [directory / name for name in sorted(set(where.values()))], where
+    return sorted(directory.glob("*.safetensors")), None
+
+
 def stored_weights(directory: Path) -> Stored | None:
-    """Headers of the ``*.safetensors`` files in a directory; None where there are none.
+    """Headers of the files that hold a directory's tensors; None where there are none.
 
     Raises:
         CheckpointError: a header is damaged, or a file is shorter than its header says.
     """
-    files = sorted(directory.glob("*.safetensors"))
+    found, where = files_of(directory)
+    files = [path for path in found if path.exists()]
     if not files:
         return None
     elements: Counter[str] = Counter()
     tensors = total = 0
     for path in files:
-        for entry in read_header(path).values():
+        for name, entry in read_header(path).items():
+            if where is not None and where.get(name) != path.name:
+                continue
             elements[entry.dtype] += math.prod(entry.shape)
             total += entry.stop - entry.start
             tensors += 1

@@ -58,6 +58,8 @@ def pack_quantized(files: TensorFiles, module: str, config: Mapping[str, Any]) -
     if order in files:
         _in_order(files.tensor(order), width or K, order)
     symmetric = zero not in files
+    if symmetric and weights_of(config) and all(w.get("symmetric") is False for w in weights_of(config)):
+        raise CheckpointError(f"{zero} is in no file, and config.json says that there is one: fetch both again")
     format = WeightFormat(
         f"int{bits}{'' if width is None else f'-group{width}'}",
         f"uint{bits}",
@@ -82,22 +84,30 @@ def pack_quantized(files: TensorFiles, module: str, config: Mapping[str, Any]) -
 
 def gptq(files: TensorFiles, module: str, config: Mapping[str, Any]) -> StoredMatrix:
     """GPTQ: int32 (K bits / 32, N); zero points are stored less 1, but in "gptq_v2"."""
+    stored = str(config.get("checkpoint_format") or config.get("format") or "gptq")
+    if stored not in ("gptq", "gptq_v2"):
+        raise UnreadLayout(f"{module}.qweight is GPTQ of the format {stored!r}; gptq and gptq_v2 are read")
+    if any(isinstance(own, Mapping) and own.keys() & {"bits", "group_size"} for own in _overrides(config)):
+        raise UnreadLayout(
+            f"{module}.qweight may be one of the modules with bits or groups of their own (dynamic); one setting for "
+            "all is read"
+        )
     names, (down, N), bits, groups = _parts(files, module, config)
     K = down * 32 // bits
-    width = _width(K, groups, [config.get("group_size")], names[1])
+    width = _width(K, groups, _stated(config), names[1])
     order = f"{module}.g_idx"
     if order in files:
         _in_order(files.tensor(order), width or K, order)
-    less = 0 if "v2" in str(config.get("checkpoint_format") or config.get("format") or "") else 1
+    less = 0 if stored == "gptq_v2" else 1
 
     def zeros() -> Tensor:
-        stored = numbers_of_int32(files.tensor(names[2]), bits)[:, :N]
-        if less and bool((stored == (1 << bits) - 1).any()):
+        points = numbers_of_int32(files.tensor(names[2]), bits)[:, :N]
+        if less and bool((points == (1 << bits) - 1).any()):
             raise CheckpointError(
                 f"{names[2]} holds a zero point of {(1 << bits) - 1}, which stands for {1 << bits} or for 0, as the "
                 "reader has it: save the checkpoint in the format gptq_v2"
             )
-        return (stored + less).t()
+        return (points + less).t()
 
     def codes() -> Tensor:
         return columns_of_int32(files.tensor(names[0]))
@@ -113,7 +123,7 @@ def awq(files: TensorFiles, module: str, config: Mapping[str, Any]) -> StoredMat
     names, (K, across), bits, groups = _parts(files, module, config)
     if bits != 4:
         raise UnreadLayout(f"AWQ of {bits} bits; 4 are read")
-    width = _width(K, groups, [config.get("group_size")], names[1])
+    width = _width(K, groups, _stated(config), names[1])
 
     def codes() -> Tensor:
         return awq_codes(files.tensor(names[0]))
@@ -122,6 +132,17 @@ def awq(files: TensorFiles, module: str, config: Mapping[str, Any]) -> StoredMat
         return awq_numbers(files.tensor(names[2])).t()
 
     return _with_zeros(files, module, names, (across * 8, K), bits, width, codes, zeros)
+
+
+def _stated(config: Mapping[str, Any]) -> list[Any]:
+    """The group sizes that a config of GPTQ or AWQ states: AutoAWQ's own files say ``q_group_size``."""
+    return [config[key] for key in ("group_size", "q_group_size") if key in config]
+
+
+def _overrides(config: Mapping[str, Any]) -> list[Any]:
+    """GPTQModel's settings for some modules."""
+    dynamic = config.get("dynamic")
+    return list(dynamic.values()) if isinstance(dynamic, Mapping) else []
 
 
 def _parts(
@@ -166,13 +187,22 @@ def _scale(files: TensorFiles, name: str) -> str:
 
 
 def _width(columns: int, groups: int, stated: list[Any], name: str) -> int | None:
-    """Columns of a group, None where there is one group."""
-    if groups == 1:
-        return None
-    for width in [*stated, columns // groups]:
-        if isinstance(width, int) and width > 0 and -(-columns // width) == groups:
-            return width
-    raise CheckpointError(f"{name} has {groups} groups for {columns} columns, and config.json groups of {stated}")
+    """Columns of a group, None where each row is one.
+
+    Args:
+        stated: what the config says, of which one must be so, as several sizes may have as many groups: of 200 columns
+            those of 100 and of 128. What is no number above 0 stands for rows. [] where the config says nothing.
+    """
+    sizes = [w if isinstance(w, int) and w > 0 else None for w in stated]
+    if not sizes:
+        sizes = [None if groups == 1 else columns // groups]
+    for width in sizes:
+        if groups == (1 if width is None else -(-columns // width)):
+            return width if groups > 1 else None
+    raise CheckpointError(
+        f"{name} has {groups} groups for {columns} columns, and config.json groups of {stated}: the files and "
+        "config.json are of two versions; fetch both again"
+    )
 
 
 def _in_order(groups: Tensor, width: int, name: str) -> None:

@@ -66,7 +66,7 @@ def quantised_tensors(files: TensorFiles, config: Mapping[str, Any]) -> Quantise
             elif last == "weight_packed":
                 made = [pack_quantized(files, module, config)]
             elif last == "qweight":
-                made = [(awq if found.method == "awq" else gptq)(files, module, config)]
+                made = [_packed_down(files, module, config, found.method)]
             elif name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in files:
                 made = _mxfp4(files, name.removesuffix("_blocks"))
             else:
@@ -76,6 +76,14 @@ def quantised_tensors(files: TensorFiles, config: Mapping[str, Any]) -> Quantise
             continue
         found.matrices |= {m.label: m for m in made}
     return found
+
+
+def _packed_down(files: TensorFiles, module: str, config: Mapping[str, Any], method: str) -> StoredMatrix:
+    """Numbers that are packed along K or across N, which tensors of one name and kind may be."""
+    readers = {"gptq": gptq, "awq": awq}
+    if method not in readers:
+        raise UnreadLayout(f"{module}.qweight is packed as {method or 'no quant_method'} has it; gptq and awq are read")
+    return readers[method](files, module, config)
 
 
 def _scaled(files: TensorFiles, module: str, weight: str, scale: str, config: Mapping[str, Any]) -> list[StoredMatrix]:
@@ -113,17 +121,17 @@ def _block_of(files: TensorFiles, weight: str, scale: str, shape: tuple[int, int
     N, K = shape
     sizes = files.shape(scale)
     grid = sizes[-2:] if len(sizes) >= 2 else (sizes[0] if sizes else 1, 1)
-    if grid == (1, 1) and not scale.endswith("_inv"):
+    blocks = [config.get("weight_block_size"), *(w.get("block_structure") for w in weights_of(config))]
+    blocks += [[1, w["group_size"]] for w in weights_of(config) if w.get("group_size")]
+    blocks = [b for b in blocks if isinstance(b, list) and len(b) == 2 and all(isinstance(n, int) and n > 0 for n in b)]
+    if grid == (1, 1) and not (blocks and scale.endswith("_inv")):
         return None, None
     if grid == (N, 1) and not scale.endswith("_inv"):
         return 1, None
-    blocks = [config.get("weight_block_size"), *(w.get("block_structure") for w in weights_of(config))]
-    blocks += [[1, w["group_size"]] for w in weights_of(config) if w.get("group_size")]
-    for rows, columns in [*(b for b in blocks if isinstance(b, list) and len(b) == 2), [128, 128]]:
-        if isinstance(rows, int) and isinstance(columns, int) and rows > 0 < columns:
-            if (-(-N // rows), -(-K // columns)) == grid:
-                return rows, columns
-    stated = next((f"{b[0]} x {b[1]}" for b in blocks if b), "128 x 128")
+    for rows, columns in blocks or [[128, 128]]:  # of 192 rows those of 96 and of 128 have as many scales
+        if (-(-N // rows), -(-K // columns)) == grid:
+            return rows, columns
+    stated = " or ".join(f"{rows} x {columns}" for rows, columns in blocks) or "128 x 128"
     raise CheckpointError(
         f"{scale} has scales for {grid[0]} x {grid[1]} blocks, and {weight} of {N} x {K} in blocks of {stated} has "
         "another number of them: the files and config.json are of two versions; fetch both again"

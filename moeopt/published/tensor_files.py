@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moeopt.errors import CheckpointError
+from moeopt.published.headers import files_of
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -53,10 +54,10 @@ def read_instead(names: Mapping[str, str]) -> Iterator[None]:
 
 
 class SafetensorsDirectory:
-    """:class:`TensorFiles` of all ``*.safetensors`` in a directory.
+    """:class:`TensorFiles` of the files that hold a directory's tensors; others beside them are left alone.
 
     Raises:
-        CheckpointError: a file is damaged; the message names it.
+        CheckpointError: a file or the index is damaged; the message names it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,13 +66,15 @@ class SafetensorsDirectory:
         self.path = path
         self._places: dict[str, Any] = {}
         self._known: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
-        for file in sorted(path.glob("*.safetensors")):
+        files, where = files_of(path)
+        for file in files:
             try:
                 opened: Any = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as err:
                 raise CheckpointError(f"{file} is damaged ({err}): fetch the file again") from err
             for name in opened.keys():  # noqa: SIM118  it is no mapping
-                self._places[name] = opened
+                if where is None or where.get(name) == file.name:
+                    self._places[name] = opened
         self._instead = {name: other for name, other in _instead.get().items() if other in self._places}
 
     def __iter__(self) -> Iterator[str]:

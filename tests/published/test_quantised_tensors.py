@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from moeopt.errors import CheckpointError
+from moeopt.published.headers import files_of, stored_weights
 from moeopt.published.quantised_tensors import quantised_tensors
 from moeopt.published.tensor_files import SafetensorsDirectory
 from tests.published import layouts
@@ -50,6 +51,14 @@ LAYOUTS = {
         GPTQ | {"group_size": 32, "checkpoint_format": "gptq_v2"}, "int4-group32",
     ),
     "awq": (layouts.awq("x", 24, 64, 32), AWQ | {"group_size": 32}, "int4-group32"),
+    "fp8, one scale": (
+        layouts.fp8_block("x", 200, 150, block=(200, 150)), FP8 | {"weight_block_size": None}, "fp8-tensor"
+    ),
+    "fp8, blocks that nobody states": (layouts.fp8_block("x", 200, 150), {"quant_method": "fp8"}, "fp8-128x128"),
+    "gptq, groups that nobody states": (layouts.gptq("x", 16, 64, 4, 32), {"quant_method": "gptq"}, "int4-group32"),
+    "gptq, modules left out": (
+        layouts.gptq("x", 16, 64, 4, 32), GPTQ | {"group_size": 32, "dynamic": {"-:.*gate$": {}}}, "int4-group32"
+    ),
 }  # fmt: skip
 
 
@@ -69,8 +78,8 @@ def test_bit_for_bit(tmp_path, case):
     assert np.array_equal(weight.dequantize().numpy(), exact.astype(np.float32))
     assert (matrix.shape, matrix.format.name, matrix.expert) == (exact.shape, name, None)
     assert set(matrix.tensors) <= set(tensors)
-    assert matrix.format.symmetric == (case not in ("gptq", "gptq, rows", "gptq, 8 bits", "gptq v2", "awq")
-                                       and "zero points" not in case)  # fmt: skip
+    points = case.startswith(("gptq", "awq")) and case != "gptq, symmetric"
+    assert matrix.format.symmetric == (not points and "zero points" not in case)
 
 
 def test_mxfp4_of_gpt_oss(tmp_path):
@@ -108,6 +117,16 @@ def test_floats_and_biases_are_left(tmp_path):
 
 
 UNREAD = {
+    "a packing of nobody we know": (
+        layouts.gptq("x", 8, 64, 4, 32)[0], GPTQ | {"quant_method": "auto-round"},
+        "x.qweight is packed as auto-round has it; gptq and awq are read",
+    ),
+    "gptq for a kernel": (
+        layouts.gptq("x", 8, 64, 4, 32)[0], GPTQ | {"checkpoint_format": "marlin"}, "GPTQ of the format 'marlin'"
+    ),
+    "gptq with bits by module": (
+        layouts.gptq("x", 8, 64, 4, 32)[0], GPTQ | {"dynamic": {"+:x": {"bits": 8}}}, "bits or groups of their own"
+    ),
     "desc_act": (layouts.gptq("x", 8, 64, 4, 32, order=np.arange(64) % 2)[0], GPTQ, "x.g_idx groups columns by"),
     "3 bits": (layouts.gptq("x", 8, 64, 4, 32)[0], GPTQ | {"bits": 3}, "of 3 bits"),
     "awq gemv": (layouts.awq("x", 8, 64, 32)[0], AWQ | {"version": "gemv"}, "AWQ of version 'gemv'"),
@@ -135,6 +154,27 @@ def test_what_is_not_read_is_named(tmp_path, case):
 
 
 DAMAGED = {
+    "int4 in groups that the config does not have": (
+        layouts.pack_quantized("x", 9, 200, 4, 128)[0], grouped(64), "x.weight_scale has 2 groups for 200 columns, and",
+    ),
+    "int4 in one group a row": (
+        layouts.pack_quantized("x", 9, 64, 4, None)[0], grouped(32), "has 1 groups for 64 columns, and config.json",
+    ),
+    "gptq in groups that the config does not have": (
+        layouts.gptq("x", 8, 64, 4, 32)[0], GPTQ | {"group_size": 16}, "x.scales has 2 groups for 64 columns, and",
+    ),
+    "awq in groups that the config does not have": (
+        layouts.awq("x", 8, 64, 32)[0], AWQ | {"group_size": 64}, "x.scales has 2 groups for 64 columns, and",
+    ),
+    "fp8 in blocks that the config does not have": (
+        layouts.fp8_block("x", 192, 192)[0], FP8 | {"weight_block_size": [64, 64]},
+        "x.weight_scale_inv has scales for 2 x 2 blocks, and x.weight of 192 x 192 in blocks of 64 x 64 has another",
+    ),
+    "zero points that are in no file": (
+        layouts.pack_quantized("x", 8, 64, 4, 32)[0],
+        CT | {"config_groups": {"g": {"weights": {"num_bits": 4, "group_size": 32, "symmetric": False}}}},
+        "x.weight_zero_point is in no file, and config.json says that there is one",
+    ),
     "a grid of another size": (
         {**layouts.fp8_block("x", 192, 128)[0], "x.weight_scale_inv": torch.ones(3, 1)}, FP8,
         "x.weight_scale_inv has scales for 3 x 1 blocks, and x.weight of 192 x 128 in blocks of 128 x 128 has another",
@@ -173,6 +213,20 @@ def test_scales_that_are_no_numbers(tmp_path):
         found_in(tmp_path, tensors, FP8).matrices["x"].read()
 
 
+def test_files_of_an_earlier_version_are_left_alone(tmp_path):
+    """Loaders read what the index names; a tensor of the same name in another file is not the model's."""
+    tensors, exact = layouts.fp8_block("x", 20, 15)
+    save_file(tensors, tmp_path / "model-00001-of-00001.safetensors")
+    save_file(layouts.fp8_block("x", 20, 15, seed=1)[0], tmp_path / "model-00001-of-00002.safetensors")
+    where = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    files = SafetensorsDirectory(tmp_path)
+    assert np.array_equal(quantised_tensors(files, FP8).matrices["x"].read().dequantize(torch.float64).numpy(), exact)
+    assert stored_weights(tmp_path).tensors == 2
+    save_file(layouts.fp8_block("x", 20, 15, seed=2)[0], tmp_path / "model.safetensors")
+    assert [file.name for file in files_of(tmp_path)[0]] == ["model.safetensors"]
+
+
 def test_a_file_that_is_cut_off(tmp_path):
     save_file(layouts.fp8_block("x", 20, 15)[0], tmp_path / "model.safetensors")
     data = (tmp_path / "model.safetensors").read_bytes()
@@ -188,6 +242,7 @@ import torch
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import experts
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
+from moeopt.published.headers import files_of, stored_weights
 from moeopt.published.quantised_tensors import quantised_tensors
 from moeopt.published.tensor_files import SafetensorsDirectory
 
