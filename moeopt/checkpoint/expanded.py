@@ -2,6 +2,7 @@
 
     X.weight_packed, X.weight_scale, ...    becomes    X.weight (N, K)
     X_blocks, X_scales                      becomes    X (E, K, N), or (E, N, K) where the model has it so
+    X (E, N, K), X_scale_inv                becomes    X (E, N, K)
 
 The codes are read by the room that also binds them to experts (``published``), not by the library that loads the model,
 so no second reader decides where a partial block ends. Shape legend: E experts, N out, K in.
@@ -104,7 +105,8 @@ def expanded(directory: CheckpointDirectory, model: nn.Module, dtype: torch.dtyp
     stacks: dict[str, list[StoredMatrix]] = defaultdict(list)
     for matrix in found.matrices.values():
         if all(name in directory for name in matrix.tensors):
-            stacks[matrix.name if matrix.tensors[0].endswith("_blocks") else f"{matrix.name}.weight"].append(matrix)
+            stacked = matrix.expert is not None and not matrix.tensors[0].endswith(".weight")
+            stacks[matrix.name if stacked else f"{matrix.name}.weight"].append(matrix)
     if not stacks:
         raise UsageError(
             f"{directory.path} is quantised ({method}), and such a checkpoint is not streamed: load it with "

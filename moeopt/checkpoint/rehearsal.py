@@ -19,6 +19,7 @@ from moeopt.checkpoint.load import Deferred, ParametersGoTo, TensorReads, one_at
 from moeopt.checkpoint.unfit import broken_words, unfit
 from moeopt.errors import CheckpointError
 from moeopt.patches import no_fake_tensor_errors
+from moeopt.published.directory_of import stated_by
 from moeopt.value_types import PyObject
 
 LOG = logging.getLogger("moeopt")
@@ -67,6 +68,12 @@ def _refuse_codes(
 ) -> None:
     """Integers that would become numbers as they are, and 8-bit floats whose scale would be left out."""
     scaled = {name.rpartition(".")[0]: name for name in unexpected if "scale" in name.rpartition(".")[2]}
+    way = (
+        "the quantization_config of config.json does not say how these are read: convert the checkpoint to floats"
+        if stated_by(directory.path)
+        else "config.json has no quantization_config that says how they are read: fetch config.json again, or convert "
+        "the checkpoint to floats"
+    )
     for path, (dtype, sources) in made.items():
         for name in sources:
             stored, scale = directory[name].dtype, scaled.get(name.rpartition(".")[0])
@@ -75,8 +82,7 @@ def _refuse_codes(
             beside = "" if scale is None else f" with {scale} beside them"
             raise CheckpointError(
                 f"{directory[name].file}: the tensor {name!r} holds {str(stored).removeprefix('torch.')}{beside}: no "
-                f"values of {path}, but codes of a quantised model, and config.json has no quantization_config that "
-                "says how they are read: fetch config.json again, or convert the checkpoint to floats"
+                f"values of {path}, but codes of a quantised model, and {way}"
             )
 
 

@@ -35,10 +35,12 @@ def pack_quantized(files: TensorFiles, module: str, config: Mapping[str, Any]) -
     """compressed-tensors "pack-quantized": int32 (N, K bits / 32), codes less 2^(bits - 1) are the numbers."""
     packed, scale, size = (f"{module}.weight_{part}" for part in ("packed", "scale", "shape"))
     dtype = files.dtype(packed)
-    if dtype != torch.int32 or len(files.shape(packed)) != 2 or scale not in files or size not in files:
+    missing = [name for name in (scale, size) if name not in files]
+    if dtype != torch.int32 or len(files.shape(packed)) != 2 or missing:
+        without = f", without {' and '.join(missing)}" if missing else ""
         raise UnreadLayout(
-            f"{packed} is {dtype} {files.shape(packed)}; packed weights are read as 2-D int32 with weight_scale and "
-            "weight_shape"
+            f"{packed} is {dtype} {files.shape(packed)}{without}; packed weights are read as 2-D int32 with "
+            "weight_scale and weight_shape"
         )
     if files.shape(size) != (2,) or not files.shape(scale):
         raise CheckpointError(f"{size} or {scale} has no sizes of a matrix: fetch the file again")
@@ -154,8 +156,9 @@ def _parts(
     bits = config.get("bits", config.get("w_bit", 4))
     flat = not missing and all(len(files.shape(n)) == 2 for n in names)
     if not flat or files.dtype(names[0]) != torch.int32 or bits not in (4, 8):
+        without = f", without {' and '.join(missing)}" if missing else ""
         raise UnreadLayout(
-            f"{names[0]} is {files.dtype(names[0])} of {bits} bits, without {missing}; 2-D int32 of 4 or 8 bits is read"
+            f"{names[0]} is {files.dtype(names[0])} of {bits} bits{without}; 2-D int32 of 4 or 8 bits is read"
         )
     down, across = files.shape(names[0])
     return names, (down, across), bits, files.shape(names[1])[0]

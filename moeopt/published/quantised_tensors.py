@@ -2,6 +2,7 @@
 
     X.weight f8e4m3 + X.weight_scale_inv         FP8 in blocks (DeepSeek-V3, Qwen3-FP8, MiniMax-M2)
     X.weight f8e4m3 or i8 + X.weight_scale       compressed-tensors float-quantized, int-quantized
+    X f8e4m3 (E, N, K) + X_scale_inv             the first, of experts in one stack
     X.weight_packed i32 + X.weight_scale         compressed-tensors pack-quantized, 4 and 8 bits
     X_blocks u8 + X_scales u8                    MXFP4 as GPT-OSS has it, (E, N, K / 32, 16)
     X.qweight i32 + X.qzeros + X.scales          GPTQ, or AWQ, whichever ``quant_method`` says
@@ -27,6 +28,7 @@ from moeopt.published.stored_matrix import CodeTensors, StoredMatrix
 from moeopt.published.tensor_files import TensorFiles
 
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
+_CODES = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}
 _E8M0 = (torch.uint8, torch.float8_e8m0fnu)
 
 
@@ -58,11 +60,15 @@ def quantised_tensors(files: TensorFiles, config: Mapping[str, Any]) -> Quantise
     found = QuantisedTensors(method=str(config.get("quant_method") or ""))
     for name in files:
         module, _, last = name.rpartition(".")
+        scale = next((f"{name}{end}" for end in ("_scale_inv", "_scale") if f"{name}{end}" in files), None)
         try:
-            if last == "weight" and f"{name}_scale_inv" in files:
-                made = _scaled(files, module, name, f"{name}_scale_inv", config)
-            elif last == "weight" and f"{name}_scale" in files:
-                made = _scaled(files, module, name, f"{name}_scale", config)
+            if scale is not None and (last == "weight" or files.dtype(name) in _CODES):
+                made = _scaled(files, module if last == "weight" else name, name, scale, config)
+            elif _lacks_a_scale(files, name, config):
+                raise CheckpointError(
+                    f"{name} holds codes ({files.dtype(name)}), and no file has a scale for them ({name}_scale_inv or "
+                    f"{name}_scale): a file is missing, or of another version; fetch the files again"
+                )
             elif last == "weight_packed":
                 made = [pack_quantized(files, module, config)]
             elif last == "qweight":
@@ -78,6 +84,13 @@ def quantised_tensors(files: TensorFiles, config: Mapping[str, Any]) -> Quantise
     return found
 
 
+def _lacks_a_scale(files: TensorFiles, name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor of a quantised checkpoint is 8-bit codes that would be taken for numbers as they are."""
+    module, _, last = name.rpartition(".")
+    weight = last == "weight" or (len(files.shape(name)) == 3 and "scale" not in last)
+    return bool(config) and weight and files.dtype(name) in _CODES and f"{module}.SCB" not in files  # bitsandbytes' own
+
+
 def _packed_down(files: TensorFiles, module: str, config: Mapping[str, Any], method: str) -> StoredMatrix:
     """Numbers that are packed along K or across N, which tensors of one name and kind may be."""
     readers = {"gptq": gptq, "awq": awq}
@@ -88,7 +101,7 @@ def _packed_down(files: TensorFiles, module: str, config: Mapping[str, Any], met
 
 def _scaled(files: TensorFiles, module: str, weight: str, scale: str, config: Mapping[str, Any]) -> list[StoredMatrix]:
     """8-bit codes as they are, and scales: of the whole tensor, of each row, or of blocks."""
-    kind = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}.get(files.dtype(weight))  # type: ignore[arg-type]
+    kind = _CODES.get(files.dtype(weight))  # type: ignore[arg-type]
     if kind is None:
         raise UnreadLayout(f"{weight} is {files.dtype(weight)}; 8-bit weights are read as float8_e4m3fn and int8")
     shape, dtype = files.shape(weight), files.dtype(scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moeopt.errors import CheckpointError, UsageError
@@ -44,7 +45,7 @@ class StoredMatrix:
         """Its codes and scales; mapped memory where the file's layout is that of the format.
 
         Raises:
-            CheckpointError: a scale is no number, or the tensors do not fit.
+            CheckpointError: a scale or a code is no number, or the tensors do not fit.
         """
         codes, scales, zeros = self.load()
         try:
@@ -52,4 +53,10 @@ class StoredMatrix:
             weight.check(self.label)
         except UsageError as err:
             raise CheckpointError(str(err) if str(err).startswith(self.label) else f"{self.label}: {err}") from err
+        if codes.dtype == torch.float8_e4m3fn and (broken := codes.isnan()).any():
+            row, column = broken.nonzero()[0].tolist()
+            raise CheckpointError(
+                f"{self.label}: the code of weight ({row}, {column}) is NaN: the checkpoint is damaged or was made of "
+                "broken weights: fetch it again, or quantise it again"
+            )
         return weight

@@ -9,8 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moeopt.errors import CheckpointError
-from moeopt.published.headers import files_of, stored_weights
 from moeopt.published.quantised_tensors import quantised_tensors
 from moeopt.published.tensor_files import SafetensorsDirectory
 from tests.published import layouts
@@ -100,6 +98,15 @@ def test_a_stack_of_fp8_experts(tmp_path):
         assert np.array_equal(matrix.read().dequantize(torch.float64).numpy(), made[e][1])
 
 
+def test_a_stack_under_its_own_name(tmp_path):
+    made = [layouts.fp8_block("up", 150, 130, seed=e) for e in range(2)]
+    stacked = {name.replace(".weight", ""): torch.stack([one[0][name] for one in made]) for name in made[0][0]}
+    found = found_in(tmp_path, stacked, FP8)
+    for e, matrix in enumerate(found.matrices.values()):
+        assert (matrix.expert, matrix.label, matrix.tensors) == (e, f"up[{e}]", ("up", "up_scale_inv"))
+        assert np.array_equal(matrix.read().dequantize(torch.float64).numpy(), made[e][1])
+
+
 def test_scales_as_powers_of_two(tmp_path):
     tensors, _ = layouts.fp8_block("x", 200, 130)
     bytes_ = torch.tensor([[120, 121], [126, 127]], dtype=torch.uint8)
@@ -116,125 +123,6 @@ def test_floats_and_biases_are_left(tmp_path):
     assert not found_in(tmp_path, more, {}).matrices
 
 
-UNREAD = {
-    "a packing of nobody we know": (
-        layouts.gptq("x", 8, 64, 4, 32)[0], GPTQ | {"quant_method": "auto-round"},
-        "x.qweight is packed as auto-round has it; gptq and awq are read",
-    ),
-    "gptq for a kernel": (
-        layouts.gptq("x", 8, 64, 4, 32)[0], GPTQ | {"checkpoint_format": "marlin"}, "GPTQ of the format 'marlin'"
-    ),
-    "gptq with bits by module": (
-        layouts.gptq("x", 8, 64, 4, 32)[0], GPTQ | {"dynamic": {"+:x": {"bits": 8}}}, "bits or groups of their own"
-    ),
-    "desc_act": (layouts.gptq("x", 8, 64, 4, 32, order=np.arange(64) % 2)[0], GPTQ, "x.g_idx groups columns by"),
-    "3 bits": (layouts.gptq("x", 8, 64, 4, 32)[0], GPTQ | {"bits": 3}, "of 3 bits"),
-    "awq gemv": (layouts.awq("x", 8, 64, 32)[0], AWQ | {"version": "gemv"}, "AWQ of version 'gemv'"),
-    "nvfp4": (
-        {"x.weight_packed": torch.zeros(4, 8, dtype=torch.uint8), "x.weight_scale": torch.zeros(4, 1)}, CT,
-        "x.weight_packed is torch.uint8 (4, 8); packed weights are read as 2-D int32",
-    ),
-    "e5m2": (
-        {"x.weight": torch.zeros(4, 8).to(torch.float8_e5m2), "x.weight_scale": torch.ones(4, 1)}, CT,
-        "x.weight is torch.float8_e5m2; 8-bit weights are read as",
-    ),
-    "other mxfp4": (
-        {"x_blocks": torch.zeros(2, 4, 16, dtype=torch.uint8), "x_scales": torch.zeros(2, 4, dtype=torch.uint8)},
-        {}, "MXFP4 is read as uint8 (experts, out, in / 32, 16)",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", UNREAD)
-def test_what_is_not_read_is_named(tmp_path, case):
-    tensors, config, text = UNREAD[case]
-    found = found_in(tmp_path, tensors, config)
-    (why,) = found.unread.values()
-    assert not found.matrices and text in why
-
-
-DAMAGED = {
-    "int4 in groups that the config does not have": (
-        layouts.pack_quantized("x", 9, 200, 4, 128)[0], grouped(64), "x.weight_scale has 2 groups for 200 columns, and",
-    ),
-    "int4 in one group a row": (
-        layouts.pack_quantized("x", 9, 64, 4, None)[0], grouped(32), "has 1 groups for 64 columns, and config.json",
-    ),
-    "gptq in groups that the config does not have": (
-        layouts.gptq("x", 8, 64, 4, 32)[0], GPTQ | {"group_size": 16}, "x.scales has 2 groups for 64 columns, and",
-    ),
-    "awq in groups that the config does not have": (
-        layouts.awq("x", 8, 64, 32)[0], AWQ | {"group_size": 64}, "x.scales has 2 groups for 64 columns, and",
-    ),
-    "fp8 in blocks that the config does not have": (
-        layouts.fp8_block("x", 192, 192)[0], FP8 | {"weight_block_size": [64, 64]},
-        "x.weight_scale_inv has scales for 2 x 2 blocks, and x.weight of 192 x 192 in blocks of 64 x 64 has another",
-    ),
-    "zero points that are in no file": (
-        layouts.pack_quantized("x", 8, 64, 4, 32)[0],
-        CT | {"config_groups": {"g": {"weights": {"num_bits": 4, "group_size": 32, "symmetric": False}}}},
-        "x.weight_zero_point is in no file, and config.json says that there is one",
-    ),
-    "a grid of another size": (
-        {**layouts.fp8_block("x", 192, 128)[0], "x.weight_scale_inv": torch.ones(3, 1)}, FP8,
-        "x.weight_scale_inv has scales for 3 x 1 blocks, and x.weight of 192 x 128 in blocks of 128 x 128 has another",
-    ),
-    "packed otherwise": (
-        {**layouts.pack_quantized("x", 8, 64, 4, 32)[0], "x.weight_shape": torch.tensor([8, 640])}, grouped(32),
-        "do not hold a 8 x 640 matrix of 4 or 8 bits",
-    ),
-    "groups of another size": (
-        {**layouts.pack_quantized("x", 8, 64, 4, 32)[0], "x.weight_scale": torch.ones(8, 5)}, grouped(32),
-        "x.weight_scale has 5 groups for 64 columns, and config.json groups of [32]",
-    ),
-    "scales of too few experts": (
-        {**layouts.mxfp4("x", 2, 4, 32)[0], "x_scales": torch.zeros(1, 4, 1, dtype=torch.uint8)}, {},
-        "x_scales is torch.uint8 (1, 4, 1), and x_blocks",
-    ),
-    "a zero point that is two": (
-        {**layouts.gptq("x", 8, 64, 4, 32)[0], "x.qzeros": torch.full((2, 1), -1, dtype=torch.int32)}, GPTQ,
-        "x.qzeros holds a zero point of 15, which stands for 16 or for 0",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", DAMAGED)
-def test_what_is_damaged_is_named(tmp_path, case):
-    tensors, config, text = DAMAGED[case]
-    with pytest.raises(CheckpointError) as err:
-        found_in(tmp_path, tensors, config)
-    assert text in str(err.value)
-
-
-def test_scales_that_are_no_numbers(tmp_path):
-    tensors, _ = layouts.fp8_block("x", 192, 128)
-    tensors["x.weight_scale_inv"][1, 0] = float("nan")
-    with pytest.raises(CheckpointError, match=r"x: the scale of block \(1, 0\) is nan"):
-        found_in(tmp_path, tensors, FP8).matrices["x"].read()
-
-
-def test_files_of_an_earlier_version_are_left_alone(tmp_path):
-    """Loaders read what the index names; a tensor of the same name in another file is not the model's."""
-    tensors, exact = layouts.fp8_block("x", 20, 15)
-    save_file(tensors, tmp_path / "model-00001-of-00001.safetensors")
-    save_file(layouts.fp8_block("x", 20, 15, seed=1)[0], tmp_path / "model-00001-of-00002.safetensors")
-    where = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    files = SafetensorsDirectory(tmp_path)
-    assert np.array_equal(quantised_tensors(files, FP8).matrices["x"].read().dequantize(torch.float64).numpy(), exact)
-    assert stored_weights(tmp_path).tensors == 2
-    save_file(layouts.fp8_block("x", 20, 15, seed=2)[0], tmp_path / "model.safetensors")
-    assert [file.name for file in files_of(tmp_path)[0]] == ["model.safetensors"]
-
-
-def test_a_file_that_is_cut_off(tmp_path):
-    save_file(layouts.fp8_block("x", 20, 15)[0], tmp_path / "model.safetensors")
-    data = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(data[:-9])
-    with pytest.raises(CheckpointError, match="model.safetensors is damaged"):
-        SafetensorsDirectory(tmp_path)
-
-
 _WATCH = """
 import json, sys
 from pathlib import Path
@@ -242,7 +130,6 @@ import torch
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import experts
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
-from moeopt.published.headers import files_of, stored_weights
 from moeopt.published.quantised_tensors import quantised_tensors
 from moeopt.published.tensor_files import SafetensorsDirectory
 
