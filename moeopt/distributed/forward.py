@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moeopt.distributed.dispatch import Dispatch
+from moeopt.distributed.local_codes import LocalCodes
 from moeopt.distributed.shards import LocalPlace
 from moeopt.errors import NotSaveableError, UsageError
+from moeopt.ir.bank_format import BankFormat
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_refs import ExpertRef, SlotRefs
@@ -76,11 +79,20 @@ def partial_sums(spec: ExpertsSpec | RowFunction, dtype: torch.dtype) -> Experts
     return dataclasses.replace(spec, accum_dtype=name, out_dtype=name, out_of_range="nothing")
 
 
+class Sharded(NamedTuple):
+    """One op: how its experts are reached, which are this rank's, where those lie in the module, and their codes."""
+
+    dispatch: Dispatch
+    own: Sequence[int]
+    refs: Sequence[ExpertRef | SlotRefs]
+    format: BankFormat | None
+
+
 class DistributedForward(RewrittenForward):
     """A :class:`RewrittenForward` some of whose ops have their experts on several ranks.
 
     Args:
-        sharded: by the number of the op: how its experts are reached, and where this rank's own lie in the module.
+        sharded: those, by the number of the op.
 
     Attributes:
         divided: that experts of the module are elsewhere, and so is what its own code would need.
@@ -88,22 +100,23 @@ class DistributedForward(RewrittenForward):
 
     divided = True
 
-    def __init__(
-        self, module: nn.Module, program: BlockProgram,
-        sharded: Mapping[int, tuple[Dispatch, Sequence[int], Sequence[ExpertRef | SlotRefs]]],
-    ) -> None:  # fmt: skip
+    def __init__(self, module: nn.Module, program: BlockProgram, sharded: Mapping[int, Sharded]) -> None:
         self.sharded = dict(sharded)
         super().__init__(module, program)
 
     def _bank(self, index: int, refs: PyObject, spec: PyObject) -> PyObject:
         if index not in self.sharded:
             return super()._bank(index, refs, spec)
-        dispatch, own, local = self.sharded[index]
-        held = live_bank(self.module, list(local), spec, place=LocalPlace) if own else None
+        dispatch, own, local, format = self.sharded[index]
+        held: PyObject = None
+        if own and format is not None:
+            held = LocalCodes(self.module, index, [r for r in local if isinstance(r, ExpertRef)], spec, format)
+        elif own:
+            held = live_bank(self.module, list(local), spec, place=LocalPlace)
         return RankExperts(dispatch, held, own)
 
     def _fall_back(self, refusal: str, args: PyObject, kwargs: PyObject, gave: Gave) -> PyObject:
-        name = next(iter(self.sharded.values()))[0].block
+        name = next(iter(self.sharded.values())).dispatch.block
         raise UsageError(
             f"{name} cannot run its original code, for its experts lie on several ranks, and it would have to: "
             f"{refusal}. Call the model as it was optimised, or optimise and distribute the changed model again"

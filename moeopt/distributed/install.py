@@ -10,15 +10,16 @@ from torch import nn
 
 from moeopt.distributed.channel import Channel
 from moeopt.distributed.dispatch import Dispatch, DispatchForm
-from moeopt.distributed.forward import DistributedForward, RankExperts
+from moeopt.distributed.forward import DistributedForward, RankExperts, Sharded
 from moeopt.distributed.homes import ExpertHomes
-from moeopt.distributed.parts import DividedWeight, WholeWeight, weights_of
+from moeopt.distributed.parts import DividedWeight, WholeWeight, vectors_of, weights_of
 from moeopt.distributed.shards import drop, local_refs
 from moeopt.distributed.state import ExpertState
 from moeopt.ir.weight_refs import parts_of, tensor_at
 from moeopt.ops.reference import out_features
 from moeopt.planning.placement import Placement
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
+from moeopt.rewrite.live_codes import LiveCodes
 from moeopt.value_types import PyObject
 
 
@@ -67,12 +68,7 @@ def expert_ops(model: nn.Module, notes: list[str]) -> Iterator[ExpertOp]:
             if len(refs) < 2:
                 continue
             name = path or type(model).__name__
-            if index in forward.program.block.formats:
-                notes.append(
-                    f"{name} is not divided: its experts are quantised; optimise without quantize= to divide it"
-                )
-                continue
-            weights = weights_of(module, forward.program, index, several)
+            weights = weights_of(module, forward.program, index, several, _codes_of(forward.banks[index][0]))
             whole = [w for w in weights if isinstance(w, WholeWeight)]
             if len(whole) == len(weights):
                 notes.append(f"{name} is not divided: {whole[0].path}: {whole[0].reason}")
@@ -82,6 +78,11 @@ def expert_ops(model: nn.Module, notes: list[str]) -> Iterator[ExpertOp]:
                 more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
                 notes.append(f"{name}: every rank keeps {alike[0]}{more} whole: {reason}")
             yield ExpertOp(name, module, forward, index, weights)
+
+
+def _codes_of(bank: PyObject) -> list[str]:
+    """The buffers of a bank of codes; [] of floats."""
+    return bank.names if isinstance(bank, LiveCodes) else []
 
 
 def divide(
@@ -101,11 +102,13 @@ def divide(
         for number, op in found:
             homes = ExpertHomes(placements[number], channel.size)
             refs, spec = first.forward.program.block.weights[op.index]
-            paths = {part.path for ref in refs for part in parts_of(ref)}
+            coded = isinstance(op.bank, LiveCodes)
+            paths = {part.path for ref in refs for part in (vectors_of(ref) if coded else parts_of(ref))}
             trained = any(tensor_at(op.module, path).requires_grad for path in paths)
             dispatch = Dispatch(channel, homes, op.name, number, form, replicated, out_features(op.bank, spec), trained)
             own = homes.experts_of(rank)
-            sharded[op.index] = (dispatch, own, local_refs(refs, op.weights, own))
+            format = op.bank.format if coded else None
+            sharded[op.index] = Sharded(dispatch, own, local_refs(refs, op.weights, own), format)
             shards += drop(op.module, op.weights, homes, rank, mesh)
         absent = before - set(dict(first.module.named_parameters()))
         ExpertState(channel, shards, absent, first.name, mesh).install(first.module)

@@ -14,8 +14,10 @@ from moeopt.distributed.forward import RankExperts
 from moeopt.distributed.samples import SampledCase
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
+from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.ops.reference import experts_reference
 from moeopt.ops.row_function import SlotBank, expert_by_expert
+from moeopt.value_types import PyObject
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR, MISTRUST, typical
 
 
@@ -28,7 +30,10 @@ def true_sums(bank: RankExperts, case: SampledCase, spec: ExpertsSpec | RowFunct
     known_TK = (ids_TK >= 0) & (ids_TK < len(homes.ranks))
     rank_TK = torch.where(known_TK, first[torch.where(known_TK, ids_TK, 0).long()], homes.size)
     local_TK = homes.numbers_at(ids_TK, torch.where(rank_TK == rank, rank_TK, homes.size))
-    call = case.x_TH.double(), local_TK, case.weights_TK.double(), bank.local
+    local: PyObject = bank.local
+    if isinstance(local, QuantizedExpertWeights) and isinstance(spec, ExpertsSpec):  # the exact products of the codes
+        local = local.handed_out((spec.w_in_layout, spec.w_out_layout), torch.float64)
+    call = case.x_TH.double(), local_TK, case.weights_TK.double(), local
     if isinstance(spec, RowFunction):
         exact = dataclasses.replace(spec, out_of_range="nothing", accum_dtype="float64", out_dtype="float64")
         return expert_by_expert(*call[:3], _DoubleSlots(bank.local), exact, double=True)

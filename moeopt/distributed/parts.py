@@ -44,12 +44,15 @@ class WholeWeight:
 DividedWeight = OwnWeight | StackedWeight | WholeWeight
 
 
-def weights_of(module: nn.Module, program: BlockProgram, index: int, elsewhere: Iterable[int]) -> list[DividedWeight]:
+def weights_of(
+    module: nn.Module, program: BlockProgram, index: int, elsewhere: Iterable[int], codes: Sequence[str] = ()
+) -> list[DividedWeight]:
     """How the Parameters of the op number ``index`` of a block are divided.
 
     Args:
         module: the block.
         elsewhere: identities of Parameters that are known under several names, so that one cannot be divided.
+        codes: names of the buffers that stand in the place of its matrices; all experts' lie in each, in their order.
     """
     block = program.block
     refs, _ = block.weights[index]
@@ -58,9 +61,15 @@ def weights_of(module: nn.Module, program: BlockProgram, index: int, elsewhere: 
     others = {p.path for n, (more, _) in enumerate(block.weights) if n != index for r in more for p in parts_of(r)}
     readers: dict[str, dict[int, list[MatrixRef | VectorRef | PartRef]]] = {}
     for e, ref in enumerate(refs):
-        for part in parts_of(ref):
+        for part in vectors_of(ref) if codes else parts_of(ref):
             readers.setdefault(part.path, {}).setdefault(e, []).append(part)
-    return [_divided(module, path, of, refs, shared, kept, others) for path, of in readers.items()]
+    stacks: list[DividedWeight] = [StackedWeight(name, 0, 1, tuple(range(len(refs)))) for name in codes]
+    return stacks + [_divided(module, path, of, refs, shared, kept, others) for path, of in readers.items()]
+
+
+def vectors_of(ref: ExpertRef | SlotRefs) -> list[MatrixRef | VectorRef | PartRef]:
+    """The biases of an expert whose matrices are codes."""
+    return [part for part in parts_of(ref) if isinstance(part, VectorRef)]
 
 
 def _divided(

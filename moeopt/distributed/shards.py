@@ -50,6 +50,8 @@ def shard_of(weight: StackedWeight, homes: ExpertHomes) -> Shard:
 
 def local_part(shard: Shard, rank: int, whole: Tensor) -> Tensor:
     """What ``rank`` keeps of a whole stack, a copy; empty places are zeros."""
+    if whole.dtype.itemsize == 1 and whole.dtype != torch.uint8:  # codes that are floats of 8 bits are moved as bytes
+        return local_part(shard, rank, whole.view(torch.uint8)).view(whole.dtype)
     dim, length = shard.weight.dim, shard.weight.length
     pieces = [whole.narrow(dim, row * length, length) for row in shard.rows[rank]]
     empty = max(shard.room - len(pieces), 0)
@@ -58,8 +60,8 @@ def local_part(shard: Shard, rank: int, whole: Tensor) -> Tensor:
     return torch.cat([*pieces, whole.new_zeros(shape)], dim)
 
 
-def as_parameter(shard: Shard, rank: int, whole: nn.Parameter, mesh: PyObject) -> nn.Parameter:
-    """``whole``, of which this rank keeps its part."""
+def divided(shard: Shard, rank: int, whole: Tensor, mesh: PyObject) -> Tensor:
+    """``whole``, a Parameter or a buffer, of which this rank keeps its part."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor import Shard as Sharded
 
@@ -71,7 +73,7 @@ def as_parameter(shard: Shard, rank: int, whole: nn.Parameter, mesh: PyObject) -
     size = torch.Size(shape)
     stride = torch.empty(size, device="meta").stride()
     held = DTensor.from_local(part, mesh, [Sharded(dim)], run_check=False, shape=size, stride=stride)
-    return nn.Parameter(held, requires_grad=whole.requires_grad)
+    return nn.Parameter(held, requires_grad=whole.requires_grad) if isinstance(whole, nn.Parameter) else held
 
 
 def drop(
@@ -81,12 +83,13 @@ def drop(
     own, shards = set(homes.experts_of(rank)), []
     for weight in weights:
         parent, _, key = weight.path.rpartition(".")
-        registry: dict[str, Any] = module.get_submodule(parent)._parameters
+        home = module.get_submodule(parent)
+        registry: dict[str, Any] = home._parameters if key in home._parameters else home._buffers
         if isinstance(weight, OwnWeight) and weight.expert not in own:
             registry[key] = None
         elif isinstance(weight, StackedWeight):
             shard = shard_of(weight, homes)
-            registry[key] = as_parameter(shard, rank, registry[key], mesh)
+            registry[key] = divided(shard, rank, registry[key], mesh)
             shards.append(shard)
     return shards
 

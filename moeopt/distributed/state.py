@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moeopt.distributed.channel import Channel
 from moeopt.distributed.shards import Shard, local_part
+from moeopt.ir.weight_refs import tensor_at
 from moeopt.value_types import PyObject
 
 
@@ -58,7 +59,7 @@ class ExpertState:
             state.pop(prefix + key, None)
         for shard in self.shards:
             key = prefix + shard.weight.path
-            given, held = state.get(key), module.get_parameter(shard.weight.path)
+            given, held = state.get(key), tensor_at(module, shard.weight.path)
             if given is None:
                 continue
             whole = [len(shard.weight.experts) * shard.weight.length if d == shard.weight.dim else s
@@ -110,6 +111,8 @@ class ExpertState:
 
     def _travel(self, shard: Shard, local: PyObject, back: bool) -> Tensor:
         """This rank's part of the whole stack in the model's order; ``back``: from that to what the rank holds."""
+        if local.dtype.itemsize == 1 and local.dtype != torch.uint8:  # codes that are floats of 8 bits
+            return self._travel(shard, local.view(torch.uint8), back).view(local.dtype)
         P, own, dim = self.channel.size, self.channel.rank, shard.weight.dim
         length = shard.weight.length
         count = len(shard.weight.experts) * length

@@ -134,7 +134,7 @@ def _block_of(files: TensorFiles, weight: str, scale: str, shape: tuple[int, int
     N, K = shape
     sizes = files.shape(scale)
     grid = sizes[-2:] if len(sizes) >= 2 else (sizes[0] if sizes else 1, 1)
-    blocks = [config.get("weight_block_size"), *(w.get("block_structure") for w in weights_of(config))]
+    blocks: list[Any] = [config.get("weight_block_size"), *(w.get("block_structure") for w in weights_of(config))]
     blocks += [[1, w["group_size"]] for w in weights_of(config) if w.get("group_size")]
     blocks = [b for b in blocks if isinstance(b, list) and len(b) == 2 and all(isinstance(n, int) and n > 0 for n in b)]
     if grid == (1, 1) and not (blocks and scale.endswith("_inv")):

@@ -45,6 +45,6 @@ class _Unread(Place):
         self.dtype = torch.float32
 
 
-def places_of(paths: Collection[str]) -> Callable[[nn.Module, str], Place]:
-    """What finds the tensors at ``paths`` in a block, and looks for no other one."""
-    return lambda root, path: Place(root, path) if path in paths else _Unread()
+def places_of(paths: Collection[str], place: type[Place] = Place) -> Callable[[nn.Module, str], Place]:
+    """What finds the tensors at ``paths`` in a block, as ``place`` does, and looks for no other one."""
+    return lambda root, path: place(root, path) if path in paths else _Unread()

@@ -48,12 +48,12 @@ class LiveCodes(QuantizedExpertWeights):
         index: the bank's number in the block.
         experts, spec: where the floats are, or were, and what they compute.
         format: what each matrix is rounded to, where the module does not hold codes already; or those of ``given``.
-        given: codes that are not rounded here.
+        given, place: codes that are not rounded here; how biases are read.
     """
 
     def __init__(
         self, module: nn.Module, index: int, experts: list[ExpertRef], spec: ExpertsSpec,
-        format: WeightFormat | BankFormat, given: GivenCodes | None = None,
+        format: WeightFormat | BankFormat, given: GivenCodes | None = None, place: type[Place] = Place,
     ) -> None:  # fmt: skip
         self.module, self.experts, self.spec = module, experts, spec
         self.layouts, self.dtype, self.num_experts = ("oi", "oi"), torch.float32, len(experts)
@@ -65,7 +65,7 @@ class LiveCodes(QuantizedExpertWeights):
         self.format = format
         matrices = [*((f"w_in_{i}", m) for i, m in enumerate(format.w_in)), ("w_out", format.w_out)]
         self.names = [f"{self.prefix}{words}_{part}" for words, m in matrices for part in m.parts]
-        self._biases = _Biases(module, experts)
+        self._biases = _Biases(module, experts, place)
         self._bank: tuple[tuple[int, ...], QuantizedExpertWeights] | None = None
         self._known: tuple[Any, dict[Any, Any]] | None = None
         self._handed: dict[Any, LiveCodes] = {(self.layouts, self.dtype): self}
@@ -231,12 +231,12 @@ class _Biases:
         copied: whether what is handed out is a copy of what was picked: it says nothing of what is written later.
     """
 
-    def __init__(self, module: nn.Module, experts: list[ExpertRef]) -> None:
+    def __init__(self, module: nn.Module, experts: list[ExpertRef], place: type[Place]) -> None:
         paths = {b.path for ref in experts for b in (*ref.b_in, ref.b_out) if b is not None}
-        self.live = LiveExpertWeights(module, experts, ("oi", "oi"), place=places_of(paths)) if paths else None
+        self.live = LiveExpertWeights(module, experts, ("oi", "oi"), place=places_of(paths, place)) if paths else None
         self.experts = experts
         self.copied = self.live is not None and any(ref.neurons is not None for ref in experts)
-        self.places = [Place(module, path) for path in sorted(paths)]
+        self.places = [place(module, path) for path in sorted(paths)]
 
     def read(self) -> list[Tensor]:
         return [place.read() for place in self.places]

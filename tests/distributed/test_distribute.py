@@ -34,6 +34,8 @@ MODELS = {
     "any function of a row": lambda: of_zoo("row_layer_scale"),
     "stacks of any function": lambda: of_zoo("row_stacked_bank_with_norm"),
     "more ids than experts": lambda: of_zoo("router_zero_experts"),
+    "codes": lambda: optimised(Layers, quantize="int8"),
+    "codes of stacks": lambda: optimised(Stacked, quantize="fp8", bias=True),
     "two ops in a block": lambda: of_zoo("whole_two_in_one_forward"),
 }
 SPECS = {
@@ -257,12 +259,6 @@ def test_wrong_subjects_are_refused(alone):
     ):
         with pytest.raises(moeopt.UsageError, match=words):
             moeopt.distribute(subject, mesh)
-
-
-def test_quantised_experts_are_not_divided(alone):
-    opt = moeopt.optimize(optimised().model, tokens(10), quantize="int8", verify="off")
-    with pytest.raises(moeopt.UsageError, match=r"nothing to distribute.*its experts are quantised; optimise without"):
-        moeopt.distribute(opt, alone)
 
 
 def _dense():

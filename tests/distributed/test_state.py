@@ -22,6 +22,7 @@ MODELS = {
     "stacked": lambda: optimised(Stacked),
     "along another axis": lambda: optimised(Stacked, axis=1),
     "stacks of any function": lambda: of_zoo("row_stacked_bank_with_norm"),
+    "codes": lambda: optimised(Stacked, quantize="fp8", bias=True),
 }
 SCATTERED = {4: [[3], [1], [0], [1], [2]], 3: [[2], [0], [2], [1], [0, 1]]}
 """Of five experts: not the order of ``Shard``, and a copy."""
@@ -33,6 +34,9 @@ def changed(opt, by):
     with torch.no_grad():
         for n, p in enumerate(opt.model.parameters()):
             p.mul_(1 + by / (n + 2)).add_(torch.linspace(-by, by, p.numel()).view(p.shape))
+        for name, buffer in opt.model.named_buffers():
+            if name.endswith("_codes"):  # each expert's with the next one's sign
+                buffer.copy_(buffer.roll(1, 0).float().neg().to(buffer.dtype))
     return opt
 
 
@@ -49,7 +53,7 @@ def resharded(rank, size, folder):
             dist.barrier()
             if rank >= n:
                 continue
-            placement = SCATTERED.get(n) if name in ("stacked", "along another axis") else None
+            placement = SCATTERED.get(n) if name in ("stacked", "along another axis", "codes") else None
             source = copy.deepcopy(plain) if turn else trained  # what is loaded goes into Parameters that both share
             d = moeopt.distribute(source, group, placement=placement, timeout=TIMEOUT, tokens="replicated")
             with torch.no_grad():
