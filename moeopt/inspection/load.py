@@ -66,7 +66,7 @@ def load(target: PyObject, trust_remote_code: bool = False) -> Loaded:
         return _from_dict(checked_fields(dict(target), "the dict"), "the dict", None, trust_remote_code)
     if hasattr(target, "to_dict") and hasattr(target, "model_type"):
         return _built(target, f"{target.model_type} config", "config", [])
-    raise UsageError(f"inspect cannot read a {type(target).__name__}: {FORMS}")
+    raise UsageError(f"a {type(target).__name__} cannot be read: {FORMS}")
 
 
 def _from_path(path: Path, trust: bool) -> Loaded:

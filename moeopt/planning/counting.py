@@ -14,11 +14,18 @@ def experts_hit(E: int, K: int, T: int) -> float:
 
 
 def owners_reached(E: int, K: int, P: int) -> float:
-    """How many of P owners of E / P experts each hold one of a token's K: P (1 - C(E - E/P, K) / C(E, K))."""
-    missed = 1.0
-    for i in range(K):
-        missed *= max(E - E / P - i, 0) / (E - i)
-    return P * (1 - missed)
+    """How many of P owners hold one of a token's K: 1 - C(E - n, K) / C(E, K) for each owner of n experts.
+
+    E % P owners have one expert more than the others, which have none where there are more owners than experts.
+    """
+    fewer, more = divmod(E, P)
+    kinds = ((fewer, P - more), (fewer + 1, more))
+    return sum(count * (1 - math.comb(E - n, K) / math.comb(E, K)) for n, count in kinds if count)
+
+
+def most_held(E: int, P: int) -> float:
+    """The part of all experts that the owner of most of them has."""
+    return -(-E // P) / E
 
 
 def remote_owners(E: int, K: int, P: int) -> float:

@@ -31,7 +31,9 @@ def lines(plan: ClusterPlan) -> Iterator[str]:
 def _memory(plan: ClusterPlan) -> Iterator[str]:
     m = plan.memory
     yield f"memory of a device: {amount(m.device, 'B')}, of which 90 % count"
-    yield f"  experts, {'1/' + str(plan.devices) + ' of all':16s}{amount(m.experts, 'B'):>9}"
+    even = f"1/{plan.devices} of all"
+    share = f"{-(-plan.experts // plan.devices)} of {plan.experts}" if plan.experts % plan.devices else even
+    yield f"  experts, {share:16s}{amount(m.experts, 'B'):>9}"
     for name, rest, fits in (("whole", m.rest, m.fits), ("split in a node", m.rest_split, m.fits_split)):
         sum_ = amount(m.experts + rest, "B")
         yield f"  rest, {name:19s}{amount(rest, 'B'):>9}   together {sum_:>9}  {'fits' if fits else 'does not fit'}"

@@ -11,7 +11,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one device. Experts are split over all devices; the rest is whole on each, or split in a node.
+    """Bytes on the device that holds most experts; the rest is whole on each, or split in a node.
 
     Attributes:
         experts, rest, rest_split: weights.

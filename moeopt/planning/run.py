@@ -13,7 +13,7 @@ from moeopt.inspection.devices import Device, find_device
 from moeopt.inspection.load import load as load_model
 from moeopt.inspection.result import Inspection
 from moeopt.planning.cache import numbers_of_a_token
-from moeopt.planning.counting import busiest, experts_hit, owners_reached, remote_owners
+from moeopt.planning.counting import busiest, experts_hit, most_held, owners_reached, remote_owners
 from moeopt.planning.formats import Format, find_format
 from moeopt.planning.given import plain_values
 from moeopt.planning.links import START, START_ACROSS, Links, links_of
@@ -76,7 +76,7 @@ def plan(
     return ClusterPlan(
         loaded.name, devices, node, gpu.name, form.name, kind.experts, kind.top_k, kind.hidden, kind.inner,
         found.moe_layers, experts, rest,
-        _memory(experts, rest, form, gpu, devices, node, numbers_of_a_token(loaded.model)),
+        _memory(experts * most_held(kind.experts, devices), rest, form, gpu, node, numbers_of_a_token(loaded.model)),
         _traffic(kind.experts, kind.top_k, kind.hidden, found.moe_layers, form, devices, node),
         [_step(found, form, gpu, links, devices, node, batch) for batch in BATCHES],
         [_placed(layer, kind.experts, devices, node) for layer in layers],
@@ -91,10 +91,9 @@ def _device(name: str) -> Device:
     return find_device(short.get(name.lower(), name))
 
 
-def _memory(
-    experts: int, rest: int, form: Format, gpu: Device, devices: int, node: int, numbers: int | None
-) -> RankMemory:
-    own, whole = experts * form.experts / devices, rest * form.rest
+def _memory(experts: float, rest: int, form: Format, gpu: Device, node: int, numbers: int | None) -> RankMemory:
+    """Of the device that holds most: ``experts`` numbers of experts, and ``rest`` others, whole or split in a node."""
+    own, whole = experts * form.experts, rest * form.rest
     split = whole / node
     cache = None if numbers is None else 2 * numbers
     room = USABLE * gpu.memory - own - split
@@ -129,8 +128,9 @@ def _step(
     reduced = 2 * batch * H * 2 * (node - 1) / node / links.node
     if nodes > 1:
         reduced += 2 * batch * H * 2 / node * (nodes - 1) / nodes / links.network
-    own = min(E / devices, busiest(hit / devices, hit / E))
-    expert = max(own * one * form.experts / gpu.bandwidth, 2 * busiest(batch * K / devices) * one / flops)
+    holding = min(devices, E)  # the others have no expert to run
+    own = min(E * most_held(E, devices), busiest(hit / holding, hit / E))
+    expert = max(own * one * form.experts / gpu.bandwidth, 2 * busiest(batch * K / holding) * one / flops)
     traffic = _traffic(E, K, H, layers, form, devices, node)
     sent = batch / devices * (traffic.ranks / links.node + traffic.nodes / links.network)
     start = START if nodes == 1 else START_ACROSS

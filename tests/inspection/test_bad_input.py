@@ -165,7 +165,7 @@ def test_arguments(options, message):
 
 
 def test_things_that_are_no_model():
-    with pytest.raises(UsageError, match="inspect cannot read a int: give a model"):
+    with pytest.raises(UsageError, match="a int cannot be read: give a model"):
         look(7)
     with pytest.raises(UsageError, match="Identity has no parameters, so there is nothing to inspect"):
         look(nn.Identity())

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from moeopt.planning.counting import busiest, experts_hit, owners_reached, remote_owners
+from moeopt.planning.counting import busiest, experts_hit, most_held, owners_reached, remote_owners
 
 
 def listed(E, K, P):
@@ -14,10 +14,19 @@ def listed(E, K, P):
     return sum(len({e * P // E for e in choice}) for choice in choices) / len(choices)
 
 
-@pytest.mark.parametrize(("E", "K", "P"), [(8, 2, 4), (8, 3, 2), (12, 4, 3), (6, 6, 3), (8, 1, 8), (8, 4, 1)])
+@pytest.mark.parametrize(
+    ("E", "K", "P"),
+    [(8, 2, 4), (8, 3, 2), (12, 4, 3), (6, 6, 3), (8, 1, 8), (8, 4, 1), (6, 2, 4), (7, 3, 3), (4, 2, 9)],
+)
 def test_owners_of_a_token(E, K, P):
     assert owners_reached(E, K, P) == pytest.approx(listed(E, K, P))
     assert remote_owners(E, K, P) == pytest.approx(listed(E, K, P) * (P - 1) / P)
+
+
+@pytest.mark.parametrize(("E", "P"), [(8, 4), (6, 4), (128, 7), (4, 9)])
+def test_the_most_that_an_owner_has(E, P):
+    held = [e * P // E for e in range(E)]
+    assert most_held(E, P) == max(held.count(r) for r in range(P)) / E
 
 
 def test_experts_that_a_batch_hits():

@@ -139,3 +139,14 @@ def test_a_load_of_another_model_is_refused():
 def test_a_dense_model_has_nothing_to_place():
     with pytest.raises(moeopt.UsageError, match="Linear has no experts, so there is nothing to place"):
         moeopt.plan(torch.nn.Linear(4, 4), devices=2)
+
+
+def test_experts_that_do_not_divide_evenly():
+    """Of 256 experts on 24 devices some hold 11; on 512 each has one at most, and a token's 8 are on 8 of them."""
+    plan = moeopt.plan(DEEPSEEK_V3, devices=24, dtype="fp8")
+    assert plan.memory.experts == pytest.approx(plan.expert_params * (1 + 4 / 128**2) * 11 / 256)
+    assert "experts, 11 of 256" in str(plan)
+    plan = moeopt.plan(DEEPSEEK_V3, devices=512, dtype="fp8")
+    assert plan.memory.experts == pytest.approx(plan.expert_params * (1 + 4 / 128**2) / 256)
+    assert plan.traffic.copies_ranks == pytest.approx(plan.traffic.copies_rows)
+    assert "a token reaches 8.00 of 512 devices" in str(plan)
