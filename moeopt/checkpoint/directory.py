@@ -112,7 +112,7 @@ class CheckpointDirectory(Mapping[str, CheckpointTensor]):
 
     def check_unchanged(self, files: list[Path] | None = None) -> None:
         """``CheckpointError`` where one of the files (None: of all) is not as it was when its header was read."""
-        for file in self.files if files is None else files:
+        for file in sorted(self._stats) if files is None else files:
             now = file.stat() if file.is_file() else None
             if now is None or _version(now) != _version(self._stats[file]):
                 raise CheckpointError(
@@ -122,7 +122,7 @@ class CheckpointDirectory(Mapping[str, CheckpointTensor]):
 
     def identity(self) -> str:
         """A digest of what the directory holds: names, places, and the size and time of change of each file."""
-        stats = [(file.name, self._stats[file].st_size, self._stats[file].st_mtime_ns) for file in self.files]
+        stats = [(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in sorted(self._stats.items())]
         rows = [(e.name, e.file.name, str(e.dtype), e.shape, e.start) for e in self._entries.values()]
         return hashlib.sha256(repr((stats, sorted(rows))).encode()).hexdigest()
 

@@ -6,6 +6,7 @@ With no journal they stay mapped from the checkpoint. What an earlier run has wr
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from moeopt.checkpoint.load import Keep, load_mapped
 from moeopt.checkpoint.scratch import Scratch
 from moeopt.checkpoint.structure import Structure
 from moeopt.options import Options
+from moeopt.published.directory_of import stated_by
 from moeopt.value_types import PyObject
 
 
@@ -95,6 +97,7 @@ def _key(
     return {
         "checkpoint": directory.identity(),
         "config": structure.model.config.to_json_string(use_diff=False),
+        "quantised": json.dumps(stated_by(directory.path), sort_keys=True),  # what codes stand for
         "class": f"{type(structure.model).__module__}.{type(structure.model).__qualname__}",
         "options": {name: repr(value) for name, value in asked.items()},
         "backend": backend,

@@ -12,7 +12,11 @@ if int(transformers.__version__.split(".")[0]) < 5:
 
 import moeopt  # noqa: E402
 from moeopt.checkpoint import preflight as preflights  # noqa: E402
+from moeopt.checkpoint.directory import CheckpointDirectory  # noqa: E402
+from moeopt.checkpoint.expanded import as_its_floats, expanded  # noqa: E402
+from moeopt.checkpoint.kept_weights import _key as key_of  # noqa: E402
 from moeopt.checkpoint.stream import streamed  # noqa: E402
+from moeopt.checkpoint.structure import structure_of  # noqa: E402
 from moeopt.cli import main  # noqa: E402
 from moeopt.errors import UsageError  # noqa: E402
 from moeopt.options import Options  # noqa: E402
@@ -155,3 +159,31 @@ def test_too_little_disk_for_floats_is_said_before_anything_is_read(tmp_path, mo
         UsageError, match=r"stands for 0.[0-9]* MB of floats, .* set TMPDIR to a folder .* or give out="
     ):
         moeopt.optimize(tmp_path / "model", quantize="checkpoint")
+
+
+def test_what_is_done_under_another_config_is_not_taken(tmp_path):
+    """Who mends how codes are read gets other floats, also where an earlier run was killed; so do other scales."""
+    quantised(tmp_path, "gptq")
+    tensors = load_file(tmp_path / "model.safetensors")
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("scales")}
+    where = dict.fromkeys(tensors, "codes.safetensors") | dict.fromkeys(scales, "scales.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    save_file(tensors, tmp_path / "codes.safetensors")
+    save_file(scales, tmp_path / "scales.safetensors")
+
+    def key():
+        options = Options()
+        structure = structure_of(tmp_path, None, False, None)
+        directory = expanded(CheckpointDirectory(tmp_path), structure.model, None)
+        as_its_floats(structure.model.config)
+        return key_of(directory, structure, options, "torch", None)
+
+    found = [key(), key()]
+    words = json.loads((tmp_path / "config.json").read_text())
+    words["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    (tmp_path / "config.json").write_text(json.dumps(words))
+    found.append(key())
+    save_file({name: 2 * tensor for name, tensor in scales.items()}, tmp_path / "scales.safetensors")
+    found.append(key())
+    assert found[0] == found[1] != found[2] != found[3]
