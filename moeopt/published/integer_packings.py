@@ -34,27 +34,8 @@ def weights_of(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def pack_quantized(files: TensorFiles, module: str, config: Mapping[str, Any]) -> StoredMatrix:
     """compressed-tensors "pack-quantized": int32 (N, K bits / 32), codes less 2^(bits - 1) are the numbers."""
     packed, scale, size = (f"{module}.weight_{part}" for part in ("packed", "scale", "shape"))
-    dtype = files.dtype(packed)
-    missing = [name for name in (scale, size) if name not in files]
-    if dtype != torch.int32 or len(files.shape(packed)) != 2 or missing:
-        without = f", without {' and '.join(missing)}" if missing else ""
-        raise UnreadLayout(
-            f"{packed} is {dtype} {files.shape(packed)}{without}; packed weights are read as 2-D int32 with "
-            "weight_scale and weight_shape"
-        )
-    if files.shape(size) != (2,) or not files.shape(scale):
-        raise CheckpointError(f"{size} or {scale} has no sizes of a matrix: fetch the file again")
-    N, K = (int(n) for n in files.tensor(size).tolist())
-    rows, across = files.shape(packed)
-    fits = [bits for bits in (4, 8) if rows == N and across == -(-K * bits // 32)]
+    (N, K), bits = _packed_sizes(files, packed, scale, size, config)
     groups = files.shape(scale)[1] if len(files.shape(scale)) == 2 else 1
-    if not fits or files.shape(scale)[0] != N:
-        raise CheckpointError(
-            f"{packed} of {rows} x {across} and {scale} of {files.shape(scale)} do not hold a {N} x {K} matrix of 4 or "
-            "8 bits: fetch the file again"
-        )
-    wanted = {w.get("num_bits") for w in weights_of(config)}
-    bits = next((b for b in fits if b in wanted), fits[0])
     width = _width(K, groups, [w.get("group_size") for w in weights_of(config)], scale)
     order, zero = f"{module}.weight_g_idx", f"{module}.weight_zero_point"
     if order in files:
@@ -82,6 +63,31 @@ def pack_quantized(files: TensorFiles, module: str, config: Mapping[str, Any]) -
 
     tensors = (packed, scale, size) if symmetric else (packed, scale, size, zero)
     return StoredMatrix(module, None, (N, K), format, load, tensors)
+
+
+def _packed_sizes(
+    files: TensorFiles, packed: str, scale: str, size: str, config: Mapping[str, Any]
+) -> tuple[tuple[int, int], int]:
+    """(N, K) and the bits of numbers that are packed along K."""
+    dtype, missing = files.dtype(packed), [name for name in (scale, size) if name not in files]
+    if dtype != torch.int32 or len(files.shape(packed)) != 2 or missing:
+        without = f", without {' and '.join(missing)}" if missing else ""
+        raise UnreadLayout(
+            f"{packed} is {dtype} {files.shape(packed)}{without}; packed weights are read as 2-D int32 with "
+            "weight_scale and weight_shape"
+        )
+    if files.shape(size) != (2,) or not files.shape(scale):
+        raise CheckpointError(f"{size} or {scale} has no sizes of a matrix: fetch the file again")
+    N, K = (int(n) for n in files.tensor(size).tolist())
+    rows, across = files.shape(packed)
+    fits = [bits for bits in (4, 8) if rows == N and across == -(-K * bits // 32)]
+    if not fits or files.shape(scale)[0] != N:
+        raise CheckpointError(
+            f"{packed} of {rows} x {across} and {scale} of {files.shape(scale)} do not hold a {N} x {K} matrix of 4 or "
+            "8 bits: fetch the file again"
+        )
+    wanted = {w.get("num_bits") for w in weights_of(config)}
+    return (N, K), next((b for b in fits if b in wanted), fits[0])
 
 
 def gptq(files: TensorFiles, module: str, config: Mapping[str, Any]) -> StoredMatrix:
