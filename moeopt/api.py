@@ -124,7 +124,8 @@ def load(
             when memory is wanted; never a second copy of them. An engine of PyTorch does so in any case.
         resident: how much of the experts' weights may be in memory, like ``"8GB"`` or a number of bytes, for a bundle
             of PyTorch on a CPU: those that tokens choose most stay, others are read when the router chose them, before
-            the experts run. ``engine.residency`` tells the hit rate, the bytes read and the seconds that it took.
+            the experts run. For an ONNX Runtime bundle, how much of all weights stays in memory between calls: those
+            that calls used most. ``engine.residency`` tells the hit rate, the bytes read and the seconds that it took.
 
     An ONNX Runtime bundle that was built for a provider which this machine lacks (``target=``) loads, and raises
     ``EngineNotExecutableError`` when it is called; ``device="cpu"`` runs its CPU fallback graph. A TensorRT bundle does

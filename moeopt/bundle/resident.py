@@ -35,8 +35,8 @@ from moeopt.errors import UsageError
 from moeopt.sizes import in_words
 
 LOG = logging.getLogger("moeopt")
-_PAGE = mmap.PAGESIZE
-_WILLNEED, _DONTNEED, _POPULATE_READ = 3, 4, 22
+PAGE = mmap.PAGESIZE
+_WILLNEED, DONTNEED, _POPULATE_READ = 3, 4, 22
 """Linux's numbers of what madvise is asked for: https://man7.org/linux/man-pages/man2/madvise.2.html"""
 DECAY = 0.98
 """What of an expert's load is left after each call of its layer."""
@@ -54,6 +54,8 @@ class Residency:
         seconds_lost: until what was chosen had been read, and what left for it was dropped.
         over: the most bytes by which one layer's own choice exceeded the budget.
         enforced: how the budget is kept, in words, and what is outside of it.
+        kept: what the budget is of: "experts", or all "weights" of an engine of ONNX Runtime, whose calls are counted
+            for tokens, and which exceeds the budget by what one call uses.
     """
 
     budget: int
@@ -65,6 +67,7 @@ class Residency:
     seconds_lost: float
     over: int
     enforced: str
+    kept: str = "experts"
 
     @property
     def bytes_read_per_token(self) -> float:
@@ -72,10 +75,11 @@ class Residency:
 
     def __str__(self) -> str:
         rate = "-" if self.hit_rate is None else f"{self.hit_rate:.1%}"
-        more = f", at most {in_words(self.over)} above that for one layer's own choice" if self.over else ""
+        each, beyond = ("token", "one layer's own choice") if self.kept == "experts" else ("call", "what one call uses")
+        more = f", at most {in_words(self.over)} above that for {beyond}" if self.over else ""
         return (
-            f"{in_words(self.resident)} of {in_words(self.budget)} of experts in memory; hit rate {rate}, "
-            f"{in_words(round(self.bytes_read_per_token))} read a token, {self.seconds_lost:.2f} s lost in "
+            f"{in_words(self.resident)} of {in_words(self.budget)} of {self.kept} in memory; hit rate {rate}, "
+            f"{in_words(round(self.bytes_read_per_token))} read a {each}, {self.seconds_lost:.2f} s lost in "
             f"{self.calls} calls{more}; {self.enforced}"
         )
 
@@ -109,7 +113,7 @@ class ResidentExperts:
         self._lock = threading.Lock()
         self._libc = ctypes.CDLL(None, use_errno=True)
         self.budget = budget
-        self._maps = _mappings(file)
+        self._maps = mappings(file)
         known: dict[tuple[tuple[int, int], ...], _Expert] = {}  # layers may share their experts
         self._layers = [[self._expert_of(tensors, known) for tensors in layer] for layer in layers]
         largest = max((expert.bytes for expert in known.values()), default=0)
@@ -155,15 +159,7 @@ class ResidentExperts:
         if copied:
             told.append(f"{in_words(copied)} that were copied when they were read, as they lie in the file")
         stays = self.measured() if os.access(file, os.W_OK) else 0  # who may not write is told of no page
-        if stays > total // 8:
-            told.append(
-                f"{in_words(stays)} that stay in memory whatever is dropped: {file} lies in memory itself (tmpfs), or "
-                "another engine or process has it mapped"
-            )
-        words = f"; not held to that: {'; '.join(told)}" if told else ""
-        if told:
-            LOG.warning("resident=%s%s", in_words(self.budget), words)
-        return words
+        return said_of(self.budget, told, stays if stays > total // 8 else 0, file)
 
     def before(self, number: int, ids_TK: Tensor) -> None:
         """Bring the experts of layer ``number`` that ``ids_TK`` names, before they run."""
@@ -199,15 +195,8 @@ class ResidentExperts:
 
     def measured(self) -> int:
         """Bytes of all experts that are in memory, as the kernel says it (mincore): mapped here or cached for all."""
-        total = 0
-        for address, size in {piece for layer in self._layers for expert in layer for piece in expert.pieces}:
-            begin, length = _inside(address, size)
-            pages = torch.zeros(length // _PAGE, dtype=torch.uint8)
-            self._libc.mincore(
-                ctypes.c_void_p(begin), ctypes.c_size_t(length), ctypes.c_void_p(pages.data_ptr())
-            )  # fmt: skip
-            total += int((pages & 1).sum()) * _PAGE
-        return total
+        pieces = {piece for layer in self._layers for expert in layer for piece in expert.pieces}
+        return sum(bytes_in_memory(self._libc, *_inside(address, size)) for address, size in pieces)
 
     def _bring(self, missing: list[_Expert], chosen: set[int]) -> None:
         """Have ``missing`` in memory, and no more than the budget beside what is ``chosen``."""
@@ -237,7 +226,7 @@ class ResidentExperts:
         for address, size in expert.pieces:
             begin, length = _inside(address, size)
             if length > 0:
-                self._libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _DONTNEED)
+                self._libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), DONTNEED)
         for address, size in expert.pieces:
             for start, stop, offset in self._maps:
                 if start <= address < stop:
@@ -248,17 +237,41 @@ class ResidentExperts:
     def _advise(self, expert: _Expert, advice: int) -> None:
         """What an older kernel does not know is left to the op, which reads each page when it comes to it."""
         for address, size in expert.pieces:
-            begin = address // _PAGE * _PAGE
+            begin = address // PAGE * PAGE
             self._libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(address + size - begin), advice)
+
+
+def said_of(budget: int, told: list[str], stays: int, file: Path) -> str:
+    """What a budget does not hold for, in words, which the log warns of; "" where it holds for all.
+
+    Args:
+        stays: bytes of ``file`` that are in memory after all was dropped.
+    """
+    if stays:
+        told.append(
+            f"{in_words(stays)} that stay in memory whatever is dropped: {file} lies in memory itself (tmpfs), or "
+            "another engine or process has it mapped"
+        )
+    words = f"; not held to that: {'; '.join(told)}" if told else ""
+    if told:
+        LOG.warning("resident=%s%s", in_words(budget), words)
+    return words
+
+
+def bytes_in_memory(libc: ctypes.CDLL, begin: int, length: int) -> int:
+    """How much of mapped pages is in memory (mincore); both are multiples of the page."""
+    pages = torch.zeros(length // PAGE, dtype=torch.uint8)
+    libc.mincore(ctypes.c_void_p(begin), ctypes.c_size_t(length), ctypes.c_void_p(pages.data_ptr()))
+    return int((pages & 1).sum()) * PAGE
 
 
 def _inside(address: int, size: int) -> tuple[int, int]:
     """The whole pages in [address, address + size): a page that two experts share stays."""
-    begin = -(-address // _PAGE) * _PAGE
-    return begin, max((address + size) // _PAGE * _PAGE - begin, 0)
+    begin = -(-address // PAGE) * PAGE
+    return begin, max((address + size) // PAGE * PAGE - begin, 0)
 
 
-def _mappings(file: Path) -> list[tuple[int, int, int]]:
+def mappings(file: Path) -> list[tuple[int, int, int]]:
     """Where this process has the file mapped: addresses [start, stop), and the offset of start in the file."""
     found = []
     with contextlib.suppress(OSError):

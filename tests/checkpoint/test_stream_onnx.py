@@ -81,11 +81,6 @@ def test_a_mapped_engine_takes_no_copy_of_its_weights(tmp_path):
     torch.testing.assert_close(torch.tensor(found["mapped"]["y"]), torch.tensor(found["copied"]["y"]))
 
 
-def test_resident_is_not_for_an_engine_of_onnx_runtime(onnx_bundle):
-    with pytest.raises(UsageError, match=r"resident= is for bundles of PyTorch, .* mapped=True keeps its weights in"):
-        moeopt.load(onnx_bundle, resident="1GB")
-
-
 def test_session_options_that_say_the_opposite(onnx_bundle):
     import onnxruntime
 

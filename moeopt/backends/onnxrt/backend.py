@@ -137,13 +137,14 @@ class OnnxRuntimeBackend(GraphBackend):
         self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue,
         limits: LoadLimits, resident: int | None,
     ) -> PyObject:  # fmt: skip
+        engine = self._open_impl(directory, device, mapped_options(session_options), limits)
         if resident is not None:
-            raise UsageError(
-                f"resident= is for bundles of PyTorch, and {directory} is one for ONNX Runtime, which does not tell "
-                "which experts it reads: mapped=True keeps its weights in their file, and the kernel decides what of "
-                "it is in memory"
-            )
-        return self._open_impl(directory, device, mapped_options(session_options), limits)
+            if isinstance(engine, OfflineEngine):
+                raise UsageError(
+                    f"resident= is for engines on the CPU, and {directory} runs on {engine.provider}: leave it out"
+                )
+            engine.keep_resident(resident)
+        return engine
 
     def facts(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Also where its experts run on this machine."""

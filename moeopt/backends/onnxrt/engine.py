@@ -12,13 +12,15 @@ import torch.utils._pytree as pytree
 
 from moeopt.backends.onnxrt.accuracy import version_notes
 from moeopt.backends.onnxrt.custom_op import native_library, register
-from moeopt.backends.onnxrt.session import GRAPH, NATIVE, VERIFIED, Session, no_change
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE, VERIFIED, Session, data_of, no_change
 from moeopt.backends.registry import open_bundle
 from moeopt.bundle import values
 from moeopt.bundle.binding import Binding
 from moeopt.bundle.engine import BundledEngine
 from moeopt.bundle.io_names import KEY
 from moeopt.bundle.manifest import Manifest
+from moeopt.bundle.resident import Residency
+from moeopt.bundle.resident_file import ResidentFile
 from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.bundle.tree import build, check_tree
 from moeopt.causal_lm.flat_signature import checker
@@ -152,6 +154,23 @@ class OnnxEngine(GraphEngine):
 
         super().__init__(directory, signature, open_session, device, keep, manifest)
         self.notes, self.graph = [*notes, *version_notes(provider)], graph
+        self._resident: ResidentFile | None = None
+
+    def keep_resident(self, budget: int) -> None:
+        """Hold at most ``budget`` bytes of weights in memory between calls, as ``moeopt.load(resident=)`` says."""
+        file = self.directory / data_of(self.graph)
+        if self.provider != "cpu" or not file.is_file():
+            where = "holds them itself" if self.provider == "cpu" else f"runs on {self.provider}"
+            raise UsageError(
+                f"resident= keeps weights in the pages of a file of their own, and {self.graph} {where}: leave it out"
+            )
+        self._resident = ResidentFile(budget, file)
+        self.session.after_run = self._resident.after
+
+    @property
+    def residency(self) -> Residency | None:
+        """What keeping weights on disk did so far; None where ``resident`` was not given."""
+        return None if self._resident is None else self._resident.residency
 
     @property
     def described(self) -> str:

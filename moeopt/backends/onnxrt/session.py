@@ -25,23 +25,11 @@ _OPTIONS = {"cuda": {"use_tf32": "0"}}
 
 
 _ON_CPU = frozenset(
-    ("Shape", "Size", "Gather", "Concat", "Unsqueeze", "Squeeze", "Slice", "Range", "Reshape", "Identity", "Constant")
-    + ("ConstantOfShape", "Expand", "Cast", "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Min", "Max", "ReduceProd")
-    + (
-        "Floor",
-        "Ceil",
-        "Round",
-        "Sqrt",
-        "Equal",
-        "Greater",
-        "GreaterOrEqual",
-        "Less",
-        "LessOrEqual",
-        "Where",
-        "And",
-        "Or",
-        "Not",
-    )
+    (
+        "Shape Size Gather Concat Unsqueeze Squeeze Slice Range Reshape Identity Constant ConstantOfShape Expand Cast "
+        "Add Sub Mul Div Mod Neg Abs Min Max ReduceProd Floor Ceil Round Sqrt Equal Greater GreaterOrEqual Less "
+        "LessOrEqual Where And Or Not"
+    ).split()
 )
 """What ONNX Runtime places on the CPU by choice: sizes and positions. CUDA has each of these for floats."""
 
@@ -133,6 +121,7 @@ class Session:
     Attributes:
         provider: what really runs it, as the session says.
         session: the ``onnxruntime.InferenceSession``.
+        after_run: called when a run is over.
 
     Raises:
         UsageError: the provider is not on this machine.
@@ -184,6 +173,7 @@ class Session:
         self.inputs = [spec.name for spec in self.session.get_inputs()]
         self.outputs = [spec.name for spec in self.session.get_outputs()]
         self._is_bool = [spec.type == "tensor(bool)" for spec in self.session.get_outputs()]
+        self.after_run: Callable[[], None] | None = None
         self._time: TimeLimit | None = None
         self._threads = threading.local()
         self._graphs: GraphRuns | None = None
@@ -220,6 +210,8 @@ class Session:
         with contextlib.nullcontext() if self._stream is None else self._stream.ordered():
             start(bound.binding)
         del held
+        if self.after_run is not None:
+            self.after_run()
         return bound.outputs(self._is_bool)
 
     def _bound_here(self) -> BoundTensors:

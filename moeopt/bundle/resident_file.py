@@ -1,0 +1,124 @@
+"""A mapped file of weights of which, between calls, no more than a budget is in memory: what calls used most lately.
+
+An engine of ONNX Runtime does not tell which experts it reads. What it has read, the kernel knows: a page that a call
+came to is mapped then (/proc/self/pagemap). So after each call all pages are unmapped, for the next call to show what
+it comes to, and what the least calls used lately is dropped from the file's cache, with what was read ahead of it. A
+page that the process has written to is its own, no page of the file, and stays.
+
+All weights count, not the experts alone: attention and norms are used by each call, and so are what stays.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeopt.bundle.resident import DECAY, DONTNEED, PAGE, Residency, bytes_in_memory, mappings, said_of
+from moeopt.errors import UsageError
+
+CHUNK = 1 << 16
+"""Bytes that stay or go together: about what one page fault maps."""
+_PAGEMAP = Path("/proc/self/pagemap")
+
+
+class ResidentFile:
+    """The pages of ``file``, which this process has mapped, under a budget of memory.
+
+    Args:
+        budget: bytes.
+
+    Raises:
+        UsageError: the file is not mapped here, or this system does not tell which pages are, or drops none.
+    """
+
+    def __init__(self, budget: int, file: Path) -> None:
+        if not hasattr(os, "posix_fadvise") or not _PAGEMAP.exists():
+            raise UsageError("resident= drops pages of files, which this system is not asked for here: use Linux")
+        self._maps = mappings(file)
+        if not self._maps:
+            raise UsageError(
+                f"resident= keeps weights in the pages of {file}, and none of these lie there: the session made copies "
+                "of them; leave it out"
+            )
+        self.budget, self._lock = budget, threading.Lock()
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._size = file.stat().st_size
+        chunks = -(-self._size // CHUNK)
+        self._load, self._here = torch.zeros(chunks), torch.zeros(chunks, dtype=torch.bool)
+        self._calls = self._asked = self._hits = self._read = self._over = 0
+        self._lost = 0.0
+        self._file = os.open(file, os.O_RDONLY)
+        os.fsync(self._file)  # what was written just now cannot be dropped before it is on the disk
+        self._used()
+        self._drop(~self._here)
+        stays = self.measured() if os.access(file, os.W_OK) else 0  # who may not write is told of no page
+        self._outside = said_of(budget, [], stays if stays > self._size // 8 else 0, file)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+    def after(self) -> None:
+        """A call is over: what it used counts, and the budget holds again."""
+        with self._lock:
+            started = time.perf_counter()
+            used = self._used()
+            self._load = self._load * DECAY + used
+            self._calls += 1
+            self._asked += int(used.sum())
+            self._hits += int((used & self._here).sum())
+            self._read += int((used & ~self._here).sum()) * CHUNK
+            self._here |= used
+            self._over = max(self._over, int(self._here.sum()) * CHUNK - self.budget)
+            best = torch.where(self._here, self._load, -1.0).argsort(descending=True, stable=True)
+            best = best[: min(self.budget // CHUNK, int(self._here.sum()))]
+            self._here.zero_()
+            self._here[best] = True
+            self._drop(~self._here)
+            self._lost += time.perf_counter() - started
+
+    @property
+    def residency(self) -> Residency:
+        """The figures so far; calls are counted for tokens."""
+        return Residency(
+            self.budget, int(self._here.sum()) * CHUNK, self._calls, self._calls,
+            self._hits / self._asked if self._asked else None, self._read, self._lost, max(self._over, 0),
+            "between calls, pages of weights beyond the budget are unmapped and dropped from the file's cache "
+            f"(MADV_DONTNEED, POSIX_FADV_DONTNEED){self._outside}",
+            "weights",
+        )  # fmt: skip
+
+    def measured(self) -> int:
+        """Bytes of the weights that are in memory, as the kernel says it (mincore): mapped here or cached for all."""
+        return sum(bytes_in_memory(self._libc, start, stop - start) for start, stop, _ in self._maps)
+
+    def _used(self) -> Tensor:
+        """Which chunks this process has mapped pages of; they are unmapped."""
+        used = torch.zeros_like(self._here)
+        with _PAGEMAP.open("rb", buffering=0) as pagemap:
+            for start, stop, offset in self._maps:
+                pagemap.seek(start // PAGE * 8)
+                entries = torch.frombuffer(bytearray(pagemap.read((stop - start) // PAGE * 8)), dtype=torch.int64)
+                of_file = (entries < 0) & (entries >> 61 & 1 == 1)  # present, and no copy of the process's own
+                used[(offset + of_file.nonzero().flatten() * PAGE) // CHUNK] = True
+                for first, last in _runs(of_file):
+                    size = ctypes.c_size_t((last - first) * PAGE)
+                    self._libc.madvise(ctypes.c_void_p(start + first * PAGE), size, DONTNEED)
+        return used
+
+    def _drop(self, chunks: Tensor) -> None:
+        for first, last in _runs(chunks):
+            os.posix_fadvise(self._file, first * CHUNK, (last - first) * CHUNK, os.POSIX_FADV_DONTNEED)
+
+
+def _runs(which: Tensor) -> Iterator[tuple[int, int]]:
+    """[first, last) of each run of true entries."""
+    edges = torch.nn.functional.pad(which.to(torch.int8), (1, 1)).diff().nonzero().flatten().tolist()
+    return zip(edges[::2], edges[1::2], strict=True)
