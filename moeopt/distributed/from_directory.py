@@ -24,6 +24,7 @@ from moeopt.errors import UsageError
 from moeopt.file_lock import CAN_LOCK
 from moeopt.optimized import Optimized
 from moeopt.options import Options
+from moeopt.sizes import in_words
 from moeopt.value_types import PyObject
 
 READING = "reading the checkpoint"
@@ -100,7 +101,7 @@ def _refuse_held(path: Path, call: DirectoryCall, options: Options) -> None:
     anew = made_anew(CheckpointDirectory(path), structure)
     if anew > max(structure.layer_bytes, structure.rest_bytes):
         raise UsageError(
-            f"{path} has {anew / 1e9:.2f} GB of weights in another form than the model (experts that are apart in the "
+            f"{path} has {in_words(anew)} of weights in another form than the model (experts that are apart in the "
             "files, another dtype), which each rank would hold whole: give workspace=, a folder with "
-            f"{structure.bytes / 1e9:.2f} GB free that the ranks of this machine share"
+            f"{in_words(structure.bytes)} free that the ranks of this machine share"
         )
