@@ -76,11 +76,10 @@ class ResidentFile:
             self._hits += int((used & self._here).sum())
             self._read += int((used & ~self._here).sum()) * CHUNK
             self._here |= used
-            self._over = max(self._over, int(self._here.sum()) * CHUNK - self.budget)
-            best = torch.where(self._here, self._load, -1.0).argsort(descending=True, stable=True)
-            best = best[: min(self.budget // CHUNK, int(self._here.sum()))]
-            self._here.zero_()
-            self._here[best] = True
+            here = self._here.nonzero().flatten()
+            self._over = max(self._over, len(here) * CHUNK - self.budget)
+            order = self._load[here].argsort(descending=True, stable=True)
+            self._here[here[order[self.budget // CHUNK :]]] = False
             self._drop(~self._here)
             self._lost += time.perf_counter() - started
 

@@ -130,7 +130,7 @@ def test_files_that_have_the_experts_as_the_model_does_need_no_workspace(tmp_pat
     for message, passed in run_ranks(without_workspace, 2, str(apart), str(stacked)):
         assert passed
         assert "weights in another form than the model (experts that are apart in the files" in message
-        assert re.search(r"give workspace=, a folder with [\d.]+ [kM]B free that the ranks of this machine share", message)
+        assert re.search(r"workspace=, a folder with [\d.]+ [kM]B free that the ranks of this machine share", message)
 
 
 def one_is_lost(rank, size, folder, workspace, how):
