@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.errors import UsageError
+from moeopt.published.headers import unreadable
 
 _KINDS: dict[str, type] = {"model_type": str, "quantization_config": dict, "auto_map": dict}
 
@@ -16,9 +17,12 @@ def config_fields(path: Path) -> dict[str, Any]:
 
     Raises:
         UsageError: it is no JSON, or one of its fields is of another kind than it has to be.
+        CheckpointError: this process may not read it.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except PermissionError as err:
+        raise unreadable(path, err) from err
     except (ValueError, OSError, RecursionError) as err:
         raise UsageError(f"{path} cannot be read as JSON ({err}): fetch the file again") from err
     if not isinstance(found, dict):

@@ -95,7 +95,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         file = path.open("rb")
     except OSError as err:
-        raise _unreadable(path, err) from err
+        raise unreadable(path, err) from err
     with file:
         begin = file.read(8)
         length = int.from_bytes(begin, "little")
@@ -151,7 +151,9 @@ def read_index(path: Path) -> dict[str, str]:
     try:
         where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         good = all(isinstance(k, str) and isinstance(v, str) and Path(v).name == v for k, v in where.items())
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as err:
+    except OSError as err:
+        raise unreadable(path, err) from err
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise CheckpointError(
             f"{path} is damaged ({type(err).__name__}: {str(err)[:200]}); fetch the file again"
         ) from err
@@ -180,14 +182,16 @@ def stat_of(path: Path) -> os.stat_result:
     try:
         found = path.stat()
     except OSError as err:
-        raise _unreadable(path, err) from err
+        raise unreadable(path, err) from err
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path} is no file: put the checkpoint's file there, or remove it")
     return found
 
 
-def _unreadable(path: Path, err: OSError) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read ({err.strerror or err}): fetch the file again")
+def unreadable(path: Path, err: OSError) -> CheckpointError:
+    """The error for a file that is there, and that the system does not give."""
+    way = "give yourself the right to read it" if isinstance(err, PermissionError) else "fetch the file again"
+    return CheckpointError(f"{path} cannot be read ({err.strerror or err}): {way}")
 
 
 def _entry(path: Path, name: str, entry: PyObject, data: int) -> StoredTensor:

@@ -1,7 +1,9 @@
 """Whatever is wrong with a directory's files is said before a weight is read: what, where and the way out."""
 
+import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from safetensors.torch import save_file
 from moeopt.checkpoint.directory import CheckpointDirectory
 from moeopt.cli import main
 from moeopt.errors import CheckpointError
+from moeopt.inspection.config_file import config_fields
+from moeopt.published.headers import read_header, read_index
 
 NAME = "model-0000{}-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -198,3 +202,17 @@ def test_the_command_takes_no_random_numbers_for_weights_that_did_not_come(tmp_p
     said = capsys.readouterr().err
     assert stopped.value.code == 1 and "holds no weights, and random numbers are not meant here: " in said
     assert "index.json names some; fetch them" in said or "`hf download`, called again, goes on with it" in said
+
+
+@pytest.mark.parametrize("read", [read_header, read_index, config_fields])
+def test_a_file_that_is_another_users(tmp_path, monkeypatch, read):
+    """To fetch it again would end in the same."""
+
+    def refuse(*given, **fields):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(CheckpointError, match=r"file cannot be read \(Permission denied\): give yourself the right to"):
+        read(tmp_path / "file")
