@@ -196,7 +196,7 @@ class ResidentExperts:
     def measured(self) -> int:
         """Bytes of all experts that are in memory, as the kernel says it (mincore): mapped here or cached for all."""
         pieces = {piece for layer in self._layers for expert in layer for piece in expert.pieces}
-        return sum(bytes_in_memory(self._libc, *_inside(address, size)) for address, size in pieces)
+        return sum(int(in_memory(self._libc, *_inside(address, size)).sum()) * PAGE for address, size in pieces)
 
     def _bring(self, missing: list[_Expert], chosen: set[int]) -> None:
         """Have ``missing`` in memory, and no more than the budget beside what is ``chosen``."""
@@ -258,11 +258,11 @@ def said_of(budget: int, told: list[str], stays: int, file: Path) -> str:
     return words
 
 
-def bytes_in_memory(libc: ctypes.CDLL, begin: int, length: int) -> int:
-    """How much of mapped pages is in memory (mincore); both are multiples of the page."""
+def in_memory(libc: ctypes.CDLL, begin: int, length: int) -> Tensor:
+    """Which of some mapped pages are in memory (mincore), 1 each; both numbers are multiples of the page."""
     pages = torch.zeros(length // PAGE, dtype=torch.uint8)
     libc.mincore(ctypes.c_void_p(begin), ctypes.c_size_t(length), ctypes.c_void_p(pages.data_ptr()))
-    return int((pages & 1).sum()) * PAGE
+    return pages & 1
 
 
 def _inside(address: int, size: int) -> tuple[int, int]:

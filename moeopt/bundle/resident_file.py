@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moeopt.bundle.resident import DECAY, DONTNEED, PAGE, Residency, bytes_in_memory, mappings, said_of
+from moeopt.bundle.resident import DECAY, DONTNEED, PAGE, Residency, in_memory, mappings, said_of
 from moeopt.errors import UsageError
 
 CHUNK = 1 << 16
@@ -96,7 +96,10 @@ class ResidentFile:
 
     def measured(self) -> int:
         """Bytes of the weights that are in memory, as the kernel says it (mincore): mapped here or cached for all."""
-        return sum(bytes_in_memory(self._libc, start, stop - start) for start, stop, _ in self._maps)
+        pages = torch.zeros(-(-self._size // PAGE), dtype=torch.uint8)
+        for start, stop, offset in self._maps:  # small tensors share pages, which each has mapped for itself
+            pages[offset // PAGE :][: (stop - start) // PAGE] |= in_memory(self._libc, start, stop - start)
+        return int(pages.sum()) * PAGE
 
     def _used(self) -> Tensor:
         """Which chunks this process has mapped pages of; they are unmapped."""

@@ -39,7 +39,7 @@ def test_the_results_are_the_same_and_the_budget_holds(bundle):
     assert pages.measured() == 0  # what the self-test and the golden runs read has left
     for x, expected in zip(calls, want, strict=True):
         assert torch.equal(engine(x), expected)
-        assert 0 < pages.measured() <= BUDGET
+        assert 0 < pages.measured() <= pages.residency.resident <= BUDGET
     found = engine.residency
     assert found.over > EXPERT and 0 < found.hit_rate < 1  # eight tokens chose more, and some of it stayed
     assert f"{found.resident / 1e6:.2f} MB of {BUDGET / 1e6:.2f} MB of weights in memory" in str(found)
@@ -59,10 +59,14 @@ def test_pages_that_the_process_has_written_to_stay(tmp_path):
     with file.open("r+b") as opened:
         memory = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     memory[CHUNK] = 7
+    with file.open("rb") as opened:
+        again = mmap.mmap(opened.fileno(), CHUNK, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
     pages = ResidentFile(CHUNK, file)
     assert memory[CHUNK] == 7 and memory[2 * CHUNK] == 0
     pages.after()
     assert memory[CHUNK] == 7 and pages.residency.resident == CHUNK
+    assert sum(memory[:]) == 7 and sum(again[:]) == 0  # all of it is read
+    assert pages.measured() == 4 * CHUNK  # what is mapped twice is there once
 
 
 def test_weights_that_are_not_mapped_are_refused(bundle, tmp_path, monkeypatch):
