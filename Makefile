@@ -49,7 +49,7 @@ ISA_TESTS := $(wildcard tests/ops/test_*.py) tests/ops/native tests/verification
 	tests/test_zoo.py tests/test_sabotage.py tests/test_trained_lm.py
 ISA_MARKS := not gpu and not wheel and not nightly
 
-.PHONY: help setup demo examples test test-isa test-nightly test-compat test-matrix test-gpu gpu-day test-wheel lint format types docs docs-version bench clean
+.PHONY: help setup demo examples test test-isa test-isa-played test-nightly test-compat test-matrix test-gpu gpu-day test-wheel lint format types docs docs-version bench clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
@@ -94,6 +94,11 @@ test: $(READY) $(NPM) $(OPTIMUM)  ## the whole suite, without a GPU
 	$(ONE_THREAD) $(PY) $(PYTEST) -m 'not gpu and not wheel and not nightly' $(ARGS)
 
 test-isa: $(READY)  ## what depends on the instruction set, as on a CPU with AVX2 only
+	@$(PY) -c 'import sys; from torch.backends.cpu import get_cpu_capability as has; sys.exit(has().lower() != "$(ISA)")' \
+	&& echo 'this CPU has $(ISA) and no more: `make test` is this run (ISA=default plays a lesser one)' \
+	|| $(MAKE) --no-print-directory test-isa-played
+
+test-isa-played: $(READY)
 	$(ONE_THREAD) $(LESSER_CPU) $(PY) $(PYTEST) -m '$(ISA_MARKS)$(if $(ALL),, and not one_isa)' $(if $(ALL),,$(ISA_TESTS)) $(ARGS)
 
 test-nightly: $(READY)  ## the suite with everything that `make test` takes a sample of

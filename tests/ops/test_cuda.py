@@ -88,6 +88,21 @@ def test_the_report_says_why_the_better_kernel_does_not_take_the_weights(monkeyp
     assert path == "loop" and "the accumulator dtype is float64; the kernels have 16 and 32 bits" in reason
 
 
+def test_the_report_tells_what_triton_refused_before(monkeypatch):
+    monkeypatch.setattr(cuda, "why_not", lambda device: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    pytest.importorskip("triton", reason="triton is not installed here")
+    from moeopt.ops.triton import launch
+    from moeopt.ops.triton.addresses import weights_of
+
+    case = make(ExpertsSpec(rows="separate"), dtype=torch.float32, stacked=False)
+    device, H = case.x.device, case.x.shape[1]
+    call = case.spec, torch.float32, torch.float32, weights_of(case.bank, case.spec, H, device).held, device
+    monkeypatch.setitem(launch._refused, call, "Triton does not compile them")
+    path, reason = cuda.describe_path(case.bank, case.spec)
+    assert path == "loop" and "one wait for the host: Triton does not compile them; grouped_mm takes" in reason
+
+
 def grouped_mm_leaving_garbage(a, w, offs):
     """A grouped_mm that, as the CUDA kernel may, leaves rows past the last offset unwritten: NaN here."""
     y = torch.full((a.shape[0], w.shape[2]), torch.nan, dtype=a.dtype)

@@ -22,7 +22,7 @@ from moeopt.ops.native.call import transformed
 from moeopt.ops.reference import check, dtypes, experts_reference, one_expert, out_features, rms_norm
 from moeopt.ops.triton.addresses import weights_of
 from moeopt.ops.triton.constants import function
-from moeopt.ops.triton.launch import experts_triton, launches
+from moeopt.ops.triton.launch import experts_triton, launches, refused
 from moeopt.ops.triton.library import why_not
 from moeopt.ops.triton.tiles import FEW_PAIRS
 from moeopt.ops.unfit import Unfit
@@ -126,7 +126,8 @@ def describe_path(bank: ExpertWeights, spec: ExpertsSpec) -> tuple[Path, str]:
         H = w_in.shape[1 if spec.w_in_layout == "oi" else 0]
         try:
             held = weights_of(bank, spec, H, device).held
-            function(spec, w_in.dtype, w_in.dtype, held, tf32=False, widen=False)
+            function(spec, w_in.dtype, w_in.dtype, held, tf32=False, interpreted=False)
+            no_triton = refused(spec, w_in.dtype, w_in.dtype, held, device)
         except Unfit as err:
             no_triton = str(err)
     compute = getattr(torch, spec.compute_dtype) if spec.compute_dtype else w_in.dtype

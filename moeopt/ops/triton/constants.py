@@ -64,9 +64,13 @@ class WeightTypes(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def function(
-    spec: ExpertsSpec, x: torch.dtype, weights: torch.dtype, held: WeightTypes, tf32: bool, widen: bool
+    spec: ExpertsSpec, x: torch.dtype, weights: torch.dtype, held: WeightTypes, tf32: bool, interpreted: bool
 ) -> Function:
     """The constants for inputs of these dtypes.
+
+    Args:
+        interpreted: whether Triton's interpreter runs the kernels: it takes plain values. The compiler takes constants,
+            one for each field: before 3.7 a string of a constant tuple that is handed on is a value.
 
     Raises:
         Unfit: an activation or a dtype that the kernels do not have.
@@ -76,8 +80,7 @@ def function(
     from triton import language as tl
 
     known = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-    compute = getattr(torch, spec.compute_dtype) if spec.compute_dtype else x
-    out = getattr(torch, spec.out_dtype) if spec.out_dtype else x
+    compute, out = (getattr(torch, d) if d else x for d in (spec.compute_dtype, spec.out_dtype))
     act = getattr(torch, spec.act_dtype) if spec.act_dtype else compute
     accum = getattr(torch, spec.accum_dtype) if spec.accum_dtype else out
     for name, dtype in (
@@ -90,7 +93,7 @@ def function(
     def limit(value: float | None) -> float | None:  # torch converts a limit to the dtype that it clamps in
         return None if value is None else torch.tensor(value, dtype=act, device="cpu").item()
 
-    return Function(
+    fields = Function(
         gated=spec.gated,
         activation=spec.activation,
         alpha=spec.alpha,
@@ -117,5 +120,6 @@ def function(
         bias_dtype=known[held.bias_dtype],
         aligned=held.aligned,
         precision="tf32" if tf32 and compute == torch.float32 else "ieee",
-        widen=widen and compute == torch.bfloat16,
+        widen=interpreted and compute == torch.bfloat16,
     )
+    return fields if interpreted else Function(*map(tl.constexpr, fields))

@@ -8,9 +8,11 @@ Shape legend: T tokens, E experts, K chosen per token, R = T*K pairs (token, slo
 ``combine_kernels``:              ``combine``; a norm after W_out needs whole rows: ``norm_terms`` runs between, and
                                   ``combine`` is always used.
 
-Weights are found through ``table``, (9, E) addresses: w_in, second w_in, w_out, their biases, the norm; 0 is absent.
+Weights are found through ``table``, (7, E) addresses: w_in, second w_in, w_out, their biases, the norm; 0 is absent.
 No kernel adds floats in an order that depends on time, and none is told by the host how many rows an expert has.
 """
+
+from triton.runtime.jit import JITFunction
 
 from moeopt.ops.triton.combine_kernels import combine as combine
 from moeopt.ops.triton.combine_kernels import norm_terms as norm_terms
@@ -20,3 +22,6 @@ from moeopt.ops.triton.decode_kernels import gemv_pair as gemv_pair
 from moeopt.ops.triton.prefill_kernels import sort_pairs as sort_pairs
 from moeopt.ops.triton.prefill_kernels import tile_in as tile_in
 from moeopt.ops.triton.prefill_kernels import tile_out as tile_out
+
+INTERPRETED = not isinstance(combine, JITFunction)
+"""Whether Triton's interpreter runs the kernels in this process, and no compiler."""

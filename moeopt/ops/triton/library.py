@@ -11,6 +11,7 @@ import torch
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ListExpertWeights
 from moeopt.ops.reference import experts_reference
+from moeopt.ops.unfit import Unfit
 
 OLDEST = (8, 0)
 """bfloat16 and asynchronous copies; what no GPU of ours was tried on is left to torch."""
@@ -28,6 +29,8 @@ def why_not(device: torch.device) -> str:
         return f"the Triton kernels need compute capability 8.0; {device} has {capability[0]}.{capability[1]}"
     try:
         return self_check(device)
+    except Unfit as err:
+        return str(err)
     except Exception as err:  # noqa: BLE001  a compiler or driver that fails is a reason, whatever it raises
         return f"the Triton kernels do not run here ({type(err).__name__}: {str(err).splitlines()[0]:.200})"
 

@@ -32,6 +32,13 @@ def product(a, b, acc, F: tl.constexpr):
 
 
 @triton.jit
+def id_of_pair(ids, ids_t, ids_k, r, R, K):
+    """The ids of pairs ``r``, -1 behind the last one: what ``other`` is in an unsigned dtype names an expert."""
+    i = tl.load(ids + (r // K).to(tl.int64) * ids_t + (r % K) * ids_k, mask=r < R, other=0).to(tl.int64)
+    return tl.where(r < R, i, -1)
+
+
+@triton.jit
 def sort_pairs(ids, ids_t, ids_k, order, ends, R, K, E, BLOCK: tl.constexpr):
     """A stable counting sort, one program an expert: the pairs of expert e in ``order``, its end in ``ends[e]``.
 
@@ -43,14 +50,14 @@ def sort_pairs(ids, ids_t, ids_k, order, ends, R, K, E, BLOCK: tl.constexpr):
     own = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, R, BLOCK):
         r = start + lane
-        i = tl.load(ids + (r // K).to(tl.int64) * ids_t + (r % K) * ids_k, mask=r < R, other=-1).to(tl.int64)
+        i = id_of_pair(ids, ids_t, ids_k, r, R, K)
         smaller += ((i >= 0) & (i < e)).to(tl.int32)
         own += (i == e).to(tl.int32)
     place = tl.sum(smaller, 0)
     tl.store(ends + e, place + tl.sum(own, 0))
     for start in range(0, R, BLOCK):
         r = start + lane
-        i = tl.load(ids + (r // K).to(tl.int64) * ids_t + (r % K) * ids_k, mask=r < R, other=-1).to(tl.int64)
+        i = id_of_pair(ids, ids_t, ids_k, r, R, K)
         here = (i == e).to(tl.int32)
         tl.store(order + place + tl.cumsum(here, 0) - 1, r, mask=here != 0)
         place += tl.sum(here, 0)

@@ -18,19 +18,21 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def tiles_for(rows_per_expert: float, itemsize: int, capability: int) -> Tiles:
+def tiles_for(rows_per_expert: float, itemsize: int, held: int, capability: int) -> Tiles:
     """The tile for a product of that many rows an expert.
 
     Args:
         rows_per_expert: mean number of rows, R / E.
         itemsize: bytes of the compute dtype: 2, or 4 (no tensor core in full float32: registers bound the tile).
+        held: bytes of the weights' dtype, which is what waits in shared memory.
         capability: compute capability as 80, 90, 100, ...
     """
     if itemsize == 4:
         return Tiles(16, 64, 32, 4, 2) if rows_per_expert <= 16 else Tiles(64, 64, 16, 8, 2)
+    depth = 64 * itemsize // max(held, itemsize)
     if rows_per_expert <= 16:
-        return Tiles(16, 64, 64, 4, 4)
+        return Tiles(16, 64, depth, 4, 4)
     # a wgmma of sm_90 has 64 rows at least; the wide tile with two accumulators spills on sm_80 to 89
     if rows_per_expert <= 128 or capability < 90 or capability >= 120:
-        return Tiles(64, 64, 64, 4, 3)
-    return Tiles(128, 128, 64, 8, 3)
+        return Tiles(64, 64, depth, 4, 3)
+    return Tiles(128, 128, depth, 8, 3)

@@ -37,7 +37,7 @@ def compiled(kernel: str, dtype: str, capability: int, constants: dict, options:
     fn = getattr(kernels, kernel)
     held = WeightTypes(DTYPES[dtype], DTYPES[dtype], False, False, False, True)
     spec = dataclasses.replace(SPEC, out_norm_eps=1e-6) if kernel == "norm_terms" else SPEC
-    F = function(spec, DTYPES[dtype], DTYPES[dtype], held, False, False)
+    F = function(spec, DTYPES[dtype], DTYPES[dtype], held, tf32=False, interpreted=False)
     constants = {**constants, "F": F, "x_h": 1, "in_step": 1, "ids_k": 1, "weights_k": 1}
     constants = {name: value for name, value in constants.items() if name in fn.arg_names}
     signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in fn.arg_names}
@@ -72,7 +72,9 @@ def _ptxas(ptx: str, capability: int) -> str:
 
 def main(capability: int, dtypes: list[str]) -> None:
     for dtype in dtypes:
-        tiles = {tiles_for(rows, DTYPES[dtype].itemsize, capability) for rows in ROWS_PER_EXPERT}
+        tiles = {
+            tiles_for(rows, DTYPES[dtype].itemsize, DTYPES[dtype].itemsize, capability) for rows in ROWS_PER_EXPERT
+        }
         for tile in sorted(tiles):
             shape = {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "EP": 128}
             how = {"num_warps": tile.warps, "num_stages": tile.stages}

@@ -81,6 +81,14 @@ def test_512_experts(few):
 
 
 @pytest.mark.parametrize("few", (FEW, MANY))
+@pytest.mark.parametrize("dtype", (torch.uint8, torch.int8, torch.int32))
+def test_ids_of_any_dtype_where_each_of_its_values_is_an_expert(few, dtype):
+    case = make(ExpertsSpec(), T=20, E=257, K=1, dtype=torch.float32)
+    case.ids = torch.arange(-10, 10)[:, None].to(dtype)
+    agree(case, few)
+
+
+@pytest.mark.parametrize("few", (FEW, MANY))
 @pytest.mark.parametrize("e", (0, 39, -3))
 def test_all_tokens_on_one_expert_or_on_none(few, e):
     case = make(ExpertsSpec(), T=20, E=40, K=1, dtype=torch.float32)
