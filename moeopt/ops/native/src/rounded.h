@@ -155,7 +155,7 @@ inline void sum8(const __m256i (&d)[8], __m256i &lower, __m256i &upper) {
 }
 
 #if MOEOPT_VNNI
-constexpr int LANES = 16, FEW_ROUNDED = 4, NX_ROUNDED = 12, LEAST_SHARE = 5;
+constexpr int LANES = 16, FEW_ROUNDED = 6, NX_ROUNDED = 12, LEAST_SHARE = 6;
 typedef __m512i Sums;
 typedef __m512 Scaled;
 inline Sums sums(int32_t a) { return _mm512_set1_epi32(a); }
@@ -178,19 +178,68 @@ inline Scaled scaled(Sums a, const float *scale, float step, Scaled y) {
 }
 #endif
 
+#if MOEOPT_VNNI
+
+template <class T>
+inline T kept_apart(T a) {  // else compilers make a register of each sum of it and a step, and have not so many
+  asm("" : "+r"(a));
+  return a;
+}
+
+inline Sums two_halves(const void *low, const void *high) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)low)), _mm256_loadu_si256((const __m256i *)high), 1);
+}
+
+// four times 16 bytes, `step` bytes apart
+inline Sums four_parts(const void *first, int64_t step) {
+  const auto at = [&](int i) { return _mm_loadu_si128((const __m128i *)((const char *)first + i * step)); };
+  const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(1), 1);
+  const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(at(2)), at(3), 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+// four by four numbers of 32 bits, in each of the four parts of vectors
+inline void turn4(Sums (&r)[4]) {
+  const Sums a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
+  const Sums c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
+  r[0] = _mm512_unpacklo_epi64(a, c), r[1] = _mm512_unpackhi_epi64(a, c), r[2] = _mm512_unpacklo_epi64(b, d), r[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// four by four parts of vectors
+inline void turn4_parts(Sums (&r)[4]) {
+  const Sums a = _mm512_shuffle_i32x4(r[0], r[1], 0x44), b = _mm512_shuffle_i32x4(r[0], r[1], 0xee);
+  const Sums c = _mm512_shuffle_i32x4(r[2], r[3], 0x44), d = _mm512_shuffle_i32x4(r[2], r[3], 0xee);
+  r[0] = _mm512_shuffle_i32x4(a, c, 0x88), r[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
+  r[2] = _mm512_shuffle_i32x4(b, d, 0x88), r[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
+}
+
+#endif
+
 constexpr int64_t CHUNK = 32, SCALES = CHUNK * LANES;  // blocks of a row that are multiplied at once; scales of LANES rows of them
 constexpr int64_t AHEAD = 16384;                       // bytes of W from what is multiplied to what is fetched
 static_assert(PANEL_SUMS >= 2 * SCALES + CHUNK * LANES * ROW_BLOCK / 4, "scales, zero points and codes");
 
-// to[block][row] and zeros[block][row], of `rows` rows of W, a multiple of 8; those `ahead` rows behind are fetched
-inline void turn_scales(float *to, int32_t *zeros, const View &v, const int64_t *row, int rows, int64_t first, int64_t count, int64_t ahead) {
+// to[block][row] and zeros[block][row], of LANES rows of W; those `ahead` rows behind are fetched. apart: they lie at even steps
+inline void turn_scales(float *to, int32_t *zeros, const View &v, const int64_t *row, bool apart, int64_t first, int64_t count, int64_t ahead) {
   alignas(32) float part[8][CHUNK] = {};
   const int64_t size = v.scale_dtype == MOEOPT_F32 ? 4 : 2;
-  for (int i = 0; i < rows; i++)
+  for (int i = 0; i < LANES; i++)
     for (int64_t at = 0; at < (v.block == ROW_BLOCK ? count * size : 1); at += 64)
       __builtin_prefetch((const char *)v.scales + ((row[i] + ahead) * v.ss + first * ROW_BLOCK / v.block) * size + at, 0, 2);
+#if MOEOPT_VNNI
+  if (apart && v.scale_dtype == MOEOPT_F32 && v.block == ROW_BLOCK && !v.zeros) {
+    const float *at = (const float *)v.scales + row[0] * v.ss + first;
+    for (; count >= 4; count -= 4, first += 4, at += 4, to += 4 * LANES) {
+      Sums r[4];
+      UNROLL for (int i = 0; i < 4; i++) r[i] = four_parts(at + i * v.ss, 16 * v.ss);
+      turn4(r);
+      UNROLL for (int i = 0; i < 4; i++) _mm512_storeu_si512(to + i * LANES, r[i]);
+    }
+    if (!count) return;
+  }
+#endif
   for (int which = 0; which < (v.zeros ? 2 : 1); which++)
-    for (int j = 0; j < rows; j += 8) {
+    for (int j = 0; j < LANES; j += 8) {
       for (int i = 0; i < 8; i++) {
         if (which) zeros_by_32((int32_t *)part[i], v, row[j + i], first, count);
         else scales_by_32(part[i], v, row[j + i], first, count);
@@ -200,14 +249,96 @@ inline void turn_scales(float *to, int32_t *zeros, const View &v, const int64_t 
         __m256i r[8];
         UNROLL for (int i = 0; i < 8; i++) r[i] = _mm256_load_si256((const __m256i *)(part[i] + b));
         turn8(r);
-        UNROLL for (int i = 0; i < 8; i++) _mm256_storeu_si256((__m256i *)(out + ((b + i) * rows + j) * 4), r[i]);
+        UNROLL for (int i = 0; i < 8; i++) _mm256_storeu_si256((__m256i *)(out + ((b + i) * LANES + j) * 4), r[i]);
       }
     }
 }
 
+#if MOEOPT_VNNI
+
+// A line of 64 bytes of 16 rows of W, `step` bytes apart, times NX rows of x: the codes of a row's blocks lie in the four parts of a
+// vector. Four rows are turned at a time, so that a lane has four codes of one row in one block; no lanes are added up.
+template <class C, int NX>
+inline void line_rounded(Scaled (&acc)[NX], const char *w, int64_t step, const RowBlock *const (&x)[NX], int64_t blocks, const float *scales,
+                         const int32_t *zeros, int64_t ahead) {
+  constexpr int BLOCKS = 64 / C::SIZE, SETS = C::SIZE == 16 ? 2 : 1;  // sets of four vectors of codes: low and high halves of bytes
+  const int64_t three = kept_apart(3 * step);
+  Sums fours[NX][4 * SETS], d[NX][4];
+  UNROLL for (int m = 0; m < NX; m++)
+    UNROLL for (int set = 0; set < SETS; set++) {
+      const Sums q = C::SIZE == 16 ? four_parts(x[m]->q + 16 * set, sizeof(RowBlock)) : two_halves(x[m][0].q, x[m][BLOCKS - 1].q);
+      Sums *to = fours[m] + 4 * set;
+      to[0] = _mm512_shuffle_epi32(q, (_MM_PERM_ENUM)0x00), to[1] = _mm512_shuffle_epi32(q, (_MM_PERM_ENUM)0x55);
+      to[2] = _mm512_shuffle_epi32(q, (_MM_PERM_ENUM)0xaa), to[3] = _mm512_shuffle_epi32(q, (_MM_PERM_ENUM)0xff);
+    }
+  UNROLL for (int group = 0; group < 4; group++, w = kept_apart(w + 4 * step)) {
+    Sums r[4], codes[4 * SETS];
+    UNROLL for (int i = 0; i < 4; i++) {
+      const char *at = w + (i == 3 ? three : i * step);
+      __builtin_prefetch(at + ahead, 0, 2);
+      r[i] = sums_at(at);
+    }
+    turn4(r);
+    UNROLL for (int i = 0; i < 4; i++) {
+      if (C::SIZE == 16) {
+        codes[i] = _mm512_and_si512(r[i], _mm512_set1_epi8(15));
+        codes[4 * SETS - 4 + i] = _mm512_and_si512(_mm512_srli_epi16(r[i], 4), _mm512_set1_epi8(15));
+      } else {
+        codes[i] = _mm512_xor_si512(r[i], _mm512_set1_epi8((char)0x80));
+      }
+    }
+    UNROLL for (int m = 0; m < NX; m++) {
+      d[m][group] = sums(0);
+      UNROLL for (int i = 0; i < 4 * SETS; i++) d[m][group] = dot4<C::SIGNS>(d[m][group], codes[i], fours[m][i]);
+    }
+  }
+  UNROLL for (int m = 0; m < NX; m++) {
+    turn4_parts(d[m]);
+    UNROLL for (int b = 0; b < BLOCKS; b++) {
+      if (b >= blocks) break;
+      const Sums sum = C::SIZE == 16 ? d[m][b] : _mm512_add_epi32(d[m][2 * b], d[m][2 * b + 1]);
+      Sums less = sums(x[m][b].less);
+      if (zeros) less = times(less, sums_at(zeros + b * LANES));
+      acc[m] = scaled(_mm512_add_epi32(sum, less), scales + b * LANES, x[m][b].step, acc[m]);
+    }
+  }
+}
+
+// LANES rows of W where they lie, times NX rows; apart: they lie at even steps. Rows `ahead` bytes behind them are fetched meanwhile.
+template <class C, int NX>
+inline void few_rounded(const View &v, const int64_t *row, bool apart, int64_t first, int64_t count, int64_t K, const char *x, int64_t ldx, float *to,
+                        int64_t ldt, const float *scales, const int32_t *zeros, int64_t ahead) {
+  constexpr int BLOCKS = 64 / C::SIZE;
+  const int64_t step = block_at<C>(v, 1, 0) - block_at<C>(v, 0, 0);
+  Scaled acc[NX];
+  const RowBlock *blocks[NX];
+  UNROLL for (int m = 0; m < NX; m++) {
+    acc[m] = first ? _mm512_loadu_ps(to + m * ldt) : _mm512_setzero_ps();
+    blocks[m] = (const RowBlock *)(x + m * ldx) + first;
+  }
+  for (int64_t b = 0; b < count; b += BLOCKS) {
+    const int64_t left = smaller(BLOCKS, count - b), n = smaller(left * ROW_BLOCK, K - (first + b) * ROW_BLOCK);
+    const int32_t *zero = zeros ? zeros + b * LANES : nullptr;
+    if (apart && n == BLOCKS * ROW_BLOCK) {
+      line_rounded<C, NX>(acc, block_at<C>(v, row[0], first + b), step, blocks, BLOCKS, scales + b * LANES, zero, ahead);
+    } else {  // behind the last row or the last code is nothing that may be read
+      alignas(64) char line[LANES * 64] = {};
+      RowBlock copied[NX][BLOCKS] = {};
+      const RowBlock *copies[NX];
+      for (int i = 0; i < LANES; i++) memcpy(line + i * 64, block_at<C>(v, row[i], first + b), C::SIZE == 32 ? n : (n + 1) / 2);
+      for (int m = 0; m < NX; m++) memcpy(copied[m], blocks[m], left * sizeof(RowBlock)), copies[m] = copied[m];
+      line_rounded<C, NX>(acc, line, 64, copies, left, scales + b * LANES, zero, 0);
+    }
+    UNROLL for (int m = 0; m < NX; m++) blocks[m] += BLOCKS;
+  }
+  UNROLL for (int m = 0; m < NX; m++) _mm512_storeu_ps(to + m * ldt, acc[m]);
+}
+
+#else
+
 // Eight rows of W where they lie, times NX rows. Rows `ahead` bytes behind them are fetched meanwhile.
 template <class C, int NX>
-inline void few_rounded(const View &v, const int64_t *row, int64_t first, int64_t count, int64_t K, const char *x, int64_t ldx, float *to,
+inline void few_rounded(const View &v, const int64_t *row, bool, int64_t first, int64_t count, int64_t K, const char *x, int64_t ldx, float *to,
                         int64_t ldt, const float *scales, const int32_t *zeros, int64_t ahead) {
   const char *w[8];
   UNROLL for (int j = 0; j < 8; j++) w[j] = block_at<C>(v, row[j], first);
@@ -256,6 +387,8 @@ inline void few_rounded(const View &v, const int64_t *row, int64_t first, int64_
   }
   UNROLL for (int m = 0; m < NX; m++) _mm256_storeu_ps(to + m * ldt, acc[m]);
 }
+
+#endif
 
 // to[block][four codes][row]: LANES rows of W, four codes of a row beside those of the next
 template <class C>
@@ -311,17 +444,17 @@ void dot_rounded_of(const View &v, int64_t first, int64_t n, const char *x, int6
   int32_t *zeros = v.zeros ? (int32_t *)(scratch + SCALES) : nullptr;
   char *codes = (char *)(scratch + 2 * SCALES);
   const int64_t blocks = (K + ROW_BLOCK - 1) / ROW_BLOCK, bytes = block_at<C>(v, 1, 0) - block_at<C>(v, 0, 0);
-  const int wide = M <= FEW_ROUNDED ? 8 : LANES;
-  const int64_t ahead = bytes > 0 ? up_to(smaller(AHEAD / bytes + 1, AHEAD / 64), wide) : 0;  // rows; 0: all lie at one place
-  for (int64_t j = 0; j < n; j += wide) {
+  const int64_t ahead = bytes > 0 ? up_to(smaller(AHEAD / bytes + 1, AHEAD / 64), LANES) : 0;  // rows; 0: all lie at one place
+  for (int64_t j = 0; j < n; j += LANES) {
     int64_t row[LANES];
     for (int i = 0; i < LANES; i++) row[i] = first + smaller(j + i, n - 1);
+    const bool apart = j + LANES <= n;
     for (int64_t b = 0; b < blocks; b += CHUNK) {
       const int64_t count = smaller(CHUNK, blocks - b);
-      turn_scales(scales, zeros, v, row, wide, b, count, ahead);
+      turn_scales(scales, zeros, v, row, apart, b, count, ahead);
       if (M <= FEW_ROUNDED) {
         in_rows<1, FEW_ROUNDED>(M, [&](auto rows) {
-          few_rounded<C, decltype(rows)::value>(v, row, b, count, K, x, ldx, to + j, ldt, scales, zeros, ahead * bytes);
+          few_rounded<C, decltype(rows)::value>(v, row, apart, b, count, K, x, ldx, to + j, ldt, scales, zeros, ahead * bytes);
         });
         continue;
       }
