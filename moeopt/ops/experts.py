@@ -135,7 +135,7 @@ def _recorded(
 
     stacked = bank.stacked()
     if stacked is None:
-        held, rebuild = separate_experts(bank, ids, weights, skip_idle)
+        held, rebuild, bank = separate_experts(bank, ids, weights, skip_idle)
         return recorded("moeopt::experts", run, gradients_of(rebuild, spec), x, ids, weights, held)
     lists = flatten(stacked, spec)
     gradients = functools.partial(_gradients_of_stacks, [len(part) for part in lists], spec)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -89,10 +90,20 @@ Rebuild = Callable[[Sequence[PyObject]], ExpertWeights]
 """The bank of tensors that stand for those that were held; or of their places, as ``HeldAt``."""
 
 
+class _Looked:
+    """A bank for one call, all of whose weights were looked at in it: a kernel need not look again."""
+
+    def __init__(self, bank: ExpertWeights, remembered: PyObject) -> None:
+        self._bank, self.remembered = bank, lambda rows: remembered
+
+    def __getattr__(self, name: str) -> PyObject:
+        return getattr(self._bank, name)
+
+
 def separate_experts(
     bank: ExpertWeights, ids: Tensor, weights: Tensor, skip_idle: bool
-) -> tuple[Sequence[Tensor], Rebuild]:
-    """Each tensor once of the experts that a gradient reaches, and how they are a bank again.
+) -> tuple[Sequence[Tensor], Rebuild, ExpertWeights]:
+    """Each tensor once of the experts that a gradient reaches, how they are a bank again, and the bank for this call.
 
     Args:
         bank: E experts of separate weights. One that has a ``whole()`` is read at once.
@@ -108,10 +119,11 @@ def separate_experts(
     whole = getattr(bank, "whole", None)
     found = whole() if whole is not None and (len(order) == E or E <= MOST) else None
     if found is None:
-        return _read_one_by_one(bank, order, hit)
-    tensors, experts = found
+        return *_read_one_by_one(bank, order, hit), bank
+    looked, experts = found
+    tensors, for_call = looked[1], cast(ExpertWeights, _Looked(bank, looked))
     if not skip_idle:
-        return tensors, experts.listed
+        return tensors, experts.listed, for_call
     reached = {n: tensors[n] for e in hit for n in experts.of[e]}
     others = {n: tensors[n].detach() for e in order[len(hit) :] for n in experts.of[e] if n not in reached}
     numbers, P = (*reached, *others), len(tensors)
@@ -123,7 +135,7 @@ def separate_experts(
         listed: ExpertWeights = experts.listed_as(placed, [e if e in named else order[0] for e in range(E)])
         return listed
 
-    return [*reached.values(), *others.values()], rebuild
+    return [*reached.values(), *others.values()], rebuild, for_call
 
 
 def _read_one_by_one(bank: ExpertWeights, order: list[int], hit: Collection[int]) -> tuple[list[Tensor], Rebuild]:

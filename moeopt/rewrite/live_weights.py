@@ -194,15 +194,15 @@ class LiveExpertWeights:
         """Every Parameter as it is now, whether or not it is as it was verified; None as in :meth:`lies`."""
         return None if self._all is None else self._all.tensors()
 
-    def whole(self) -> tuple[Sequence[Tensor], WholeExperts] | None:
-        """Every Parameter as it is now, each expert checked, and which of them each expert's are.
+    def whole(self) -> tuple[Remembered, WholeExperts] | None:
+        """Every Parameter as it is now, as :meth:`remembered`, each expert checked; and which each expert's are.
 
         None as in :meth:`listed`, and where they can't be told to lie anywhere all at once.
         """
         if self._lay is None or not (wholes := self._whole_experts()):
             return None
         looked = self._lay.look()
-        return None if looked is None else (looked[1], wholes)
+        return None if looked is None else (looked, wholes)
 
     def _whole_experts(self) -> WholeExperts:
         if self._wholes is None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.call_guard import TENSOR
 
-LOOK = 32
+LOOK = 128
 """Of so many calls that are left to the own code one is guarded as others are, to tell of what has changed."""
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 

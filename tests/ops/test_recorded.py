@@ -11,6 +11,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef
 from moeopt.ops import ListExpertWeights, StackedExpertWeights, experts, experts_reference
 from moeopt.ops import recorded as module
+from moeopt.rewrite.as_it_lay import AsItLay
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place
 from tests.capture.tiny import Run, rand
 from tests.ops.cases import make
@@ -227,7 +228,7 @@ def test_a_bank_of_lists_is_not_asked_for_experts_that_no_id_names(monkeypatch):
     honest = ListExpertWeights.w_out
     monkeypatch.setattr(ListExpertWeights, "w_out", lambda self, e: (read.append(e), honest(self, e))[1])
     case.x.requires_grad_()
-    held, rebuild = module.separate_experts(case.bank, case.ids, case.weights, True)
+    held, rebuild, _ = module.separate_experts(case.bank, case.ids, case.weights, True)
     assert 3 not in read and len(held) == 2 * len(set(case.ids.flatten().tolist()))
     assert rebuild(held).num_experts == 4
 
@@ -242,3 +243,15 @@ def test_a_frozen_bank_records_nothing_and_looks_no_expert_up(monkeypatch):
     assert torch.equal(experts(*call, bank, SPEC), want) and not want.requires_grad
     root.experts[2][0].bias.requires_grad_()
     assert experts(*call, bank, SPEC).requires_grad
+
+
+def test_a_recorded_call_looks_once_at_how_its_weights_lie(monkeypatch):
+    """One look for what is recorded and for the kernel: two took a tenth of a small block's time."""
+    root, refs = listed()
+    bank = LiveExpertWeights(root, refs, ("oi", "oi"))
+    looks, honest = [], AsItLay.look
+    monkeypatch.setattr(AsItLay, "look", lambda self: (looks.append(self), honest(self))[1])
+    for skip_idle in (False, True):
+        looks.clear()
+        y = experts(torch.randn(2, H), torch.tensor([[0, 1], [1, 2]]), torch.rand(2, 2), bank, SPEC, skip_idle)
+        assert y.requires_grad and len(looks) == 1

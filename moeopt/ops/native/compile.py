@@ -17,13 +17,14 @@ SOURCES = Path(__file__).parent / "src"
 PREBUILT = Path(__file__).parent / "prebuilt"
 """Where a wheel carries the library."""
 
-ISAS = {"generic": 1, "avx2": 2, "avx512": 4, "avx512_bf16": 8}
+ISAS = {"generic": 1, "avx2": 2, "avx512": 4, "avx512_vnni": 8, "avx512_bf16": 16}
 """Instruction sets by name, weakest first, with their bit in the C interface."""
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
-_AVX512_BF16 = (*_AVX512, "-mavx512bf16", "-mavx512vnni")
-_ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": _AVX512_BF16}
+_VNNI = (*_AVX512, "-mavx512vnni")
+_BF16 = (*_VNNI, "-mavx512bf16")
+_ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": _AVX512, "avx512_vnni": _VNNI, "avx512_bf16": _BF16}
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast", "-w")  # fmt: skip
 """-w: GCC's own headers of vector intrinsics warn by the thousand; the tests compile with warnings on what is ours."""

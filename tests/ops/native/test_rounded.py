@@ -119,11 +119,14 @@ def test_a_token_s_bits_depend_on_no_neighbour_and_on_no_thread(kernel):
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_sums_are_the_same_to_the_bit_with_every_instruction_set(whole_library, name):
-    """Integers are exact and each block's sum is scaled alike: AVX2 adds pairs of products, VNNI fours."""
+    """Integers are exact and each block's sum is scaled alike: AVX2 adds pairs of products, VNNI fours.
+
+    Of a few rows and of many, in lines of 64 bytes and in what a row has behind its last whole one.
+    """
     vectors = [Kernel(whole_library, isa) for isa in build.isas_here() if isa != "generic"]
     if len(vectors) < 2:
         pytest.skip("this CPU has no two of them")
-    for T in (1, 3, 40):
+    for T in (1, 3, 10, 40):
         args = torch.randn(T, 1100), *routed(T), exact_bank(FORMATS[name], 1100, 136), RELU
         first, *others = [kernel(*args) for kernel in vectors]
         assert all(torch.equal(first, other) for other in others)

@@ -303,8 +303,11 @@ int64_t cpu_isas() {
   if (found & ISA_AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     found |= ISA_AVX512;
+#if defined(MOEOPT_HAVE_AVX512_VNNI) || defined(MOEOPT_HAVE_AVX512_BF16)
+  if (found & ISA_AVX512 && __builtin_cpu_supports("avx512vnni")) found |= ISA_AVX512_VNNI;
+#endif
 #if defined(MOEOPT_HAVE_AVX512_BF16)
-  if (found & ISA_AVX512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) found |= ISA_AVX512_BF16;
+  if (found & ISA_AVX512_VNNI && __builtin_cpu_supports("avx512bf16")) found |= ISA_AVX512_BF16;
 #endif
   return found;
 }
@@ -319,6 +322,9 @@ const Kernels *kernels_of(int64_t isa, bool wide = false) {
 #endif
 #if defined(MOEOPT_HAVE_AVX512)
   if (isa == ISA_AVX512) return wide ? kernels64_avx512() : kernels_avx512();
+#endif
+#if defined(MOEOPT_HAVE_AVX512_VNNI)
+  if (isa == ISA_AVX512_VNNI) return wide ? kernels64_avx512_vnni() : kernels_avx512_vnni();
 #endif
 #if defined(MOEOPT_HAVE_AVX512_BF16)
   if (isa == ISA_AVX512_BF16) return wide ? kernels64_avx512_bf16() : kernels_avx512_bf16();

@@ -4,7 +4,7 @@
 
 #include "moeopt_experts.h"
 
-enum { ISA_GENERIC = 1, ISA_AVX2 = 2, ISA_AVX512 = 4, ISA_AVX512_BF16 = 8 };
+enum { ISA_GENERIC = 1, ISA_AVX2 = 2, ISA_AVX512 = 4, ISA_AVX512_VNNI = 8, ISA_AVX512_BF16 = 16 };
 
 constexpr int64_t ROWS = 64;  // rows of x of one turn: with their k they stay in the second-level cache
 constexpr int64_t MOST_SUMS = 256 * ROWS, MOST_COLUMNS = 2048;
@@ -64,8 +64,10 @@ constexpr int64_t ROUNDED_COLUMNS = 32;  // of a task on rows of 8 bits: whole b
 const Kernels *kernels64_generic();
 const Kernels *kernels64_avx2();
 const Kernels *kernels64_avx512();
+const Kernels *kernels64_avx512_vnni();
 const Kernels *kernels64_avx512_bf16();
 const Kernels *kernels_generic();
 const Kernels *kernels_avx2();
 const Kernels *kernels_avx512();
+const Kernels *kernels_avx512_vnni();
 const Kernels *kernels_avx512_bf16();
