@@ -30,7 +30,8 @@ from moeopt.pipeline.coverage import Mixture, Reader
 from moeopt.pipeline.few_tokens_check import check_few_tokens
 from moeopt.pipeline.finished_blocks import recall
 from moeopt.pipeline.pays import check_pays
-from moeopt.pipeline.size_limits import SizeCases
+from moeopt.pipeline.size_limits import SizeCases, max_tokens
+from moeopt.pipeline.size_sweep import check_sizes
 from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
@@ -45,9 +46,6 @@ from moeopt.verification.block import verify_block
 from moeopt.verification.cases import adversarial_cases
 from moeopt.verification.results import BlockCheck, Case
 from moeopt.verification.size_cases import COLUMNS
-
-MOST_FLOPS = 4e10
-"""Of one run of a block in its largest verification case."""
 
 
 class Runtime(Protocol):
@@ -163,12 +161,8 @@ def _rewrite(
         if capture.neutral:
             raise Declined(capture.neutral)
         program = capture.program(result.block)
-        capture.check_branches(program.guard.most)
-        if (failed := check_few_tokens(capture, program, OwnForward(module), options)) is not None:
-            raise _reverted(capture, failed, capture.branches.line)
+        _check_python(capture, program, call, options)
         result.block.root = None  # a program is bound to a module when it is installed
-        if asked := question_decides(module, OwnForward(module), call, program.reads):
-            raise Declined(asked)
         if alike is not None:
             alike.add(Known(module, call_spec, program, capture.found, capture.routers, result))
         return Rewrite(program, capture.found, check, capture.routers, time.perf_counter() - started, result)
@@ -178,6 +172,18 @@ def _rewrite(
         raise last
     finally:
         del last
+
+
+def _check_python(capture: Capture, program: BlockProgram, call: ArgsKwargs, options: Options) -> None:
+    """``Declined`` for Python of the block's that decides by values, sizes or other questions what no graph holds."""
+    own = OwnForward(capture.module)
+    capture.check_branches(program.guard.most)
+    if (failed := check_few_tokens(capture, program, own, options)) is not None:
+        raise _reverted(capture, failed, capture.branches.line)
+    if (failed := check_sizes(capture, program, own, options)) is not None:
+        raise _reverted(capture, failed)
+    if asked := question_decides(capture.module, own, call, program.reads):
+        raise Declined(asked)
 
 
 def _reverted(capture: Capture, check: BlockCheck, line: str | None = None) -> Declined:
@@ -254,13 +260,13 @@ def _verify(
     if rows and rows[0].dim() == 2 and not call_spec.routed():
         covering = probe_call(call_spec, 48, options.seed + 7)
         aimed = CallSpec(covering[0], covering[1], call_spec.leaves).rows(call_spec.indices("tokens")[0])
-    max_tokens = _max_tokens(module, found)
+    most = max_tokens(module, found)
     cases = adversarial_cases(
-        call_spec, experts, level=options.verify, seed=options.seed, router_rows=aimed, max_tokens=max_tokens
+        call_spec, experts, level=options.verify, seed=options.seed, router_rows=aimed, max_tokens=most
     )
     if options.verify != "off":
         chosen = max(f.routing.per_token or len(f.experts) for f in found)
-        sizes = SizeCases(module, call_spec, experts, chosen, program, max_tokens, options)
+        sizes = SizeCases(module, call_spec, experts, chosen, program, most, options)
         at = next((n for n, case in enumerate(cases) if case.name == "many tokens"), len(cases))
         cases[at:at] = sizes.cases  # of two cases that fail, the one that names the number is told
         cases.append(Case("the given inputs", *call))
@@ -281,12 +287,6 @@ def _verify(
     if refused and check.passed:
         check.passed, check.reason = False, f"the rewritten code refused a verification case: {rewritten.last_refusal}"
     return check
-
-
-def _max_tokens(module: nn.Module, recognitions: list[Recognition]) -> int:
-    """Tokens that the largest case may have: their matmuls should not take more than a second or a few."""
-    share = max(min(1.0, (f.routing.per_token or len(f.experts)) / len(f.experts)) for f in recognitions)
-    return int(MOST_FLOPS / max(1.0, 2 * share * sum(p.numel() for p in module.parameters())))
 
 
 class OwnForward:

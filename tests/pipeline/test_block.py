@@ -7,7 +7,7 @@ from torch import nn
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.options import Options
-from moeopt.pipeline import block
+from moeopt.pipeline import size_limits
 from moeopt.pipeline.block import rewrite_block
 from moeopt.pipeline.coverage import Mixture
 from tests.capture.tiny import rand
@@ -203,6 +203,6 @@ def test_a_threshold_above_the_small_cases_is_met(make):
 
 
 def test_a_large_block_is_not_asked_for_many_tokens(monkeypatch):
-    monkeypatch.setattr(block, "MOST_FLOPS", 1e5)
+    monkeypatch.setattr(size_limits, "MOST_FLOPS", 1e5)
     names = [c.name for c in rewrite_block("moe", seeded(MoE), ((rand(24, H, seed=7),), {}), Options()).check.cases]
     assert "every expert" in names and "many tokens" not in names
