@@ -29,6 +29,7 @@ from moeopt.pipeline.chosen_passes import pass_manager
 from moeopt.pipeline.coverage import Mixture, Reader
 from moeopt.pipeline.few_tokens_check import check_few_tokens
 from moeopt.pipeline.finished_blocks import recall
+from moeopt.pipeline.own_hooks import needs_own_hooks, without_own_hooks
 from moeopt.pipeline.pays import check_pays
 from moeopt.pipeline.size_limits import SizeCases, max_tokens
 from moeopt.pipeline.size_sweep import check_sizes
@@ -95,7 +96,9 @@ def rewrite_block(
     try:
         manager = manager or pass_manager(options, runtime)
         check_module(module)
-        with no_news(module):
+        if needed := needs_own_hooks(module, call):
+            raise Declined(needed, rank=Rank.FORBIDS)
+        with no_news(module), without_own_hooks(module):
             bound = None if alike is None else _rebind(name, module, call, options, runtime, alike, manager)
             return bound or _rewrite(name, module, call, options, runtime, reader or Mixture(), manager, alike)
     except Declined as err:
