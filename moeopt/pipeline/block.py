@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from moeopt.capture.call_roles import CallSpec
-from moeopt.capture.probe_inputs import call_specs, probe_call
+from moeopt.capture.probe_inputs import probe_call
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.specs import RouterSpec
@@ -25,6 +25,7 @@ from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.pipeline.alike_blocks import AlikeBlocks, Bound, Known, bound_result
 from moeopt.pipeline.asks_of_arguments import question_decides
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
+from moeopt.pipeline.call_readings import call_readings, may_hold_ids
 from moeopt.pipeline.chosen_passes import pass_manager
 from moeopt.pipeline.coverage import Mixture, Reader
 from moeopt.pipeline.few_tokens_check import check_few_tokens
@@ -132,7 +133,7 @@ def _rewrite(
     started = time.perf_counter()
     last: Declined | None = None
     met: list[Obstacle] = []
-    for call_spec in _versions(call):
+    for call_spec in call_readings(call):
         try:
             capture = Capture(name, module, call_spec, options, reader)
             if runtime is None:  # an engine always takes row functions: without them the block has no graph
@@ -150,7 +151,7 @@ def _rewrite(
             last = err.with_traceback(None)
             continue
         except Declined as err:
-            if call_spec.flip_masks or _may_hold_ids(call_spec, err):
+            if call_spec.flip_masks or may_hold_ids(call_spec, err):
                 met += [err.obstacle, *err.others]
                 last = last if call_spec.flip_masks else last or err.with_traceback(None)
                 continue
@@ -197,11 +198,6 @@ def _reverted(capture: Capture, check: BlockCheck, line: str | None = None) -> D
     return error
 
 
-def _may_hold_ids(call_spec: CallSpec, err: Declined) -> bool:
-    """Whether numbers of the call may be ids, of which made-up ones are none, and that is still to be tried."""
-    return not call_spec.kept_columns and err.rank <= Rank.READING and call_spec.has_whole_columns()
-
-
 def _rebind(
     name: str, module: nn.Module, call: ArgsKwargs, options: Options, runtime: Runtime | None, alike: AlikeBlocks,
     manager: PassManager,
@@ -209,7 +205,7 @@ def _rebind(
     """The graph of an alike block that was verified before, bound to ``module`` and verified there; None where there
     is none, or where it is not equivalent here."""
     started = time.perf_counter()
-    bound = alike.propose(name, module, list(_versions(call)))
+    bound = alike.propose(name, module, list(call_readings(call)))
     if bound is None:
         return None
 
@@ -224,23 +220,6 @@ def _rebind(
     check: BlockCheck = result.verdict  # type: ignore[assignment]
     known = bound.known
     return Rewrite(program, known.found, check, known.routers, time.perf_counter() - started, result)
-
-
-def _versions(call: ArgsKwargs) -> Iterator[CallSpec]:
-    """Readings of the call, in the order in which a capture tries them.
-
-    A reading with a constant mask comes twice: first with both values in the mask, since a mask of ones does not show
-    what the model does where the mask is 0; then with the mask as given, for code that accepts no other mask. Last come
-    the readings whose columns of whole numbers keep their values, for code in which such columns are ids.
-    """
-    readings = list(call_specs(*call))
-    for call_spec in readings:
-        if call_spec.constant_masks():
-            yield dataclasses.replace(call_spec, flip_masks=True)
-        yield call_spec
-    yield from (
-        dataclasses.replace(call_spec, kept_columns=True) for call_spec in readings if call_spec.has_whole_columns()
-    )
 
 
 def _verify(
@@ -265,8 +244,9 @@ def _verify(
         aimed = CallSpec(covering[0], covering[1], call_spec.leaves).rows(call_spec.indices("tokens")[0])
     most = max_tokens(module, found)
     cases = adversarial_cases(
-        call_spec, experts, level=options.verify, seed=options.seed, router_rows=aimed, max_tokens=most
-    )
+        call_spec, experts, level=options.verify, seed=options.seed, router_rows=aimed, max_tokens=most,
+        half=any(p.dtype == torch.float16 for p in module.parameters()),
+    )  # fmt: skip
     if options.verify != "off":
         chosen = max(f.routing.per_token or len(f.experts) for f in found)
         sizes = SizeCases(module, call_spec, experts, chosen, program, most, options)
