@@ -65,6 +65,7 @@ class SizeClasses:
         self._by_node: dict[ast.AST, Use] = {}
         self._stored: set[str] = set()
         self._ran = set().union(*(c.seen.ran for c in calls))
+        self._unresolved = set().union(*(c.seen.unresolved for c in calls))
         keys = dict.fromkeys(use for call in calls for use, _ in call.seen.values)
         self._by_node = {use.node: use for use in keys}
         stored = [use for use in keys if use.kind == "store" and self._is_size(use, 0)]
@@ -81,7 +82,7 @@ class SizeClasses:
 
     def _read(self, use: Use) -> None:
         sized = [n for n in range(len(use.operands)) if self._is_size(use, n)]
-        if not sized or (use.kind == "call" and called(use.node) in self._ran):  # type: ignore[arg-type]
+        if not sized or (use in self._unresolved and called(use.node) in self._ran):  # type: ignore[arg-type]
             return
         if all(self._is_remainder(use.operands[n], use) for n in sized):
             return
@@ -115,7 +116,8 @@ class SizeClasses:
         return all(self._limit(self._numbers(use, n), number) for number in held)
 
     def _of_divide(self, use: Use, sized: list[int]) -> bool:
-        return self._divides(use, self._constant(use, 1), sized)
+        quotient = not isinstance(getattr(use.node, "op", None), ast.Mod)
+        return self._divides(use, self._constant(use, 1), sized, quotient)
 
     def _of_bits(self, use: Use, sized: list[int]) -> bool:
         by, op = self._constant(use, len(use.operands) - 1), getattr(use.node, "op", None)
@@ -124,7 +126,7 @@ class SizeClasses:
         if isinstance(op, (ast.LShift, ast.Pow)):
             return True
         if isinstance(op, ast.RShift):
-            return self._divides(use, 1 << by, sized)
+            return self._divides(use, 1 << by, sized, True)
         return isinstance(op, ast.BitAnd) and by & (by + 1) == 0 and self._divides(use, by + 1, sized)
 
     def _of_truth(self, use: Use, sized: list[int]) -> bool:
@@ -144,7 +146,7 @@ class SizeClasses:
                 self._limit(self._numbers(use, n), k * steps, 1) for n in sized for k in turns
             )
         if name == "divmod":
-            return self._divides(use, self._constant(use, 1), sized)
+            return self._divides(use, self._constant(use, 1), sized, True)
         return name == "bool" and self._of_truth(use, sized)
 
     def _of_lookup(self, use: Use, sized: list[int]) -> bool:
@@ -252,7 +254,8 @@ class SizeClasses:
         values = [(c.seen.values.get((use, n)), c.seen.values.get((use, m))) for c in self._calls]
         return all(a == b for a, b in values)
 
-    def _divides(self, use: Use, by: PyObject, sized: list[int]) -> bool:
+    def _divides(self, use: Use, by: PyObject, sized: list[int], quotient: bool = False) -> bool:
+        """Enter the remainders of the first operand, and where its ``quotient`` is 1, 2 and 3, as of chunks."""
         if sized != [0] or type(by) is not int or not 0 < by <= _LARGEST:
             return False
         if self._is_remainder(use.operands[0], use):
@@ -260,7 +263,8 @@ class SizeClasses:
         forms = list(self._forms(self._numbers(use, 0)))
         for q, a, b in forms:
             self._found[q].divisors.add(by * math.lcm(a.denominator, b.denominator))
-        return bool(forms)
+        limits = [self._limit(self._numbers(use, 0), k * by, -1) for k in (1, 2, 3) if quotient]
+        return bool(forms) and all(limits)
 
     def _is_remainder(self, node: ast.expr, use: Use, depth: int = 8) -> bool:
         """Whether an operand is computed of remainders of sizes, which have classes of their own."""

@@ -44,12 +44,16 @@ class Use:
     assigned: dict[str, ast.expr]
 
 
-@functools.lru_cache(maxsize=256)
 def uses_in(file: str) -> dict[int, list[Use]] | None:
     """The expressions in a file by their lines; None where its source is not to be had."""
     lines = linecache.getlines(file)
+    return _uses("".join(lines)) if lines else None
+
+
+@functools.lru_cache(maxsize=64)
+def _uses(source: str) -> dict[int, list[Use]] | None:
     try:
-        tree = ast.parse("".join(lines))
+        tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return None
     found: dict[int, list[Use]] = {}
@@ -61,7 +65,7 @@ def uses_in(file: str) -> dict[int, list[Use]] | None:
         for kind, at, operands in _of(node):
             found.setdefault(getattr(at, "lineno", 0), []).append(Use(kind, at, tuple(operands), assigned))
         pending += [(child, assigned) for child in _inside(node)]
-    return found if lines else None
+    return found
 
 
 def _inside(node: ast.AST) -> Iterator[ast.AST]:
@@ -79,27 +83,32 @@ def _inside(node: ast.AST) -> Iterator[ast.AST]:
 def _of(node: ast.AST) -> Iterator[tuple[str, ast.AST, list[ast.expr]]]:
     if isinstance(node, ast.Compare):
         yield "compare", node, [node.left, *node.comparators]
-    elif isinstance(node, ast.BinOp) and isinstance(node.op, (*_DIVIDES, *_BITS)):
-        yield "divide" if isinstance(node.op, _DIVIDES) else "bits", node, [node.left, node.right]
-    elif isinstance(node, ast.AugAssign) and isinstance(node.op, (*_DIVIDES, *_BITS)):
-        target = ast.copy_location(ast.BinOp(node.target, node.op, node.value), node)
-        yield "divide" if isinstance(node.op, _DIVIDES) else "bits", target, [node.target, node.value]
+    elif isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, (*_DIVIDES, *_BITS)):
+        left, right = (node.left, node.right) if isinstance(node, ast.BinOp) else (node.target, node.value)
+        whole = node if isinstance(node, ast.BinOp) else ast.copy_location(ast.BinOp(left, node.op, right), node)
+        yield "divide" if isinstance(node.op, _DIVIDES) else "bits", whole, [left, right]
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
         yield "bits", node, [node.operand]
     elif isinstance(node, ast.Call):
         if called(node) not in _FOLLOWED:
             held = [node.func.value] if isinstance(node.func, ast.Attribute) else []
             yield "call", node, [*held, *node.args, *(k.value for k in node.keywords)]
-    elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+    else:
+        yield from _of_places(node)
+    yield from (("truth", one, [one]) for one in _tested(node) if not isinstance(one, _TRUTHS))
+
+
+def _of_places(node: ast.AST) -> Iterator[tuple[str, ast.AST, list[ast.expr]]]:
+    """Of what is looked up, matched, written into text or stored."""
+    if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
         yield "lookup", node, _keys(node.slice)
-    elif isinstance(node, ast.FormattedValue):
-        yield "text", node, [node.value]
+    elif isinstance(node, ast.JoinedStr):  # whose parts have lines of their own from Python 3.12 on only
+        yield "text", node, [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
     elif isinstance(node, ast.Match):
         yield "match", node, [node.subject]
     elif isinstance(node, ast.Assign):
         pairs = [pair for target in node.targets for pair in _assigned(target, node.value)]
         yield from (("store", target, [value]) for target, value in pairs if isinstance(target, ast.Attribute))
-    yield from (("truth", one, [one]) for one in _tested(node) if not isinstance(one, _TRUTHS))
 
 
 def _tested(node: ast.AST) -> list[ast.expr]:

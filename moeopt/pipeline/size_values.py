@@ -29,6 +29,7 @@ UNKNOWN = "?"
 _LIBRARIES = ("/numpy/", "/einops/")
 _SIZES = frozenset("size numel nelement dim ndimension stride item tolist".split())
 _SHAPES = frozenset("shape ndim".split())
+_SCRIPTS = (torch.jit.ScriptFunction, torch.jit.ScriptModule)
 _MOST = 64
 """Numbers of a tuple that are compared."""
 _ASKS = ("COMPARE_OP", "CONTAINS_OP", "BINARY_OP", "BINARY_MODULO", "BINARY_FLOOR_DIVIDE", "BINARY_AND")
@@ -84,6 +85,7 @@ class SizeValues:
         returned: what functions of the model's gave, by their names.
         ran: names of these functions.
         unread: places of code whose source is not to be had, and that may compute with sizes.
+        unresolved: calls of what is not known: of the model's, if a function of that name ran.
     """
 
     def __init__(self) -> None:
@@ -92,6 +94,8 @@ class SizeValues:
         self.returned: dict[str, set[Any]] = {}
         self.ran: set[str] = set()
         self.unread: set[str] = set()
+        self.unresolved: set[Use] = set()
+        self._uses: dict[str, dict[int, list[Use]] | None] = {}
 
     def watching(self, run: Callable[..., Any], *args: PyObject, **kwargs: PyObject) -> PyObject:
         """``run(*args, **kwargs)``, watched."""
@@ -107,7 +111,9 @@ class SizeValues:
         if foreign(str(frame.f_globals.get("__name__"))) or any(part in code.co_filename for part in _LIBRARIES):
             return None
         self.ran.add(code.co_name)
-        uses = uses_in(code.co_filename)
+        if code.co_filename not in self._uses:
+            self._uses[code.co_filename] = uses_in(code.co_filename)
+        uses = self._uses[code.co_filename]
         if uses is None and _may_ask(code):
             self.unread.add(f"{code.co_filename}:{code.co_firstlineno}")
 
@@ -124,8 +130,13 @@ class SizeValues:
     def _look(self, use: Use, frame: types.FrameType) -> None:
         scope = _SizeScope(frame.f_locals, frame.f_globals, use.assigned, lambda _: None)
         values = [_value_of(scope, operand) for operand in use.operands]
-        if any(value is Tensor for value in values) or _followed(use, scope):
+        function = _resolved(scope, use.node.func) if isinstance(use.node, ast.Call) else None
+        if isinstance(function, _SCRIPTS) and "prim::If" in str(function.graph):
+            self.unread.add(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        if any(value is Tensor for value in values) or _followed(use, scope, function):
             return
+        if function is Unknown:
+            self.unresolved.add(use)
         for number, value in enumerate(values):
             if value is not None:
                 key = (use, number)
@@ -181,17 +192,18 @@ def _plain(value: PyObject) -> PyObject:
     return None
 
 
-def _followed(use: Use, scope: _SizeScope) -> bool:
+def _followed(use: Use, scope: _SizeScope, function: PyObject) -> bool:
     """Whether what takes the operands is PyTorch's, and so on the tape, or the user's, and so looked at itself."""
     if isinstance(use.node, ast.Subscript):
         held = _resolved(scope, use.node.value)
         return held is Tensor or (held is Unknown and isinstance(use.node.slice, (ast.Slice, ast.Tuple)))
     if not isinstance(use.node, ast.Call):
         return False
-    function, name = _resolved(scope, use.node.func), called(use.node)
+    name = called(use.node)
     if function is Tensor or (function is Unknown and isinstance(use.node.func, ast.Attribute)):
         return hasattr(Tensor, name)
-    if isinstance(function, nn.Module) or isinstance(function, type) and not foreign(function.__module__):
+    own = isinstance(function, (type, types.FunctionType, types.MethodType)) and not foreign(function.__module__)
+    if own or isinstance(function, nn.Module):
         return True
     return str(getattr(function, "__module__", None) or "").startswith("torch") or any(
         getattr(module, name, None) is function for module in (torch, nn.functional)

@@ -57,6 +57,26 @@ def in_chunks(x):
     return torch.cat([x[i : i + 64] for i in range(0, x.shape[0], 64)])
 
 
+@torch.jit.script
+def scripted(x):
+    if x.size(0) == 33:
+        return x * 2
+    return x
+
+
+class Tables:
+    def get(self, n):
+        return n
+
+
+def named_alike(x):
+    return x * TABLE.get(len(x), Tables().get(1.0))
+
+
+def scripted_call(x):
+    return scripted(x)
+
+
 def walked(x):
     n = (len(x) + 3) // 4 * 4
     return x.new_zeros(n, x.shape[1])
@@ -74,9 +94,12 @@ FOUND = {
     "chunks": (in_chunks, ((64.5, 128.5, 192.5), ())),
     "divmod": (lambda x: x * 2 if divmod(len(x), 7) == (4, 5) else x, EXACT),
     "remainder": (lambda x: x * 2 if operator.mod(len(x), 7) == 5 else x, EXACT),
-    "rounded up": (walked, ((), (4,))),
+    "rounded up": (walked, ((4.5, 8.5), (4,))),
+    "a quotient": (lambda x: x * (1 + len(x) // 40), ((39.5, 79.5, 119.5), (40,))),
+    "TorchScript": (scripted_call, EXACT),
+    "another function of the name": (named_alike, EXACT),
     "parity": (lambda x: x * 2 if len(x) & 1 else x, ((), (2,))),
-    "shift": (lambda x: x * (1 + (len(x) >> 5)), ((), (32,))),
+    "shift": (lambda x: x * (1 + (len(x) >> 5)), ((31.5, 63.5, 95.5), (32,))),
     "negative": (lambda x: x * 2 if -len(x) % 8 == 7 else x, ((), (8,))),
     "in place": (reduced, EXACT),
     "truth": (lambda x: x * 2 if not (len(x) - 33) else x, ((32.5, 33.5), ())),
@@ -187,6 +210,15 @@ class Window(Masked):
         return y * 1.5 if 23 <= x.shape[1] < 150 and x.shape[1] % 4 == 1 else y
 
 
+class Behind(Masked):
+    """Only many tokens are asked for their remainder."""
+
+    def after(self, x, y):
+        if x.shape[1] > 100:
+            y = y * 1.5 if x.shape[1] % 8 == 3 else y
+        return y
+
+
 class WiderThanLong(Masked):
     def after(self, x, y):
         return y * 1.5 if x.shape[0] > x.shape[1] > 9 else y
@@ -203,6 +235,11 @@ def test_a_branch_that_some_sizes_take_is_declined_with_its_condition(verify):
     assert block.status == "declined", str(block)
     assert "tokens, which its code tells from others': " in block.reason
     assert "its code computes with sizes of its input (23 <= x.shape[1] < 150, x.shape[1] % 4" in block.reason
+
+
+def test_a_branch_behind_another_is_found_by_the_calls_that_reach_it():
+    (block,) = [b for b in moeopt.explain(build(Behind), seeded(2, 5, H), verify="fast").blocks if b.kind == "moe"]
+    assert block.status == "declined" and "(x.shape[1] > 100, x.shape[1] % 8)" in block.reason
 
 
 def test_sizes_of_no_known_class_run_the_own_code_and_the_report_says_so(monkeypatch):
