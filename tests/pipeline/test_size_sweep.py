@@ -12,9 +12,11 @@ from torch import nn
 
 import moeopt
 from moeopt.errors import StaleModelWarning
+from moeopt.pipeline import block as block_pipeline
 from moeopt.pipeline.size_classes import SizeClasses, SizedCall
 from moeopt.pipeline.size_values import SizeValues
 from moeopt.rewrite.known_sizes import KnownSizes, SizeUses
+from moeopt.verification.block import verify_block
 from tests.toy_moe import H, build, close, seeded
 
 TABLE = {33: 1.5}
@@ -259,3 +261,33 @@ def test_a_block_that_was_verified_for_every_class_is_bound_to_none():
     opt = moeopt.optimize(build(Parity), seeded(2, 5, H), verify="fast")
     assert [b.status for b in opt.report.blocks] == ["rewritten"] and opt.model.forward.program.guard.sizes is None
     assert not [n for n in opt.report.notes if "computes with sizes" in n]
+
+
+class Layers(nn.Module):
+    """The second is alike to the first, but its weights make verification of the first's graph fail."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([WiderThanLong(), WiderThanLong()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_a_block_that_is_alike_has_a_guard_of_its_own(monkeypatch):
+    calls = []
+
+    def failing(*args, **kwargs):
+        check = verify_block(*args, **kwargs)
+        calls.append(args[0])
+        if args[0] == "layers.1" and calls.count("layers.1") == 1:
+            check.passed = False
+        return check
+
+    monkeypatch.setattr(block_pipeline, "verify_block", failing)
+    opt = moeopt.optimize(build(Layers), seeded(2, 5, H), verify="fast")
+    first, second = (layer.forward.program.guard for layer in opt.model.layers)
+    assert [b.status for b in opt.report.blocks if b.kind == "moe"] == ["rewritten"] * 2
+    assert first is not second and first.sizes is not None and second.sizes is not None
