@@ -9,6 +9,7 @@ import torch
 
 import moeopt
 from moeopt import QuantPlan
+from moeopt.errors import NotEquivalentError
 from moeopt.ops.native.library import library
 from moeopt.pipeline import rounded_rows
 from moeopt.rewrite.store_codes import codes_of
@@ -142,6 +143,14 @@ def test_a_kernel_that_rounds_otherwise_is_not_used(monkeypatch):
     monkeypatch.setattr(rounded_rows, "rounded_error", lambda run, isa, format: (900.0, 0.1))
     opt = optimized(PLAN)
     _left(opt, "activations stay floats in Block: the kernel is 900 eps from what rounding", "int4")
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_an_engine_of_a_float64_model_has_no_codes(activations):
+    pytest.importorskip("onnxruntime")
+    plan = QuantPlan(default="int8", activations=activations)
+    with pytest.raises(NotEquivalentError, match="Block is of float64, and an engine's codes have scales and products"):
+        moeopt.optimize(model(torch.float64), X.double(), backend="onnxruntime", quantize=plan, verify="fast")
 
 
 def test_a_float64_model_keeps_float_rows():

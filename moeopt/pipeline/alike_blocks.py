@@ -9,6 +9,7 @@ on adversarial routing. Where any of this fails, the block is recorded and read 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -107,6 +108,7 @@ def bound_result(
     """
     block = bound.known.program.block.copy()
     block.name = bound.name
+    block.guard = copy.copy(block.guard)  # verification changes it, and the known block is installed with its own
     records = [dataclasses.replace(r, block=bound.name, seconds=0.0) for r in bound.known.passes.records]
     if quantize is not None:
         records = [

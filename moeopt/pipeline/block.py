@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from moeopt.capture.call_roles import CallSpec
-from moeopt.capture.probe_inputs import call_specs, probe_call
+from moeopt.capture.probe_inputs import probe_call
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.specs import RouterSpec
@@ -25,12 +25,15 @@ from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.pipeline.alike_blocks import AlikeBlocks, Bound, Known, bound_result
 from moeopt.pipeline.asks_of_arguments import question_decides
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
+from moeopt.pipeline.call_readings import call_readings, may_hold_ids
 from moeopt.pipeline.chosen_passes import pass_manager
 from moeopt.pipeline.coverage import Mixture, Reader
 from moeopt.pipeline.few_tokens_check import check_few_tokens
 from moeopt.pipeline.finished_blocks import recall
+from moeopt.pipeline.own_hooks import needs_own_hooks, without_own_hooks
 from moeopt.pipeline.pays import check_pays
-from moeopt.pipeline.size_limits import SizeCases
+from moeopt.pipeline.size_limits import SizeCases, max_tokens
+from moeopt.pipeline.size_sweep import check_sizes
 from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
@@ -45,9 +48,6 @@ from moeopt.verification.block import verify_block
 from moeopt.verification.cases import adversarial_cases
 from moeopt.verification.results import BlockCheck, Case
 from moeopt.verification.size_cases import COLUMNS
-
-MOST_FLOPS = 4e10
-"""Of one run of a block in its largest verification case."""
 
 
 class Runtime(Protocol):
@@ -97,7 +97,9 @@ def rewrite_block(
     try:
         manager = manager or pass_manager(options, runtime)
         check_module(module)
-        with no_news(module):
+        if needed := needs_own_hooks(module, call):
+            raise Declined(needed, rank=Rank.FORBIDS)
+        with no_news(module), without_own_hooks(module):
             bound = None if alike is None else _rebind(name, module, call, options, runtime, alike, manager)
             return bound or _rewrite(name, module, call, options, runtime, reader or Mixture(), manager, alike)
     except Declined as err:
@@ -131,7 +133,7 @@ def _rewrite(
     started = time.perf_counter()
     last: Declined | None = None
     met: list[Obstacle] = []
-    for call_spec in _versions(call):
+    for call_spec in call_readings(call):
         try:
             capture = Capture(name, module, call_spec, options, reader)
             if runtime is None:  # an engine always takes row functions: without them the block has no graph
@@ -149,7 +151,7 @@ def _rewrite(
             last = err.with_traceback(None)
             continue
         except Declined as err:
-            if call_spec.flip_masks or _may_hold_ids(call_spec, err):
+            if call_spec.flip_masks or may_hold_ids(call_spec, err):
                 met += [err.obstacle, *err.others]
                 last = last if call_spec.flip_masks else last or err.with_traceback(None)
                 continue
@@ -163,12 +165,8 @@ def _rewrite(
         if capture.neutral:
             raise Declined(capture.neutral)
         program = capture.program(result.block)
-        capture.check_branches(program.guard.most)
-        if (failed := check_few_tokens(capture, program, OwnForward(module), options)) is not None:
-            raise _reverted(capture, failed, capture.branches.line)
+        _check_python(capture, program, call, options)
         result.block.root = None  # a program is bound to a module when it is installed
-        if asked := question_decides(module, OwnForward(module), call, program.reads):
-            raise Declined(asked)
         if alike is not None:
             alike.add(Known(module, call_spec, program, capture.found, capture.routers, result))
         return Rewrite(program, capture.found, check, capture.routers, time.perf_counter() - started, result)
@@ -180,17 +178,24 @@ def _rewrite(
         del last
 
 
+def _check_python(capture: Capture, program: BlockProgram, call: ArgsKwargs, options: Options) -> None:
+    """``Declined`` for Python of the block's that decides by values, sizes or other questions what no graph holds."""
+    own = OwnForward(capture.module)
+    capture.check_branches(program.guard.most)
+    if (failed := check_few_tokens(capture, program, own, options)) is not None:
+        raise _reverted(capture, failed, capture.branches.line)
+    if (failed := check_sizes(capture, program, own, options)) is not None:
+        raise _reverted(capture, failed)
+    if asked := question_decides(capture.module, own, call, program.reads):
+        raise Declined(asked)
+
+
 def _reverted(capture: Capture, check: BlockCheck, line: str | None = None) -> Declined:
     lies = check.reason.startswith(f"case {COLUMNS!r}")
     asks = "; does its code ask how its input lies (stride, is_contiguous)? Call x.contiguous() first" if lies else ""
     error = Declined(capture.unreached or f"it was rewritten, verified and reverted: {check.reason}{asks}", line)
     error.found = capture.found  # type: ignore[attr-defined]
     return error
-
-
-def _may_hold_ids(call_spec: CallSpec, err: Declined) -> bool:
-    """Whether numbers of the call may be ids, of which made-up ones are none, and that is still to be tried."""
-    return not call_spec.kept_columns and err.rank <= Rank.READING and call_spec.has_whole_columns()
 
 
 def _rebind(
@@ -200,7 +205,7 @@ def _rebind(
     """The graph of an alike block that was verified before, bound to ``module`` and verified there; None where there
     is none, or where it is not equivalent here."""
     started = time.perf_counter()
-    bound = alike.propose(name, module, list(_versions(call)))
+    bound = alike.propose(name, module, list(call_readings(call)))
     if bound is None:
         return None
 
@@ -215,23 +220,6 @@ def _rebind(
     check: BlockCheck = result.verdict  # type: ignore[assignment]
     known = bound.known
     return Rewrite(program, known.found, check, known.routers, time.perf_counter() - started, result)
-
-
-def _versions(call: ArgsKwargs) -> Iterator[CallSpec]:
-    """Readings of the call, in the order in which a capture tries them.
-
-    A reading with a constant mask comes twice: first with both values in the mask, since a mask of ones does not show
-    what the model does where the mask is 0; then with the mask as given, for code that accepts no other mask. Last come
-    the readings whose columns of whole numbers keep their values, for code in which such columns are ids.
-    """
-    readings = list(call_specs(*call))
-    for call_spec in readings:
-        if call_spec.constant_masks():
-            yield dataclasses.replace(call_spec, flip_masks=True)
-        yield call_spec
-    yield from (
-        dataclasses.replace(call_spec, kept_columns=True) for call_spec in readings if call_spec.has_whole_columns()
-    )
 
 
 def _verify(
@@ -254,13 +242,14 @@ def _verify(
     if rows and rows[0].dim() == 2 and not call_spec.routed():
         covering = probe_call(call_spec, 48, options.seed + 7)
         aimed = CallSpec(covering[0], covering[1], call_spec.leaves).rows(call_spec.indices("tokens")[0])
-    max_tokens = _max_tokens(module, found)
+    most = max_tokens(module, found)
     cases = adversarial_cases(
-        call_spec, experts, level=options.verify, seed=options.seed, router_rows=aimed, max_tokens=max_tokens
-    )
+        call_spec, experts, level=options.verify, seed=options.seed, router_rows=aimed, max_tokens=most,
+        half=any(p.dtype == torch.float16 for p in module.parameters()),
+    )  # fmt: skip
     if options.verify != "off":
         chosen = max(f.routing.per_token or len(f.experts) for f in found)
-        sizes = SizeCases(module, call_spec, experts, chosen, program, max_tokens, options)
+        sizes = SizeCases(module, call_spec, experts, chosen, program, most, options)
         at = next((n for n, case in enumerate(cases) if case.name == "many tokens"), len(cases))
         cases[at:at] = sizes.cases  # of two cases that fail, the one that names the number is told
         cases.append(Case("the given inputs", *call))
@@ -281,12 +270,6 @@ def _verify(
     if refused and check.passed:
         check.passed, check.reason = False, f"the rewritten code refused a verification case: {rewritten.last_refusal}"
     return check
-
-
-def _max_tokens(module: nn.Module, recognitions: list[Recognition]) -> int:
-    """Tokens that the largest case may have: their matmuls should not take more than a second or a few."""
-    share = max(min(1.0, (f.routing.per_token or len(f.experts)) / len(f.experts)) for f in recognitions)
-    return int(MOST_FLOPS / max(1.0, 2 * share * sum(p.numel() for p in module.parameters())))
 
 
 class OwnForward:

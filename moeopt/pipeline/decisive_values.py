@@ -30,7 +30,7 @@ Decisive = tuple[ast.expr, Any]
 
 _BUILTINS = "len int float bool set frozenset list tuple dict sorted max min sum any all abs range str round".split()
 _PURE = tuple(getattr(builtins, name) for name in _BUILTINS)
-_CONTAINERS = (list, tuple, set, frozenset, dict, range, str, int, float, bool)
+_CONTAINERS = (list, tuple, set, frozenset, dict, range, str, int, float, bool, torch.Size)
 _MODULES = (torch, torch.nn.functional, np, math)
 _HELD = frozenset("count index keys values items get union intersection difference isdisjoint issubset".split())
 _EFFECTS = (

@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from moeopt.capture.shared_copy import shared_copy
-from moeopt.errors import UsageError
+from moeopt.errors import NotEquivalentError, UsageError
 from moeopt.listed import listed
 from moeopt.onnx_in.coded import coded_weights
 from moeopt.options import Options, QuantPlan
@@ -98,6 +99,23 @@ def check_patterns(outcome: PipelineResult, options: Options) -> None:
         raise UsageError(
             f"quantize names {unused[0]!r}, which matches no block; the blocks are {', '.join(names) or 'none'}"
         )
+
+
+def check_codes(outcome: PipelineResult, twin: nn.Module, options: Options) -> None:
+    """Whether an engine can hold the codes that were asked for.
+
+    Raises:
+        UsageError: a pattern of the plan names no block that was found.
+        NotEquivalentError: the model is of float64, and would be compared.
+    """
+    check_patterns(outcome, options)
+    for path in quantized_blocks(twin) if options.verify != "off" else ():
+        if any(p.dtype == torch.float64 for p in twin.get_submodule(path).parameters()):
+            raise NotEquivalentError(
+                f"{path or type(twin).__name__} is of float64, and an engine's codes have scales and products of "
+                "float32 at most, which is less than is computed with codes in float64; quantise model.float(), leave "
+                "quantize out, or use backend='torch', which takes codes of a float64 model"
+            )
 
 
 def notes_of(

@@ -45,14 +45,23 @@ def _left_out(outcome: PipelineResult, kept: set[str], model: str) -> list[str]:
     """Notes for what code of rewritten blocks does besides its numbers: what it counts, and what it asks."""
     found: dict[str, list[str]] = {}
     for path, rewrite in outcome.rewrites.items():
-        reads = rewrite.program.reads
-        if reads is not None and (path or model) in kept:
-            for words in _words_of(reads):
+        reads, sizes = rewrite.program.reads, rewrite.program.guard.sizes
+        if (path or model) in kept:
+            for words in (*_words_of(reads), *([] if sizes is None else [_SIZES.format(sizes.text)])):
                 found.setdefault(words, []).append(path or model)
     return [f"the code of {listed(names)} {words}" for words, names in found.items()]
 
 
-def _words_of(reads: Reads) -> Iterator[str]:
+_SIZES = (
+    "computes with sizes of its input ({}), and was verified for those of its cases and for such as are alike to it: "
+    "calls of others run the block's own code, and an engine refuses them; write it as tensor operations to have all "
+    "sizes rewritten"
+)
+
+
+def _words_of(reads: Reads | None) -> Iterator[str]:
+    if reads is None:
+        return
     for place in reads.effects:
         yield (
             f"changes {place} at each call, and the rewritten code does not: read such a count elsewhere, or hook the "

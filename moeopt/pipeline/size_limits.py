@@ -10,11 +10,21 @@ from torch import nn
 from moeopt.capture.call_roles import CallSpec
 from moeopt.options import Options
 from moeopt.pipeline.computed_numbers import computed_numbers
+from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.install import RewrittenForward
 from moeopt.verification.block import verify_block
 from moeopt.verification.results import Case
 from moeopt.verification.size_cases import columns_in_memory, more_tokens_than, most_tokens, no_token, passable
+
+MOST_FLOPS = 4e10
+"""Of one run of a block in its largest verification case."""
+
+
+def max_tokens(module: nn.Module, recognitions: list[Recognition]) -> int:
+    """Tokens that the largest case may have: their matmuls should not take more than a second or a few."""
+    share = max(min(1.0, (f.routing.per_token or len(f.experts)) / len(f.experts)) for f in recognitions)
+    return int(MOST_FLOPS / max(1.0, 2 * share * sum(p.numel() for p in module.parameters())))
 
 
 class SizeCases:
@@ -35,6 +45,7 @@ class SizeCases:
         max_tokens: int, options: Options,
     ) -> None:  # fmt: skip
         self._spec, self._experts, self._program, self._options = call_spec, experts, program, options
+        self._sizes, program.guard.sizes = program.guard.sizes, None  # of an alike block; cases are refused by none
         numbers = program.reads.numbers() if program.reads is not None else set()
         numbers |= computed_numbers(module)
         sizes = {size for t in (*module.parameters(), *module.buffers()) for size in t.shape}
@@ -52,3 +63,4 @@ class SizeCases:
         calls = [no_token(self._spec, self._experts)] if empty else []
         check = verify_block("", original, rewritten, calls, self._options.verify)
         guard.fewest, guard.most = int(any(case.status == "failed" for case in check.cases)), self._most
+        guard.sizes = self._sizes

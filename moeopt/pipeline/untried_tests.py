@@ -234,7 +234,7 @@ def _tests_of(source: str) -> dict[Position, _Test]:
     while pending:
         node, around, assigned = pending.pop()
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assigned = _assigned_once(node)
+            assigned = assigned_once(node)
         if isinstance(node, ast.Match):
             found.update(_of_patterns(node, around, assigned))
         if isinstance(node, ast.expr):
@@ -253,7 +253,7 @@ def _of_patterns(node: ast.Match, around: tuple[ast.AST, ...], assigned: dict[st
     }
 
 
-def _assigned_once(function: ast.AST) -> dict[str, ast.expr]:
+def assigned_once(function: ast.AST) -> dict[str, ast.expr]:
     """Of names that one assignment sets, what they are set to."""
     found: dict[str, ast.expr | None] = {}
     for node in ast.walk(function):

@@ -21,6 +21,7 @@ from torch.nn.modules import module as nn_module
 
 from moeopt.capture.tree import tree_leaves
 from moeopt.capture.user_modes import active_user_mode
+from moeopt.rewrite.known_sizes import KnownSizes
 from moeopt.value_types import PyObject
 
 Tie = tuple[tuple[int, int], tuple[tuple[int, int], ...]]
@@ -123,6 +124,7 @@ class CallGuard:
         skip_idle: whether experts that no token reaches get no gradient, as in the original, or zeros.
         fewest, most: tokens of a call; ``most`` is a number in the block's code, or as many tokens as
             that many elements are, past which nothing was verified.
+        sizes: which were verified, of a block whose Python computes with them; None where it does not.
         tied: sizes (tensor, dimension) that were a product of others in every verified call: the program reads either.
     """
 
@@ -138,6 +140,7 @@ class CallGuard:
     tied: tuple[Tie, ...] = ()
     fewest: int = 0
     most: int | None = None
+    sizes: KnownSizes | None = None
     changes = 0  # no field
 
     def __setattr__(self, name: str, value: PyObject) -> None:
@@ -198,6 +201,8 @@ class CallGuard:
                 return f"it was called with {leaf!r} where {known!r} was verified"
         if (self.fewest or self.most is not None) and (told := self._tokens(tensors)):
             return told
+        if self.sizes is not None and not self.sizes.holds(shapes := [t.shape for t in tensors]):
+            return self.sizes.refusal(shapes)
         return self._sizes(tensors) if self.tied else ""
 
     def _tokens(self, tensors: list[torch.Tensor]) -> str:

@@ -79,7 +79,7 @@ def _of_tensor(guard: CallGuard, index: int, name: str, held: dict[str, Any]) ->
 
 
 def _of_sizes(guard: CallGuard) -> list[str]:
-    """That there are neither too few nor too many tokens, and that the sizes fit together."""
+    """That there are neither too few nor too many tokens, as many as were verified, and that the sizes fit together."""
     terms = []
     if guard.fewest or guard.most is not None:
         free = [
@@ -90,6 +90,8 @@ def _of_sizes(guard: CallGuard) -> list[str]:
             return ["False"]
         terms += [f"{count} >= {guard.fewest}" for count in counts]
         terms += [f"{count} <= {guard.most}" for count in counts if guard.most is not None]
+    if guard.sizes is not None:
+        terms.append(f"guard.sizes.holds(({''.join(f's{i}, ' for i in range(len(guard.shapes)))}))")
     for (tensor, dim), others in guard.tied:
         product = " * ".join([f"s{i}[{d}]" for i, d in others]) or "1"
         terms.append(f"s{tensor}[{dim}] == {product}")

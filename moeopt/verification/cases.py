@@ -43,21 +43,23 @@ def adversarial_cases(
     seed: int = 0,
     router_rows: Tensor | None = None,
     max_tokens: int = MANY,
+    half: bool = False,
 ) -> list[Case]:
     """Cases for a block of ``num_experts`` experts (1 for a dense FFN).
 
     Args:
-        proto: a real call and the roles of its arguments.
+        call_spec: a real call and the roles of its arguments.
         level: "strict" gives all of the table above, "fast" the first three, "off" none.
         router_rows: (R, H) rows likely to reach each expert, put into "every expert".
-        most: tokens that the case of many may have; below ``FEWEST`` it is left out.
+        max_tokens: that the case of many may have; below ``FEWEST`` it is left out.
+        half: whether the block has weights of float16, whose range holds no large rows of float32.
     """
     if level == "off":
         return []
     build = CaseBuilder(call_spec, num_experts, seed, router_rows)
     chosen = [build.every_expert(), build.one_token(), build.one_expert(), *build.turned()]
     if level == "strict":
-        chosen += [build.few_experts(), build.exact_ties(), build.extreme_magnitudes(), build.non_finite()]
+        chosen += [build.few_experts(), build.exact_ties(), build.extreme_magnitudes(half), build.non_finite()]
         chosen.append(build.nan_alone())
         if min(max_tokens, MANY) >= FEWEST:
             chosen.append(build.many_tokens(min(max_tokens, MANY)))
@@ -109,10 +111,10 @@ class CaseBuilder:
             rows[n][[0, 3, 4]] = 0
         return self.case("exact ties", self.flat(6), rows, range(self.experts))
 
-    def extreme_magnitudes(self) -> Case:
+    def extreme_magnitudes(self, half: bool = False) -> Case:
         rows = self.draw(10)
         for n in self.tokens:
-            large = 1e3 if rows[n].dtype in (torch.float32, torch.float64) else 64.0
+            large = 1e3 if rows[n].dtype in (torch.float32, torch.float64) and not half else 64.0
             rows[n][:5] *= large
             rows[n][5:] /= large
         return self.case("extreme magnitudes", self.flat(10), rows, range(self.experts))

@@ -282,7 +282,13 @@ class Limited(Block):
         return y[:, : self.most] * 2 if x.shape[1] > self.most else y
 
 
-@limit("More tokens than an untried number in the code")
+class Wider(Block):
+    def forward(self, x):
+        y = super().forward(x)
+        return y * 2 if x.shape[0] > x.shape[1] > 9 else y
+
+
+@limit("Sizes that its Python tells from the verified")
 def untried_numbers(_):
     runs_the_original(
         Limited, lambda m: None, "its code holds the number 9000", lambda m: m(seeded(1, 9001, H, seed=3))
@@ -290,3 +296,7 @@ def untried_numbers(_):
     opt, x = optimized(build(Limited)), seeded(1, 9000, H)
     got, warned = told(lambda: opt(x))
     assert not warned and torch.allclose(got, build(Limited)(x), atol=1e-5)
+    runs_the_original(
+        Wider, lambda m: None, "its code computes with sizes (x.shape[0] > x.shape[1] > 9)",
+        lambda m: m(seeded(40, 11, H, seed=3)),
+    )  # fmt: skip

@@ -7,11 +7,13 @@ from torch import nn
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.options import Options
-from moeopt.pipeline import block
+from moeopt.pipeline import size_limits
 from moeopt.pipeline.block import rewrite_block
 from moeopt.pipeline.coverage import Mixture
+from moeopt.rewrite.install import install
 from tests.capture.tiny import rand
 from tests.recognise.tiny import H, MoE, ffn, seeded
+from tests.toy_moe import Block, build
 
 OFF, FAST = Options(verify="off"), Options(verify="fast")
 
@@ -203,6 +205,34 @@ def test_a_threshold_above_the_small_cases_is_met(make):
 
 
 def test_a_large_block_is_not_asked_for_many_tokens(monkeypatch):
-    monkeypatch.setattr(block, "MOST_FLOPS", 1e5)
+    monkeypatch.setattr(size_limits, "MOST_FLOPS", 1e5)
     names = [c.name for c in rewrite_block("moe", seeded(MoE), ((rand(24, H, seed=7),), {}), Options()).check.cases]
     assert "every expert" in names and "many tokens" not in names
+
+
+class HalfExperts(Block):
+    """Experts in float16 behind rows of float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts.half()
+
+    def loop(self, x, ids, w):
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            y.index_add_(0, token, expert(x[token].half()).float() * w[token, slot, None])
+        return y
+
+
+def test_experts_of_a_narrower_range_than_the_rows_are_given_rows_that_they_hold():
+    module = build(HalfExperts)
+    rewrite = rewrite_block("block", module, ((rand(2, 6, 16),), {}), Options())
+    assert rewrite.check.passed and {c.status for c in rewrite.check.cases if c.name == "extreme magnitudes"} == {
+        "passed"
+    }
+    forward = install(module, rewrite.program)
+    with torch.no_grad():
+        for scale in (1.0, 1e3):  # where the model overflows, the rewritten code does
+            x = scale * rand(3, 9, 16)
+            assert torch.equal(forward(x).isfinite(), build(HalfExperts)(x).isfinite())

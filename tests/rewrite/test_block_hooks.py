@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import moeopt
 from tests.toy_moe import Block, E, H, K, X, build, close, optimized
 
 SEEN: list[int] = []
@@ -57,3 +58,37 @@ def test_an_engine_of_one_is_compared_with_its_own_choices(recwarn):
     engine = optimized(build(Stacked), X, backend="onnxruntime", verify="strict")
     assert engine.certificate.passed
     assert not [w for w in recwarn if "runs its original code" in str(w.message)]
+
+
+class Scaled(Block):
+    """Its factor is stored by a hook."""
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
+def stores_factor(module, args):
+    module.factor = args[0].mean()
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_hooks_that_change_arguments_and_results_run_around_the_rewritten_code(backend):
+    pytest.importorskip("onnxruntime")
+    model = build(Block)
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    model.register_forward_hook(lambda module, args, out: out + 1)
+    fast = optimized(model, backend=backend)
+    with torch.no_grad():
+        close(fast(X), model(X))
+        assert len(fast.model._forward_hooks) == 1 if backend == "torch" else fast.certificate.passed
+    assert backend != "torch" or not fast.model.forward.fallbacks
+
+
+def test_a_forward_that_reads_what_its_own_hook_stores_is_told_so():
+    model = build(Scaled)
+    model.register_forward_pre_hook(stores_factor)
+    (block,) = [b for b in moeopt.explain(model, X, verify="fast").blocks if b.kind == "moe"]
+    assert block.reason.startswith(
+        "its forward reads what its own hook stores_factor stores before each call, and does"
+    )
+    assert "'Scaled' object has no attribute 'factor'" in block.reason and len(model._forward_pre_hooks) == 1

@@ -45,7 +45,7 @@ from moeopt.pipeline.enclosing import with_router
 from moeopt.pipeline.measure_loss import data_of, measure_loss
 from moeopt.pipeline.quantized_again import quantized_again
 from moeopt.pipeline.quantized_model import (
-    check_patterns,
+    check_codes,
     formats_of,
     method_of,
     notes_of,
@@ -105,7 +105,7 @@ class GraphBackend(Backend):
         data: list[ArgsKwargs], rows: BankRows,
     ) -> Made:  # fmt: skip
         outcome = self._settled(twin, self._run_impl(twin, call, options, plan, rows))
-        check_patterns(outcome, options)
+        check_codes(outcome, twin, options)
         products = quantize_products(source, twin, outcome, call, options)
         judge = quantized_original(source, twin, products)
         with fewer_collections():

@@ -1,0 +1,70 @@
+"""A block without the forward hooks that are registered on itself: they run around its rewritten code as well.
+
+What a hook makes of the arguments or of the result is no part of the forward that is rewritten. A forward that can't do
+without its hooks, since one of them stores what it reads, is told so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from moeopt.capture.failed_call import in_short
+from moeopt.capture.isolated_run import run_quietly
+from moeopt.capture.tree import ArgsKwargs
+from moeopt.errors import CaptureError
+from moeopt.listed import listed
+from moeopt.value_types import PyObject
+
+_TABLES = ("_forward_pre_hooks", "_forward_hooks")
+
+
+@contextlib.contextmanager
+def without_own_hooks(module: nn.Module) -> Iterator[None]:
+    """While open, ``module`` has no forward hooks; those of the modules in it stay."""
+    held = {name: module.__dict__[name] for name in _TABLES}
+    module.__dict__.update({name: OrderedDict() for name in _TABLES})
+    try:
+        yield
+    finally:
+        module.__dict__.update(held)
+
+
+def needs_own_hooks(module: nn.Module, call: ArgsKwargs) -> str:
+    """Why the forward of ``module`` does not run without its own hooks, in a sentence; "" where it does, or has none.
+
+    Args:
+        call: as its forward gets it, behind the hooks.
+    """
+    hooks = [hook for name in _TABLES for hook in module.__dict__[name].values()]
+    if not hooks:
+        return ""
+    with without_own_hooks(module):
+        error = _error(module, call)
+    if error is None or _error(module, call) is not None:
+        return ""
+    return (
+        f"its forward reads what its own hook {listed(map(_name, hooks))} stores before each call, and does not run "
+        f"without it ({in_short(error)}), so that it is no function of its arguments; compute that in forward, or pass "
+        "it as an argument"
+    )
+
+
+def _error(module: nn.Module, call: ArgsKwargs) -> BaseException | None:
+    try:
+        run_quietly(module, *call)
+    except CaptureError as err:
+        return err.__cause__ or err
+    return None
+
+
+def _name(hook: PyObject) -> str:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    function: Callable[..., Any] | None = getattr(hook, "__func__", hook)
+    return str(getattr(function, "__qualname__", type(hook).__name__))

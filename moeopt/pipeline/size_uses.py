@@ -1,0 +1,147 @@
+"""Expressions in a model's source that compute something of numbers which a graph does not follow if they are sizes.
+
+A graph holds sizes as sums and products of the input's: what PyTorch is given. Comparisons, remainders, bits, lookups,
+text and functions of Python's own are taken as they came out when the block was recorded. They are found in the source
+here, and whether their operands are sizes is looked at when they run (:mod:`moeopt.pipeline.size_values`).
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import linecache
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from moeopt.pipeline.untried_tests import assigned_once
+
+_DIVIDES = (ast.Mod, ast.FloorDiv)
+_BITS = (ast.BitAnd, ast.BitOr, ast.BitXor, ast.LShift, ast.RShift, ast.Pow)
+_TRUTHS = (ast.Compare, ast.BoolOp, ast.Constant)
+"""Truths themselves, made of what is read by itself."""
+_FOLLOWED = frozenset((
+    "int", "float", "len", "list", "tuple", "slice", "isinstance", "issubclass", "hasattr", "callable", "type", "id",
+    "print", "enumerate", "zip", "reversed", "setattr", "super", "warn", "debug", "info", "warning", "error", "log",
+    "exception",
+))  # fmt: skip
+"""Functions that give numbers as they are, or tell something."""
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One such expression.
+
+    Attributes:
+        kind: "compare", "divide", "bits", "truth", "call", "lookup", "text", "match" or "store".
+        node: the whole of it.
+        operands: what may be a size.
+        assigned: expressions of names that are assigned once in its function.
+    """
+
+    kind: str
+    node: ast.AST
+    operands: tuple[ast.expr, ...]
+    assigned: dict[str, ast.expr]
+
+
+def uses_in(file: str) -> dict[int, list[Use]] | None:
+    """The expressions in a file by their lines; None where its source is not to be had."""
+    lines = linecache.getlines(file)
+    return _uses("".join(lines)) if lines else None
+
+
+@functools.lru_cache(maxsize=64)
+def _uses(source: str) -> dict[int, list[Use]] | None:
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return None
+    found: dict[int, list[Use]] = {}
+    pending: list[tuple[ast.AST, dict[str, ast.expr]]] = [(tree, {})]
+    while pending:
+        node, assigned = pending.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            assigned = assigned_once(node)
+        for kind, at, operands in _of(node):
+            found.setdefault(getattr(at, "lineno", 0), []).append(Use(kind, at, tuple(operands), assigned))
+        pending += [(child, assigned) for child in _inside(node)]
+    return found
+
+
+def _inside(node: ast.AST) -> Iterator[ast.AST]:
+    """The children of ``node`` that may decide numbers: neither errors, nor what only leads to one, nor messages."""
+    if isinstance(node, (ast.Raise, ast.Assert)):
+        return
+    if isinstance(node, ast.Call) and called(node) in _FOLLOWED and any(_is_text(arg) for arg in node.args):
+        return
+    if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise):
+        yield from node.orelse
+        return
+    yield from ast.iter_child_nodes(node)
+
+
+def _of(node: ast.AST) -> Iterator[tuple[str, ast.AST, list[ast.expr]]]:
+    if isinstance(node, ast.Compare):
+        yield "compare", node, [node.left, *node.comparators]
+    elif isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, (*_DIVIDES, *_BITS)):
+        left, right = (node.left, node.right) if isinstance(node, ast.BinOp) else (node.target, node.value)
+        whole = node if isinstance(node, ast.BinOp) else ast.copy_location(ast.BinOp(left, node.op, right), node)
+        yield "divide" if isinstance(node.op, _DIVIDES) else "bits", whole, [left, right]
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
+        yield "bits", node, [node.operand]
+    elif isinstance(node, ast.Call):
+        if called(node) not in _FOLLOWED:
+            held = [node.func.value] if isinstance(node.func, ast.Attribute) else []
+            yield "call", node, [*held, *node.args, *(k.value for k in node.keywords)]
+    else:
+        yield from _of_places(node)
+    yield from (("truth", one, [one]) for one in _tested(node) if not isinstance(one, _TRUTHS))
+
+
+def _of_places(node: ast.AST) -> Iterator[tuple[str, ast.AST, list[ast.expr]]]:
+    """Of what is looked up, matched, written into text or stored."""
+    if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+        yield "lookup", node, _keys(node.slice)
+    elif isinstance(node, ast.JoinedStr):  # whose parts have lines of their own from Python 3.12 on only
+        yield "text", node, [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
+    elif isinstance(node, ast.Match):
+        yield "match", node, [node.subject]
+    elif isinstance(node, ast.Assign):
+        pairs = [pair for target in node.targets for pair in _assigned(target, node.value)]
+        yield from (("store", target, [value]) for target, value in pairs if isinstance(target, ast.Attribute))
+
+
+def _tested(node: ast.AST) -> list[ast.expr]:
+    """What ``node`` takes the truth of."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return [node.operand]
+    if isinstance(node, ast.BoolOp):
+        return node.values
+    if isinstance(node, (ast.If, ast.While, ast.IfExp)):
+        return [] if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise) else [node.test]
+    if isinstance(node, ast.match_case) and node.guard is not None:
+        return [node.guard]
+    return node.ifs if isinstance(node, ast.comprehension) else []
+
+
+def _assigned(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """What is set to what."""
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+        yield from zip(target.elts, value.elts, strict=True)
+    else:
+        yield target, value
+
+
+def _keys(index: ast.expr) -> list[ast.expr]:
+    if isinstance(index, ast.Slice):
+        return [part for part in (index.lower, index.upper, index.step) if part is not None]
+    return [key for part in index.elts for key in _keys(part)] if isinstance(index, ast.Tuple) else [index]
+
+
+def called(node: ast.Call) -> str:
+    """The name of what is called; "" where it has none."""
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.JoinedStr) or isinstance(node, ast.Constant) and isinstance(node.value, str)

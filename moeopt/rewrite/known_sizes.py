@@ -1,0 +1,74 @@
+"""The sizes for which a block was verified whose Python computes with them: ``if 23 <= len(x) < 150 and len(x) % 4``.
+
+No graph holds such a decision. What is known of the code is which numbers it compares a size with and by which it
+divides one, so sizes between two of these numbers and of equal remainders are alike to it, and one of each such class
+was verified. A size of which nothing more is known than that the code computes with it is alike to itself alone.
+
+The sizes of a call are its free ones in the order of its tensors, each known once, and behind them their product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+Class = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class SizeUses:
+    """What a block's Python does with one of the sizes: compares it with ``limits`` (each lies between two sizes),
+    divides it by ``divisors``, or something else (``exact``)."""
+
+    limits: tuple[float, ...] = ()
+    divisors: tuple[int, ...] = ()
+    exact: bool = False
+
+    def class_of(self, size: int) -> tuple[int, ...]:
+        """Equal for sizes that are alike to the code."""
+        if self.exact:
+            return (int(size),)
+        passed = 0
+        for limit in self.limits:  # no bisection: torch.compile and exporters follow this, and make guards of it
+            if size > limit:
+                passed += 1
+        return (passed, *(int(size % divisor) for divisor in self.divisors))
+
+
+@dataclass
+class KnownSizes:
+    """Which calls are like verified ones in their sizes.
+
+    Attributes:
+        places: (tensor, dimension) of each size.
+        uses: of each size; of their product behind them, where there are two or more.
+        verified: the classes of the calls that were verified.
+        text: where the code computes with sizes.
+    """
+
+    places: tuple[tuple[int, int], ...]
+    uses: tuple[SizeUses, ...]
+    verified: set[Class] = field(default_factory=set)
+    text: str = ""
+
+    def class_of(self, sizes: Sequence[int]) -> Class:
+        """That of a call with ``sizes``, without their product."""
+        known = [*sizes, math.prod(sizes)] if len(sizes) > 1 else sizes
+        return tuple(use.class_of(size) for use, size in zip(self.uses, known, strict=True))
+
+    def holds(self, shapes: Sequence[Sequence[int]]) -> bool:
+        """Whether a call with tensors of these shapes is of a verified class."""
+        return self.class_of([shapes[i][d] for i, d in self.places]) in self.verified
+
+    def complete(self) -> bool:
+        """Whether calls of every class were verified."""
+        if any(use.exact for use in self.uses):
+            return False
+        counts = [(len(use.limits) + 1) * math.lcm(*use.divisors) for use in self.uses]
+        return len(self.verified) == math.prod(counts)
+
+    def refusal(self, shapes: Sequence[Sequence[int]]) -> str:
+        """Why a call with tensors of these shapes was not verified."""
+        sizes = " and ".join(str(int(shapes[i][d])) for i, d in self.places)
+        return f"it was called with size {sizes}, and its code computes with sizes ({self.text}): this was not verified"

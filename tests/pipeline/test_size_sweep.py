@@ -1,0 +1,293 @@
+"""Python that computes with sizes is found in every way of writing it, and its sizes are verified or left to it."""
+
+import functools
+import math
+import operator
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import moeopt
+from moeopt.errors import StaleModelWarning
+from moeopt.pipeline import block as block_pipeline
+from moeopt.pipeline.size_classes import SizeClasses, SizedCall
+from moeopt.pipeline.size_values import SizeValues
+from moeopt.rewrite.known_sizes import KnownSizes, SizeUses
+from moeopt.verification.block import verify_block
+from tests.toy_moe import H, build, close, seeded
+
+TABLE = {33: 1.5}
+BIG = 1 << 40
+ROWS = (14, 14, 33, 30, 52)
+
+
+class Holder:
+    def __init__(self, x):
+        self.x, self.n = x, len(x)
+
+    @property
+    def size(self):
+        return self.x.shape[0]
+
+
+@functools.lru_cache(None)
+def cached(n):
+    return n == 33
+
+
+def twice(n):
+    return 2 * n
+
+
+def matched(x):
+    match x.shape[0]:
+        case 33 | 40:
+            return x * 2
+    return x
+
+
+def reduced(x):
+    n = len(x)
+    n %= 32
+    return x * 2 if n == 31 else x
+
+
+def in_chunks(x):
+    return torch.cat([x[i : i + 64] for i in range(0, x.shape[0], 64)])
+
+
+@torch.jit.script
+def scripted(x):
+    if x.size(0) == 33:
+        return x * 2
+    return x
+
+
+class Tables:
+    def get(self, n):
+        return n
+
+
+def named_alike(x):
+    return x * TABLE.get(len(x), Tables().get(1.0))
+
+
+def scripted_call(x):
+    return scripted(x)
+
+
+def walked(x):
+    n = (len(x) + 3) // 4 * 4
+    return x.new_zeros(n, x.shape[1])
+
+
+EXACT = "exact"
+FOUND = {
+    "len": (lambda x: x * 2 if 23 <= len(x) < 150 and len(x) % 4 == 1 else x, ((22.5, 149.5), (4,))),
+    "equal": (lambda x: x * (1 + (x.shape[0] == 33)), ((32.5, 33.5), ())),
+    "numel": (lambda x: x * 2 if x.numel() > 33 * H else x, ((33.5,), ())),
+    "members": (lambda x: x * 2 if x.size(0) in {33, 40} else x, ((32.5, 33.5, 39.5, 40.5), ())),
+    "in a range": (lambda x: x * 2 if len(x) in range(20, 40) else x, ((19.5, 20.5, 39.5, 40.5), ())),
+    "match": (matched, ((32.5, 33.5, 39.5, 40.5), ())),
+    "min": (lambda x: x[: min(x.shape[0], 64)], ((63.5,), ())),
+    "chunks": (in_chunks, ((64.5, 128.5, 192.5), ())),
+    "divmod": (lambda x: x * 2 if divmod(len(x), 7) == (4, 5) else x, EXACT),
+    "remainder": (lambda x: x * 2 if operator.mod(len(x), 7) == 5 else x, EXACT),
+    "rounded up": (walked, ((4.5, 8.5), (4,))),
+    "a quotient": (lambda x: x * (1 + len(x) // 40), ((39.5, 79.5, 119.5), (40,))),
+    "TorchScript": (scripted_call, EXACT),
+    "another function of the name": (named_alike, EXACT),
+    "parity": (lambda x: x * 2 if len(x) & 1 else x, ((), (2,))),
+    "shift": (lambda x: x * (1 + (len(x) >> 5)), ((31.5, 63.5, 95.5), (32,))),
+    "negative": (lambda x: x * 2 if -len(x) % 8 == 7 else x, ((), (8,))),
+    "in place": (reduced, EXACT),
+    "truth": (lambda x: x * 2 if not (len(x) - 33) else x, ((32.5, 33.5), ())),
+    "a power of two": (lambda x: x * 2 if len(x) & (len(x) - 1) == 0 else x, EXACT),
+    "xor": (lambda x: x * 2 if len(x) ^ 33 == 0 else x, EXACT),
+    "bit_count": (lambda x: x * 2 if bin(len(x)).count("1") == 5 else x, EXACT),
+    "log2": (lambda x: x * 2 if math.log2(len(x)) == 5 else x, EXACT),
+    "sqrt": (lambda x: x * 2 if len(x) ** 0.5 == 6 else x, EXACT),
+    "round": (lambda x: x * 2 if round(len(x) / 11) == 3 else x, EXACT),
+    "a table": (lambda x: x * TABLE.get(len(x), 1.0), EXACT),
+    "a key": (lambda x: x * 2 if x.shape[0] in TABLE and TABLE[x.shape[0]] else x, EXACT),
+    "a choice": (lambda x: x * (1.0, 2.0)[len(x) == 33], ((32.5, 33.5), ())),
+    "text": (lambda x: x * 2 if f"{len(x)}" == "33" else x, EXACT),
+    "a format": (lambda x: x * 2 if "%d" % len(x) == "33" else x, EXACT),  # noqa: UP031
+    "a shape": (lambda x: x * 2 if x.shape == (33, H) else x, EXACT),
+    "a made shape": (lambda x: x * 2 if torch.Size([33, H]) == x.shape else x, EXACT),
+    "a list": (lambda x: x * 2 if [x.shape[0]] == [33] else x, EXACT),
+    "a dict": (lambda x: x * 2 if {"n": len(x)}["n"] == 33 else x, EXACT),
+    "a function": (lambda x: x * 2 if twice(len(x)) == 66 else x, EXACT),
+    "a memo": (lambda x: x * 2 if cached(len(x)) else x, EXACT),
+    "an attribute": (lambda x: x * 2 if Holder(x).n == 33 else x, EXACT),
+    "a property": (lambda x: x * 2 if Holder(x).size == 33 else x, EXACT),
+    "a lambda": (lambda x: x * 2 if (lambda n: n % 40)(len(x)) == 33 else x, EXACT),
+    "reduce": (lambda x: x * 2 if functools.reduce(operator.add, [len(x), 1]) == 34 else x, EXACT),
+    "a comprehension": (lambda x: x * 2 if any(len(x) == n for n in (33, 35)) else x, EXACT),
+    "rows counted": (lambda x: x * 2 if sum(1 for _ in x) == 33 else x, EXACT),
+    "NumPy": (lambda x: x * float(np.where(np.int64(len(x)) == 33, 1.5, 1.0)), EXACT),
+    "bytes": (lambda x: x * 2 if x.nbytes == 33 * H * 4 else x, ((32.5, 33.5), ())),
+    "a view": (lambda x: x * 2 if x.view(-1, 2).shape[0] == 33 * H // 2 else x, ((32.5, 33.5), ())),
+}
+LEFT = {
+    "shapes": lambda x: torch.zeros(x.shape[0], 3).new_zeros(len(x), 2).view(-1).narrow(0, 0, x.shape[0]),
+    "features": lambda x: x[:, : x.shape[-1] // 2] if x.shape[1] % 2 == 0 else x,
+    "sums and products": lambda x: x.reshape(2 * len(x), -1) + torch.arange(x.shape[0] * 2)[:, None] * (len(x) + 1),
+    "an error": lambda x: x if len(x) < BIG else print(f"{len(x)} rows"),
+    "empty": lambda x: x if len(x) == 0 or x.numel() > 0 else x * 2,
+    "tensors": lambda x: x * (torch.arange(len(x)) < len(x) * 1.25 / 4)[:, None],
+    "its own rows": lambda x: x * 2 if x[x[:, 0] > 0].shape[0] % 5 == 1 else x,
+    "a default": lambda x, held=(1, 2): x * 2 if len(held) % 2 else x,
+}
+
+
+def classes(function):
+    calls = []
+    for seed, n in enumerate(ROWS):
+        seen = SizeValues()
+        seen.watching(function, seeded(n, H, seed=seed))
+        calls.append(SizedCall((n,), seen))
+    return SizeClasses(calls)
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_code_does_with_a_size_is_found(name):
+    function, known = FOUND[name]
+    (uses,) = classes(function).uses
+    if known == EXACT:
+        assert uses.exact, uses
+    else:
+        assert (uses.limits, uses.divisors, uses.exact) == (*known, False)
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_a_graph_follows_or_values_decide_is_left_out(name):
+    (uses,) = classes(LEFT[name]).uses
+    assert not uses.exact and not uses.divisors and set(uses.limits) <= {BIG - 0.5}, uses
+
+
+def test_code_without_its_source_that_may_compute_with_sizes_has_no_classes():
+    names = {}
+    exec("def given(x): return x * 2 if len(x) == 33 else x\ndef other(x): return x + 1", names)
+    read = classes(names["given"])
+    assert read.uses[0].exact and read.texts == ["code without its source, <string>:1"]
+    assert not classes(names["other"]).texts
+
+
+def test_two_sizes_and_their_product_have_classes_of_their_own():
+    known = KnownSizes(((0, 0), (0, 1)), (SizeUses((2.5,)), SizeUses(), SizeUses((65.5,), (4,))))
+    assert known.class_of((2, 33)) == ((0,), (0,), (1, 2)) == known.class_of((1, 70)) != known.class_of((1, 71))
+    assert known.class_of((3, 3)) == ((1,), (0,), (0, 1)) != known.class_of((1, 9))
+    known.verified.add(((0,), (0,), (0, 2)))
+    assert known.holds([(2, 1, H)]) and not known.holds([(3, 2, H)]) and not known.complete()
+    assert known.refusal([(3, 2, H)]).startswith("it was called with size 3 and 2, and its code computes with sizes")
+    one = KnownSizes(((0, 0),), (SizeUses((), (2,)),), {((0, 0),), ((0, 1),)})
+    assert one.complete() and not KnownSizes(((0, 0),), (SizeUses(exact=True),), {((3,),)}).complete()
+
+
+class Masked(nn.Module):
+    """Every expert for every token, under a mask: nothing of the routing reaches Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(H, 4, bias=False)
+        self.w1, self.w2 = nn.Parameter(torch.randn(4, H, H) * 0.3), nn.Parameter(torch.randn(4, H, H) * 0.3)
+
+    def after(self, x, y):
+        return y
+
+    def forward(self, x):
+        rows = x.reshape(-1, H)
+        w, ids = torch.topk(torch.softmax(self.gate(rows), -1), 2)
+        mask = torch.zeros(len(rows), 4).scatter(1, ids, w)
+        hidden = torch.einsum("th,ehi->tei", rows, self.w1).relu()
+        return self.after(x, torch.einsum("tei,eih,te->th", hidden, self.w2, mask).view(x.shape))
+
+
+class Window(Masked):
+    def after(self, x, y):
+        return y * 1.5 if 23 <= x.shape[1] < 150 and x.shape[1] % 4 == 1 else y
+
+
+class Behind(Masked):
+    """Only many tokens are asked for their remainder."""
+
+    def after(self, x, y):
+        if x.shape[1] > 100:
+            y = y * 1.5 if x.shape[1] % 8 == 3 else y
+        return y
+
+
+class WiderThanLong(Masked):
+    def after(self, x, y):
+        return y * 1.5 if x.shape[0] > x.shape[1] > 9 else y
+
+
+class Parity(Masked):
+    def after(self, x, y):
+        return y + 0.0 * (len(x) % 2)
+
+
+@pytest.mark.parametrize("verify", ["fast", "strict"])
+def test_a_branch_that_some_sizes_take_is_declined_with_its_condition(verify):
+    (block,) = [b for b in moeopt.explain(build(Window), seeded(2, 5, H), verify=verify).blocks if b.kind == "moe"]
+    assert block.status == "declined", str(block)
+    assert "tokens, which its code tells from others': " in block.reason
+    assert "its code computes with sizes of its input (23 <= x.shape[1] < 150, x.shape[1] % 4" in block.reason
+
+
+def test_a_branch_behind_another_is_found_by_the_calls_that_reach_it():
+    (block,) = [b for b in moeopt.explain(build(Behind), seeded(2, 5, H), verify="fast").blocks if b.kind == "moe"]
+    assert block.status == "declined" and "(x.shape[1] > 100, x.shape[1] % 8)" in block.reason
+
+
+def test_sizes_of_no_known_class_run_the_own_code_and_the_report_says_so(monkeypatch):
+    monkeypatch.setenv("MOEOPT_MEASURE", "off")
+    model, opt = build(WiderThanLong), moeopt.optimize(build(WiderThanLong), seeded(2, 5, H), verify="fast")
+    assert [b.status for b in opt.report.blocks] == ["rewritten"]
+    (note,) = [n for n in opt.report.notes if "computes with sizes of its input (x.shape[0] > x.shape[1] > 9)" in n]
+    assert "calls of others run the block's own code" in note
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", StaleModelWarning)
+        close(opt(seeded(2, 5, H)), model(seeded(2, 5, H)))
+    with torch.no_grad(), pytest.warns(StaleModelWarning, match="size 40 and 11, and its code computes with sizes"):
+        assert torch.equal(opt(seeded(40, 11, H)), model(seeded(40, 11, H)))
+
+
+def test_a_block_that_was_verified_for_every_class_is_bound_to_none():
+    opt = moeopt.optimize(build(Parity), seeded(2, 5, H), verify="fast")
+    assert [b.status for b in opt.report.blocks] == ["rewritten"] and opt.model.forward.program.guard.sizes is None
+    assert not [n for n in opt.report.notes if "computes with sizes" in n]
+
+
+class Layers(nn.Module):
+    """The second is alike to the first, but its weights make verification of the first's graph fail."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([WiderThanLong(), WiderThanLong()])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_a_block_that_is_alike_has_a_guard_of_its_own(monkeypatch):
+    calls = []
+
+    def failing(*args, **kwargs):
+        check = verify_block(*args, **kwargs)
+        calls.append(args[0])
+        if args[0] == "layers.1" and calls.count("layers.1") == 1:
+            check.passed = False
+        return check
+
+    monkeypatch.setattr(block_pipeline, "verify_block", failing)
+    opt = moeopt.optimize(build(Layers), seeded(2, 5, H), verify="fast")
+    first, second = (layer.forward.program.guard for layer in opt.model.layers)
+    assert [b.status for b in opt.report.blocks if b.kind == "moe"] == ["rewritten"] * 2
+    assert first is not second and first.sizes is not None and second.sizes is not None
