@@ -246,3 +246,23 @@ class AdaptedRows(nn.Module):
 @case(seq(D), experts=N, expect="either")
 def adapters_on_picked_rows():
     return AdaptedRows()
+
+
+class Visual(nn.Module):
+    """A network for places inside an image, and one for all others: a flag that neighbours decide (CogVLM)."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.image = ffn(), ffn()
+
+    def forward(self, x, kinds):
+        visual = torch.zeros_like(kinds, dtype=torch.bool)
+        visual[:, :-1] = (kinds[:, :-1] == 1) & (kinds[:, 1:] == 1)
+        y = torch.empty_like(x)
+        y[visual], y[~visual] = self.image(x[visual]), self.text(x[~visual])
+        return y
+
+
+@case(with_choice((0, 1)), experts=2)
+def experts_of_a_flag():
+    return Visual()
