@@ -181,7 +181,7 @@ class Finder:
         )  # a loop over the batch visits each several times
         if kind == "moe":
             rows = {self.leaves[c.out][0]: c.ins[0].operand for c in group}
-            experts = counted_by_name(rows, self.named, self._twins) or experts
+            experts = counted_by_name(rows, self.named, self._twins, paths - {*rows}) or experts
         if kind == "moe" and experts == 1:  # one product of all
             experts = max([1, *(len_of_stack(c.out.matmul) for c in group)])
         return BlockCandidate(
