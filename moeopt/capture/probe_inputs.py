@@ -37,7 +37,7 @@ def call_specs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[CallSp
     for axis, lead in readings:
         grid = tuple(first.movedim(axis, -1).shape[:lead])
         roles = tuple(_leaf(t, first, grid, axis, lead) for t in leaves)
-        for reading in (*_readings(roles, leaves), *_of_sequences(roles, leaves, grid)):
+        for reading in (*_of_sequences(roles, leaves, grid), *_readings(roles, leaves)):
             try:
                 yield CallSpec(tuple(args), dict(kwargs), reading)
             except UsageError:  # the arguments' sizes do not fit this reading

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from moeopt.capture.op_kinds import is_pointwise, op_name
+from moeopt.capture.op_kinds import is_pointwise, op_name, picks_rows
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Call
 from moeopt.recognise.ffn_candidates import FFNCandidate
@@ -56,6 +57,30 @@ def numbered_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[int, str
     for i, part in enumerate(parts):
         if re.search(r"\d", part):
             yield i, ".".join([*parts[:i], re.sub(r"\d+", "#", part), *parts[i + 1 :]]), tensor.shape
+
+
+def counted_by_name(
+    rows: Mapping[str, fx.Node], named: Mapping[str, torch.Tensor], twins: Mapping[Any, int], firsts: set[str]
+) -> int:
+    """How many experts the list has in which most of some matrices lie, those that the example does not name too, and
+    others beside it; a shared one does not read rows that are picked where they do. 0: they lie in no list.
+
+    Args:
+        rows: what each matrix multiplies, by its name.
+        twins: of each numbered part of a name, how many tensors have it in common.
+        firsts: names of the experts' first matrices.
+    """
+    if any(path not in named or named[path].dim() > 2 for path in rows):
+        return 0
+    held = {path: {key[:2] for key in numbered_tensors(path, named[path])} for path in rows}
+    lists = Counter(key for keys in held.values() for key in keys)
+    home, members = max(lists.items(), key=lambda found: found[1], default=((0, ""), 0))
+    ins = {key[:2] for path in firsts if path in named for key in numbered_tensors(path, named[path])}
+    if home in ins:  # one list of first and last matrices
+        return 0
+    routed = any(picks_rows(rows[path]) for path in rows if home in held[path])
+    beside = sum(picks_rows(rows[path]) or not routed for path in rows if home not in held[path])
+    return twins[home] + beside if members > 1 else 0
 
 
 def layers_of(module: nn.Module) -> int:

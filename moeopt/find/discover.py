@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import record
 from moeopt.capture.unregistered import is_registered, registered, unregistered
 from moeopt.find.block_candidates import BlockCandidate
@@ -26,7 +27,7 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     Raises:
         CaptureError: the model does not run on these inputs.
     """
-    held = unregistered(model)
+    held = unregistered(model, objects=True)
     with registered(model, held):
         tape = record(model, args, kwargs, keep_values=False, lenient=True)
         sites, leaves = light_sites(tape)
@@ -37,4 +38,20 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         for place in (q for p in places for q in (p, *p.alone) if q.weights & hidden and not q.reason):
             place.levels = [level for level in place.levels if is_registered(level.path)]
             place.call, place.reason = place.levels[0], one.reason
-    return places
+    return _without_parts(places)
+
+
+def _without_parts(places: list[BlockCandidate]) -> list[BlockCandidate]:
+    """Of declined places for one reason in one call, those that read what another's experts give are the same experts:
+    adapters of their last matrix, behind adapters of the first ones."""
+    kept: list[BlockCandidate] = []
+    for place in places:
+        reads = ancestors(s.operand for c in place.candidates for s in c.ins) if place.reason else set()
+        before = (p for p in kept if p.reason == place.reason and p.call is place.call)
+        whole = next((p for p in before if any(out.node in reads for c in p.candidates for out in c.outs)), None)
+        if whole is None:
+            kept.append(place)
+        else:
+            whole.experts = min(filter(None, (whole.experts, place.experts)), default=None)
+            whole.weights |= place.weights
+    return kept

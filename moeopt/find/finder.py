@@ -12,7 +12,15 @@ from torch import fx, nn
 
 from moeopt.capture.op_kinds import is_pointwise, moves_rows, op_name, picks_rows
 from moeopt.capture.tape import Call, Tape
-from moeopt.find.block_candidates import BlockCandidate, closest, each_once, identity_of, len_of_stack, numbered_tensors
+from moeopt.find.block_candidates import (
+    BlockCandidate,
+    closest,
+    counted_by_name,
+    each_once,
+    identity_of,
+    len_of_stack,
+    numbered_tensors,
+)
 from moeopt.find.module_lists import results_meet, row_sources
 from moeopt.find.single_products import single_products
 from moeopt.find.unread_blocks import UnreadBlocks
@@ -49,6 +57,7 @@ class Finder:
         used = {path for path, _ in leaves.values()}
         self.idle = {key for name, t in self.named.items() if name not in used for key in numbered_tensors(name, t)}
         self._tensors_of: dict[nn.Module, set[int]] = {}
+        self._twins = Counter(key[:2] for name, t in self.named.items() for key in numbered_tensors(name, t))
 
     def _common(self, sites: list[GemmSite]) -> int:
         stacks = [self.tape.stack(s.matmul.meta["call"]) for s in sites]
@@ -170,6 +179,9 @@ class Finder:
         experts = max(
             len(set(map(identity_of, end))) for end in ends
         )  # a loop over the batch visits each several times
+        if kind == "moe":
+            rows = {self.leaves[c.out][0]: c.ins[0].operand for c in group}
+            experts = counted_by_name(rows, self.named, self._twins, paths - {*rows}) or experts
         if kind == "moe" and experts == 1:  # one product of all
             experts = max([1, *(len_of_stack(c.out.matmul) for c in group)])
         return BlockCandidate(

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from moeopt.capture.op_kinds import CHOICES_AMONG, is_matmul, is_pointwise, moves_rows, op_name
+from moeopt.capture.replay import ancestors
 from moeopt.find.block_candidates import BlockCandidate
 from moeopt.find.light_sites import leaf_of
 from moeopt.find.module_lists import gate_width
@@ -91,9 +92,12 @@ def _product_before(node: fx.Node, memo: dict[fx.Node, bool]) -> fx.Node | None:
 
 def _choice(unread: UnreadBlocks, mask: fx.Node, first: fx.Node, memo: dict[fx.Node, bool]) -> fx.Node | None:
     """The choice that ``mask`` is made of, by no product with a Parameter on the way; None where it, or what it chooses
-    by, is made of the neurons that ``first`` gives, or of a Parameter's numbers."""
+    by, is made of the neurons that ``first`` gives, or of a Parameter's numbers.
+
+    Nor may as many neurons of another product be a part of it: rows that a router picked, gate and up, are no mask.
+    """
     queue, seen = deque([mask]), {mask}
-    choice = None
+    choice, neurons = None, list[fx.Node]()
     while queue and len(seen) < _STEPS:
         node = queue.popleft()
         learned = node.op == "get_attr" and isinstance(unread.named.get(str(node.target)), nn.Parameter)
@@ -103,7 +107,9 @@ def _choice(unread: UnreadBlocks, mask: fx.Node, first: fx.Node, memo: dict[fx.N
             choice = node
         found = weight_and_operand(node, memo) if is_matmul(node) else None
         held = unread.named.get(leaf_of(unread.tape, found[0])[0]) if found is not None else None
+        if isinstance(held, nn.Parameter) and node.meta["shape"][-1] == first.meta["shape"][-1]:
+            neurons.append(node)
         fresh = [a for a in node.all_input_nodes if a not in seen and not isinstance(held, nn.Parameter)]
         seen.update(fresh)
         queue.extend(fresh)
-    return choice
+    return None if choice is None or set(neurons) - ancestors([choice]) else choice

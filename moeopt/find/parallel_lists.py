@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Collection, Sequence
 
-from torch import fx
+from torch import fx, nn
 
 from moeopt.capture.op_kinds import GATES, WEIGH, op_name
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Call
 from moeopt.capture.tree import leaves_of
+from moeopt.find.module_lists import alike_lists
 
 CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "kthvalue", "multinomial")
 
@@ -36,6 +38,23 @@ def one_mixture(first: Sequence[Call], other: Sequence[Call], routed: bool, star
     if all(inside):
         own, theirs = inside
     return not own.isdisjoint(theirs) or not (own and theirs)
+
+
+def called_by_layers(call: Call, children: Sequence[Call]) -> list[Call]:
+    """A call for each child of the lists of ``call``'s module that it does not call as a whole, but layers of: two or
+    more of its ``children``, the calls that it makes itself."""
+    called = {c.module for c in children}
+    lists = {m for one in alike_lists(call.module, same_sizes=False) for m in one if m not in called}
+    of = {part: m for m in lists for part in m.modules()}
+    layers: dict[nn.Module, list[Call]] = {}
+    for child in children:
+        if child.module in of:
+            layers.setdefault(of[child.module], []).append(child)
+    return [
+        dataclasses.replace(ran[0], module=m, last=ran[-1].last, output=ran[-1].output)
+        for m, ran in layers.items()
+        if len(ran) > 1
+    ]
 
 
 def are_layers(first: Sequence[Call], second: Sequence[Call]) -> bool:

@@ -18,7 +18,8 @@ from moeopt.recognise.row_graph import RowGraphReader
 
 def weighed_branches(tape: Tape, ran: Sequence[Call], same_sizes: bool = True) -> bool:
     """Whether the calls ``ran`` are one function of a row with two matmuls or more, over weights of their own, and
-    their results are multiplied by something else that is computed from the input. Heads of an attention mix rows.
+    their results are multiplied by something else that is computed from the input, or one of them is taken for each row
+    by a condition on it. Heads of an attention mix rows.
 
     Unless ``same_sizes``, functions of several widths are one where they make the same calls.
     """
@@ -46,4 +47,17 @@ def weighed_branches(tape: Tape, ran: Sequence[Call], same_sizes: bool = True) -
         others = [a for a in node.all_input_nodes if a not in inside]
         if op_name(node) in WEIGH and any(n.op == "placeholder" for n in ancestors(others)):
             return True
-    return False
+    return _taken_by_conditions(after, inside, len(ran))
+
+
+def _taken_by_conditions(after: Sequence[fx.Node], inside: set[fx.Node], branches: int) -> bool:
+    """Whether ``torch.where`` takes one of the branches' results for each row: a condition of the input for each of
+    them, but for the last; padding that is masked is one for all of them."""
+    conditions = set[fx.Node]()
+    for node in after:
+        if op_name(node) != "where" or len(node.args) < 3 or not isinstance(node.args[0], fx.Node):
+            continue
+        condition, between_two = node.args[0], all(v in inside for v in node.args[1:])
+        if any(n.op == "placeholder" for n in ancestors([condition])) and (branches > 2 or between_two):
+            conditions.add(condition)
+    return len(conditions) >= max(1, branches - 1)

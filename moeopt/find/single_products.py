@@ -5,6 +5,7 @@
     numbers   y[b] = experts[int(ids[b])]  one of a list or a stack for each sample, named by a number that was chosen
     sums      y = x (sum of g_e W_e)       the matrices are weighed, and no expert runs by itself
     gates     y = sum(gate_e * f_e(x))     all run, and a gate weighs them (``find.gated_products``)
+    compared  y = sum((n == e) * f_e(x))   all run, and a comparison keeps one (``find.compared_products``)
     vectors   y = f(x) * (sum of g_e V_e)  no expert is a product (``find.mixed_vectors``)
     neurons   y = (f(x W1) * mask) W2      groups of neurons, all computed, and masked (``find.neuron_groups``)
 
@@ -22,6 +23,7 @@ from torch import fx
 from moeopt.capture.op_kinds import is_matmul, moves_rows, op_name, picks_rows
 from moeopt.capture.replay import ancestors
 from moeopt.find.block_candidates import BlockCandidate, identity_of
+from moeopt.find.compared_products import compared_products
 from moeopt.find.gated_products import gated_products
 from moeopt.find.light_sites import leaf_of
 from moeopt.find.mixed_vectors import mixed_vectors
@@ -37,7 +39,7 @@ _CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "multin
 def single_products(unread: UnreadBlocks, places: list[BlockCandidate]) -> list[BlockCandidate]:
     """The mixtures of single products in the run of ``unread``, outside the calls of ``places``."""
     found: list[BlockCandidate] = []
-    for search in (_picked_weights, _picked_rows, _named_by_python, _summed_weights, gated_products):
+    for search in (_picked_weights, _picked_rows, _named_by_python, _summed_weights, gated_products, compared_products):
         taken = calls_of_blocks([*places, *found])
         known = {weight for p in (*places, *found) for weight in p.weights}
         found += [p for p in search(unread) if p.call.index not in taken and known.isdisjoint(p.weights)]

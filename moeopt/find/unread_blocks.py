@@ -16,7 +16,7 @@ from moeopt.capture.tree import leaves_of
 from moeopt.find.block_candidates import BlockCandidate, layers_of
 from moeopt.find.light_sites import leaf_of
 from moeopt.find.module_lists import alike_lists, feed_forward_lists, gate_width, made_by
-from moeopt.find.parallel_lists import are_layers, one_mixture
+from moeopt.find.parallel_lists import are_layers, called_by_layers, one_mixture
 from moeopt.find.row_branches import weighed_branches
 from moeopt.recognise.gemm_site import is_weight
 
@@ -53,6 +53,7 @@ class UnreadBlocks:
         taken = calls_of_blocks(places)
         for call in self.tape.calls:
             children = self.children(call)
+            children = children + called_by_layers(call, children)
             if not children or call.index in taken:
                 continue
             for ran, experts in self._experts_among(call, children):

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from moeopt.bundle.caches import opened
 from moeopt.errors import MoeoptError, NotSaveableError
 from moeopt.find.packed_weights import packed_weights
+from moeopt.lower.asked_lengths import asks_lengths
 from moeopt.lower.constant_reads import ConstantReads
 from moeopt.lower.export_errors import hidden_child, made_for_inference, obstacle_of, odd_argument, unwritable_name
 from moeopt.lower.layer_calls import replaced_forward
@@ -26,7 +27,7 @@ from moeopt.lower.settled_reads import settled_reads
 from moeopt.lower.specialization_guards import collect_specialization_guards, keeps_ones
 from moeopt.lower.stamps import Stamps
 from moeopt.lower.written_state import refuse_read_state, written_by
-from moeopt.patches import idle_moves, no_export_dump, one_trace
+from moeopt.patches import free_lengths, idle_moves, no_export_dump, one_trace
 from moeopt.rewrite.whole_model import tried
 from moeopt.value_types import PyObject
 from moeopt.verification.state import RestoreState
@@ -155,6 +156,7 @@ def _export(
         one_trace,
         torch.no_grad(),
         idle_moves(),
+        free_lengths(asks_lengths(model)),
         shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
         collect_specialization_guards(),
         no_export_dump(),

@@ -99,9 +99,9 @@ def counted_sizes(program: torch.export.ExportedProgram) -> list[str]:
     lines = ", ".join(dict.fromkeys(told.values()))
     return [
         f"the engine holds for calls where {' and '.join(told)}, as in the example call: the model's Python makes a "
-        f"plain number of this size (at {lines}), as a loop over places, a recurrent layer, int(n) or len(x) does; "
-        "x.shape[0] in the place of len(x) stays free. Calls of other sizes are refused; for them optimise again with "
-        "example inputs of such sizes, or use backend='torch'"
+        f"plain number of this size (at {lines}), as a loop over places, a recurrent layer, int(n), or len(x) in a "
+        "function that is no method of a module does (x.shape[0] stays free there). Calls of other sizes are refused; "
+        "for them optimise again with example inputs of such sizes, or use backend='torch'"
     ]
 
 

@@ -13,10 +13,9 @@ block is left alone, and its owner is told.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.products import MOVING, WeightProduct, shape_of, weight_products
 from moeopt.onnx_in.regions import CandidateRegion
@@ -33,8 +32,12 @@ _FAR = 16
 """Nodes between a choice and the scores that it is made by, and between an expert and its rows."""
 
 
-def frozen_routing(candidate: CandidateRegion) -> str:
-    """Why the routing of a candidate looks frozen, a sentence for the file's owner; "" where it does not."""
+def frozen_routing(candidate: CandidateRegion, others: Iterable[CandidateRegion] = ()) -> str:
+    """Why the routing of a candidate looks frozen, a sentence for the file's owner; "" where it does not.
+
+    ``others`` are candidates of the same graph: where one of them holds every expert that the router scores, a smaller
+    number here is of experts that several of these share.
+    """
     index = candidate.index
     for product in candidate.chains.products:
         node = _constant_rows(index, product)
@@ -53,9 +56,12 @@ def frozen_routing(candidate: CandidateRegion) -> str:
             f"router chooses; {WAY_OUT}"
         )
     for region in candidate.regions[:1]:
-        scored = _scored(index, region, {p.at for p in candidate.chains.products})
+        own = {p.at for p in candidate.chains.products}
+        nodes = {id(node): node for node in (*region.nodes, *_before_rows(candidate))}
+        choice, scored = _scored(index, list(nodes.values()), own)
         count = candidate.chains.experts
-        if scored > count:
+        whole = (o for o in others if o.chains.experts == scored and any(choice in r.nodes for r in o.regions[:1]))
+        if scored > count and next(whole, None) is None:
             return (
                 f"{BROKEN}, unless some scores are meant for no expert (null experts), which a file does not tell: "
                 f"its router scores {scored} experts, and the file holds {count}. An export that traces a loop over "
@@ -138,14 +144,30 @@ def _is_several(index: GraphIndex, value: OnnxValue) -> bool:
     return False
 
 
-def _scored(index: GraphIndex, region: GraphRegion, own: Collection[int]) -> int:
-    """How many experts the router of a region scores, as far as its choice tells; 0 where that is not to be seen.
+def _before_rows(candidate: CandidateRegion) -> list[OnnxNode]:
+    """What the first expert's rows are picked by, a few nodes back: a router that reads other values than the experts
+    is no part of their region."""
+    index, first = candidate.index, candidate.chains.products[0]
+    found: dict[int, OnnxNode] = {}
+    todo = [first.rows]
+    while todo and len(found) < 4 * _FAR:
+        value = todo.pop(0)
+        node = None if value is None or index.is_constant(value) else value.producer()
+        if node is not None and id(node) not in found:
+            found[id(node)] = node
+            todo.extend(node.inputs)
+    return list(found.values())
+
+
+def _scored(index: GraphIndex, nodes: Sequence[OnnxNode], own: Collection[int]) -> tuple[OnnxNode | None, int]:
+    """The choice among ``nodes``, and how many experts it is made of, as far as it tells; 0 where that is not to be
+    seen.
 
     ``own``: where the experts' products are; a choice that is made by what they give scores no columns of these.
     """
     products = weight_products(index)
-    inside = {id(node) for node in region.nodes}
-    for node in region.nodes:
+    inside = {id(node) for node in nodes}
+    for node in nodes:
         if node.op_type not in ("TopK", "ArgMax"):
             continue
         value = node.inputs[0]
@@ -155,11 +177,11 @@ def _scored(index: GraphIndex, region: GraphRegion, own: Collection[int]) -> int
                 break
             product = products.get(index.at(value))
             if product is not None and product.at not in own:
-                return _outputs(product)
+                return node, _outputs(product)
             if product is not None or made.op_type in _OTHER_COUNT or made.op_type.startswith("Reduce"):
                 break
             value = _data_input(index, made)
-    return 0
+    return None, 0
 
 
 def _data_input(index: GraphIndex, node: OnnxNode) -> OnnxValue:

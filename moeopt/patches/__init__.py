@@ -7,6 +7,7 @@ A patch is counted and locked: in force while a caller is inside, taken back by 
     tracing       module_calls             nn.Module.__call__, one thread at a time
     tracing       size_questions           SymNode.bool_ and guard_int, the caller's thread
     tracing       size_answers             SymNode.bool_, the caller's thread
+    tracing       free_lengths             the name len in globals of the model's code, the caller's thread
     tracing       idle_moves               nn.Module.to, the caller's thread
     tracing       no_export_dump           the print of torch.export, all threads
     tracing       tables_of_weights        torch.export's note of weights, all threads (the same notes, sooner)
@@ -50,6 +51,7 @@ from moeopt.patches.patch import Undo as Undo
 from moeopt.patches.patch import replace as replace
 from moeopt.patches.recurrent import recurrent_inputs_of_any_dtype as recurrent_inputs_of_any_dtype
 from moeopt.patches.tracing import composites_listed_once as composites_listed_once
+from moeopt.patches.tracing import free_lengths as free_lengths
 from moeopt.patches.tracing import idle_moves as idle_moves
 from moeopt.patches.tracing import module_calls as module_calls
 from moeopt.patches.tracing import no_export_dump as no_export_dump

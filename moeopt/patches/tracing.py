@@ -6,7 +6,7 @@ import contextlib
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from moeopt.patches.patch import InForce, Mine, Patch, Undo, nothing, replace
@@ -97,6 +97,36 @@ def size_answers(answer: Callable[[Any], bool | None]) -> Iterator[None]:
     """
     with _noted(), _answers.holding(answer):
         yield
+
+
+_lengths = Mine()
+
+
+def _length(value: PyObject, /) -> PyObject:
+    import torch
+
+    if _lengths.top is not None and isinstance(value, torch.Tensor) and value.dim():
+        return value.shape[0]
+    return len(value)
+
+
+@contextlib.contextmanager
+def free_lengths(code: Iterable[dict[str, Any]]) -> Iterator[None]:
+    """While open, ``len(x)`` of a tensor is ``x.shape[0]``, as a trace knows it, in the ``code`` of these globals:
+    Python makes a plain number of what ``__len__`` gives, and a free size would be the traced call's.
+
+    The builtin itself stays as it is: traces call it a hundred times as often as a model's code does.
+    """
+    with one_trace, _lengths.holding(True):
+        changed = [names for names in {id(names): names for names in code}.values() if "len" not in names]
+        for names in changed:
+            names["len"] = _length
+        try:
+            yield
+        finally:
+            for names in changed:
+                if names.get("len") is _length:
+                    del names["len"]
 
 
 _idle = Mine()

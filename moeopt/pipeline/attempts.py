@@ -82,6 +82,7 @@ class BlockAttempts:
                 spent += time.perf_counter() - started
                 here = _read_at(self.model, place, level.path, err.found) if place.weights else err.found
                 if not here:  # this module holds another block, which would not pay
+                    met.add(level.path, Declined(err.reason, err.where, rank=Rank.PROBE))
                     continue
                 found, where = expert_parameters(self.model, level.path, here), err.where or place.source
                 count = len(here[0].experts)

@@ -26,7 +26,7 @@ from moeopt.options import Options
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.pipeline.branches import Branches
 from moeopt.pipeline.call_guards import check_order, guard_of, tensors_of
-from moeopt.pipeline.coverage import Reader
+from moeopt.pipeline.coverage import Reader, keeps_all
 from moeopt.pipeline.id_probe import id_ranges
 from moeopt.pipeline.probe_plans import plan_of, read_alike, refuse_other_experts, same_in_other_mode
 from moeopt.pipeline.untried_tests import DispatchFacts
@@ -47,7 +47,7 @@ from moeopt.verification.oracle import Restored
 
 _MORE = (4, 16)
 """Times as many tokens for a call that must reach every expert, since the code around the experts is kept."""
-_SHOWS_MORE = 192
+_SHOWS_MORE = (192, 1536)
 """Tokens of the first of three calls that are read where those of fewer tokens were not read alike."""
 _ALIKE = ((1, 16), (2, 16), (5, 8), (14, 4), (48, 4))
 """Tokens, and how many calls of so many, to see what depends on values: one token has few experts."""
@@ -78,12 +78,14 @@ class Capture:
         for tokens, variant in ((14, 1), (20, 2)):
             self._watch(tokens, options.seed + variant, variant)
         self._read(options)
-        if not read_alike(self.plans):
-            self._read_more_tokens(options)
+        if not read_alike(self.plans) or all(map(keeps_all, self.tapes)):
+            sizes = _SHOWS_MORE[:1] if read_alike(self.plans) else _SHOWS_MORE
+            any(self._read_more_tokens(tokens, options) for tokens in sizes)
         _stateless(self.tapes[0], self.plans, self.shapes)
 
-    def _read_more_tokens(self, options: Options) -> None:
-        """Read three calls of more tokens: in few of them, what leaves rows out may leave out none.
+    def _read_more_tokens(self, tokens: int, options: Options) -> bool:
+        """Read three calls of ``tokens`` or more: in few of them, what leaves rows out may leave out none. Whether they
+        were read alike; else what was read before stays.
 
         All six must be one computation: a branch on the number of tokens is another one.
         """
@@ -91,14 +93,16 @@ class Capture:
         try:
             self.tapes, self.founds, self.calls = [], [], []
             for variant in range(3):
-                found = self._watch(_SHOWS_MORE + 6 * variant, options.seed + variant, variant)
+                found = self._watch(tokens + 6 * variant, options.seed + variant, variant)
                 self.found = found if variant == 0 else self.found
             self._read(options)
-            alike = read_alike(self.plans) and one_computation(few, self.tapes)
+            shown = read_alike(self.plans) and not all(map(keeps_all, self.tapes))
+            alike = shown and one_computation(few, self.tapes)
         except Declined:
             alike = False
         if not alike:
             self.__dict__.update(before)
+        return alike
 
     def _read(self, options: Options) -> None:
         """Everything that the recorded calls show together."""

@@ -115,7 +115,7 @@ def covering(
                 with _causes_kept(last):
                     return call, tape, recognize(tape, idle=True, assume=assume)
         except Declined as err:
-            unseen = last is None and not kept_all and _keeps_all(tape)
+            unseen = last is None and not kept_all and keeps_all(tape)
             if last is not None:
                 last.others = (*last.others, err.obstacle, *err.others)
             elif not _left_idle(module, tape) and not unseen:
@@ -171,7 +171,7 @@ def _left_idle(module: nn.Module, tape: Tape) -> bool:
     return any(0 < sum(child in ran for child in one.children()) < len(one) for one in lists)
 
 
-def _keeps_all(tape: Tape) -> bool:
+def keeps_all(tape: Tape) -> bool:
     """Whether a mask by which rows are picked is set for each of them, so that what it leaves out is not to be seen."""
     masks = (n for n in tape.nodes if n.meta.get("dtype") == torch.bool and n.meta["shape"] and n.op != "get_attr")
     return any(any(map(picks_rows, n.users)) and bool(tape.value(n).all()) for n in masks)

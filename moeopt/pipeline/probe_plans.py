@@ -12,7 +12,7 @@ from torch import nn
 
 from moeopt.capture.same_graph import same_computation
 from moeopt.capture.tape import Tape, record
-from moeopt.capture.tree import ArgsKwargs
+from moeopt.capture.tree import ArgsKwargs, tree_map
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
 from moeopt.pipeline.call_guards import tensors_of
@@ -20,15 +20,23 @@ from moeopt.pipeline.coverage import Reader
 from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.id_range import IdRange
 from moeopt.rewrite.keep import kept_steps
-from moeopt.rewrite.kept_steps import KeptSteps
+from moeopt.rewrite.kept_steps import KeptSteps, StepRef
 from moeopt.rewrite.replace_experts import experts_rewrite
 from moeopt.rewrite.symbolic_shapes import generalize, step_names
 from moeopt.verification.state import in_mode
 
 
 def read_alike(plans: Sequence[KeptSteps]) -> bool:
-    """Whether all calls of a block became the same steps, sizes and numbers left out."""
-    return all(step_names(plan) == step_names(plans[0]) for plan in plans[1:])
+    """Whether all calls of a block became the same steps on each other's results, sizes and numbers left out."""
+    first = plans[0]
+    return all(step_names(p) == step_names(first) and _wiring(p) == _wiring(first) for p in plans[1:])
+
+
+def _wiring(plan: KeptSteps) -> list[StepRef]:
+    """The results that the steps of a plan read, and what it gives back, in order."""
+    read: list[StepRef] = []
+    tree_map(StepRef, read.append, [*((s.args, s.kwargs) for s in plan.steps), plan.output, plan.mutations])
+    return read
 
 
 def plan_of(

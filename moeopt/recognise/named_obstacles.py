@@ -21,11 +21,16 @@ from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.recurrences import recurrence
 from moeopt.recognise.router_steers import CHOICES
+from moeopt.recognise.rows_of_others import adds_up_neighbours, multiplied_with_each_other
 from moeopt.recognise.weights_for_rows import mixed_kernels, single_neurons
-from moeopt.value_types import FxArg
 
 _REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
 _ATTENTION = ("_scaled_dot_product", "_softmax", "softmax")
+_ATTENDS = (
+    "between its experts' matmuls stands attention or a softmax: the experts are projections around it (a mixture "
+    "inside attention), or mix their tokens by it; only functions of each token's own row are grouped, so this block "
+    "stays as it is"
+)
 _NORMS = ("native_layer_norm", "_fused_rms_norm", "native_group_norm", "rsqrt")
 
 
@@ -49,32 +54,7 @@ def _recurrence(tape: Tape) -> Declined | None:
 
 
 def _neighbours(tape: Tape) -> Declined | None:
-    """A product inside of single experts that adds up rows, by a matrix that is no weight and was made before them."""
-    experts, memo = alike_children(tape.root), dict[fx.Node, bool]()
-    for call in tape.calls:
-        for node in tape.nodes[call.first : call.last] if call.module in experts else ():
-            if op_name(node) not in ("mm", "bmm", "addmm", "baddbmm") or weight_and_operand(node, memo) is not None:
-                continue
-            by, rows = (_unmoved(a) for a in node.args[-2:])
-            before = by.op == "placeholder" or by.meta["index"] < call.first
-            if before and any(n.op == "placeholder" for n in ancestors([rows])) and by is not rows:
-                return Declined(
-                    f"each of its experts adds up rows of several tokens ({op_name(node)} with a matrix that is made "
-                    "before the experts, as of neighbours in a graph), so that a token's result depends on the "
-                    "others; where that is the first thing they do, compute it once before them (h = a @ x), and let "
-                    "them read the rows of h; only functions of each token's own row are grouped",
-                    node.meta.get("source", ""),
-                )
-    return None
-
-
-def _unmoved(node: FxArg) -> fx.Node:
-    """What a matrix was before it was moved."""
-    assert isinstance(node, fx.Node)
-    moved: fx.Node = node
-    while moves_rows(moved) and moved.all_input_nodes:
-        moved = moved.all_input_nodes[0]
-    return moved
+    return adds_up_neighbours(tape, alike_children(tape.root))
 
 
 def _unequal_experts(tape: Tape) -> Declined | None:
@@ -222,6 +202,8 @@ def between_products(tape: Tape) -> Declined | None:
         if (found := look(tape)) is not None:
             return found
     sites = _expert_products(tape)
+    if (mixed := multiplied_with_each_other(tape, sites)) is not None:
+        return Declined(_ATTENDS, mixed.meta.get("source", ""))
     if len(sites) < 2:
         return None
     between = (set(descendants(tape, sites)) & ancestors(sites)) - set(sites)
@@ -229,12 +211,7 @@ def between_products(tape: Tape) -> Declined | None:
     line = odd[0].meta.get("source", "") if odd else sites[0].meta.get("source", "")
     names = [op_name(n) for n in odd]
     if any(n.startswith(_ATTENTION) for n in names):
-        return Declined(
-            "between its experts' matmuls stands attention or a softmax: the experts are projections around it (a "
-            "mixture inside attention), or mix their tokens by it; only functions of each token's own row are grouped, "
-            "so this block stays as it is",
-            line,
-        )
+        return Declined(_ATTENDS, line)
     batch = next((n for n in odd if "batch_norm" in op_name(n)), None)
     if batch is not None and True in batch.args:
         return Declined(

@@ -103,13 +103,29 @@ def _why_none(tape: Tape, before: list[fx.Node], table: Table) -> Declined:
     ids = next(id_recipes(tape, before, table), None)
     if ids is None:
         why = ids_of_sequences(tape, before, table) or unserved_ids(tape, before, table)
-        return why or _why_no_ids(table)
+        return why or _given_places(tape, before, table) or _why_no_ids(table)
     return Declined(
         "the expert ids were found, but no tensor holds the routing weights that the experts are multiplied by "
         "(a later expert may replace the result of an earlier one); compute the weights of all tokens in one tensor "
         "before the loop, and add up the results",
         "" if ids[0].source is None else ids[0].source.meta.get("source", ""),
         rank=Rank.READING,
+    )
+
+
+def _given_places(tape: Tape, before: list[fx.Node], table: Table) -> Declined | None:
+    """The reason where the caller gives the numbers of each expert's rows, an argument for each expert."""
+    given = [
+        n for n in before if n.op == "placeholder" and n.meta["dtype"] == torch.int64 and len(n.meta["shape"]) == 1
+    ]
+    places = {tuple(sorted(tape.value(n).tolist())) for n in given}
+    rows = [tuple(seen.nonzero().flatten().tolist()) for seen in table.visits.t()]
+    if not given or not all(one in places for one in rows if one):
+        return None
+    return Declined(
+        "the caller gives the places of each expert's rows (an argument of indices for each expert), and the op takes "
+        "the expert of each token: a probe cannot make up places that fit another number of rows; pass one tensor of "
+        "ids or a mask for each token, and pick the rows by it (y[ids == e] = expert(x[ids == e]))"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -62,21 +63,25 @@ def id_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[IdRe
 
 
 def by_names(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Routing]:
-    """As :func:`by_ids`, of integers that name the experts by other numbers than 0, 1, 2 (the keys of a dict)."""
+    """As :func:`by_ids`, of integers that name the experts by other numbers than 0, 1, 2 (the keys of a dict), or of a
+    flag for each token that says which of two experts it has."""
     return by_ids(tape, before, table, dtype, _named_recipes)
 
 
 def _named_recipes(tape: Tape, before: list[fx.Node], table: Table) -> Iterator[IdRecipe]:
     tokens = len(table.visits)
-    for node in possible_sources(before, floating=False):
+    flags = [n for n in before if n.meta.get("dtype") == torch.bool and math.prod(n.meta["shape"]) == tokens]
+    for node in itertools.chain(possible_sources(before, floating=False), flags):
         size = math.prod(node.meta["shape"])
         if not tokens or not size or size % tokens or size // tokens > min(table.visits.shape[1], MOST_NAMES):
             continue
-        names = tape.value(node).unique().tolist()
-        if not 2 <= len(names) <= MOST_NAMES or len(names) != table.reached or names == list(range(len(names))):
+        names, flag = tape.value(node).unique().tolist(), node.meta["dtype"] == torch.bool
+        if not 2 <= len(names) <= MOST_NAMES or len(names) != table.reached:
+            continue
+        if names == list(range(len(names))) and not flag:
             continue
         for steps in axis_orders(node.meta["shape"], tokens, size // tokens):
-            extraction = Extraction(node, [*steps, (places_of, (names,))])
+            extraction = Extraction(node, [*steps, (places_of, ([int(name) for name in names],))])
             ids = extraction.run(tape)
             if (mapping := _mapping(ids, table)) is not None:
                 yield extraction, ids, mapping

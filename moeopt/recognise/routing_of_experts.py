@@ -13,7 +13,7 @@ from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ir.weight_refs import ExpertRef
+from moeopt.ir.weight_refs import ExpertRef, parts_of
 from moeopt.obstacles import Rank
 from moeopt.recognise.asked_weights import left_out
 from moeopt.recognise.combine import Combine, Labels
@@ -67,7 +67,7 @@ def with_frontier(
             rank=Rank.READING,
         )
     flow = _flow(tape, combine, ins, inside)
-    table = _table(tape, group, tokens, labels, experts, combine, bool(known))
+    table = _table(tape, group, tokens, labels, experts, combine, bool(known), _is_linear(spec, experts))
     tables = _routing_tables(tape, flow, table)
     prior = next((k for k in known or [] if list(dict.fromkeys(k.experts)) == experts), None)
     again = None if prior is None else (prior.routing, [experts.index(e) for e in prior.experts])
@@ -95,7 +95,7 @@ def with_frontier(
     identity = _adds_own_row(tape, tokens, combine, routing, ids, len(experts), prior)
     if ids is None or identity:
         routing.leave_out = None
-    base = None if identity else _base(tape, combine, before, experts, ids)
+    base = None if identity else _base(tape, tokens, combine, before, experts, ids)
     _check_what_is_left_out(tape, group, tokens, labels, combine, routing, base)
     ordered = [experts[c] for c in routing.experts]
     if isinstance(spec, ExpertsSpec):
@@ -155,18 +155,26 @@ def _check_what_is_left_out(
 
 def _table(
     tape: Tape, group: list[FFNCandidate], tokens: Tokens, labels: Labels, experts: list[Any], combine: Combine,
-    known: bool,
+    known: bool, linear: bool,
 ) -> Table:  # fmt: skip
     """What this probe call showed of the routing: which expert saw which token, and with what weight."""
     weights = combine.weights
     if tokens.weighted:
-        weights = input_weights(group, tokens, labels, combine)
+        weights = input_weights(group, tokens, labels, combine, linear)
     elif labels.hidden:
         weights = hidden_weights(labels, combine)
     natural = list(range(len(experts))) if known else natural_order(tape, experts)
     sites = list(labels.token)
     return Table(weights, labels.visits(), natural, universe_of(tape, experts), weighed(tape, combine, sites),
                  factors(tape, combine, sites))  # fmt: skip
+
+
+def _is_linear(spec: PyObject, experts: list[Any]) -> bool:
+    """Whether the experts are products of matrices alone, as low-rank adapters are."""
+    if not isinstance(spec, ExpertsSpec) or spec.activation != "identity" or spec.gated:
+        return False
+    more = (spec.gate_min, spec.gate_max, spec.act_min, spec.act_max, spec.out_norm_eps)
+    return all(one is None for one in (*more, *(b for e in experts for b in (*e.b_in, e.b_out))))
 
 
 def _adds_own_row(
@@ -224,20 +232,26 @@ def _flow(tape: Tape, combine: Combine, ins: list[GemmSite], inside: set[fx.Node
 
 
 def _base(
-    tape: Tape, combine: Combine, before: list[fx.Node], experts: list[ExpertRef], ids: torch.Tensor | None
-) -> fx.Node | None:
-    """The tensor that the experts' sum is added onto, when there is one. ``ids``: (T, K), of the experts."""
+    tape: Tape, tokens: Tokens, combine: Combine, before: list[fx.Node], experts: list[ExpertRef],
+    ids: torch.Tensor | None,
+) -> fx.Node | None:  # fmt: skip
+    """The tensor that the experts' sum is added onto, when there is one. ``ids``: (T, K), of the experts.
+
+    It may hold what a shared expert out of the experts' own list gives, which no router has a part in.
+    """
     if combine.base is None:
         return None
     want = combine.base
     names = dict(tape.root.named_parameters(remove_duplicate=False))
-    others = siblings({e.w_in[0].path for e in experts}, names) | siblings({e.w_out.path for e in experts}, names)
+    each_part = zip(*(parts_of(e) for e in experts), strict=True)
+    others = set[str]().union(*(siblings({p.path for p in parts}, names) for parts in each_part))
     for node in reversed(before):
         shape = node.meta["shape"]
         if node.op != "get_attr" and node.meta["dtype"] == want.dtype and shape == combine.node.meta["shape"]:
             value = rows_of(tape.value(node), combine.axis)
             if torch.equal(value, want):
-                if others & {str(a.target) for a in ancestors([node]) if a.op == "get_attr"}:
+                read = {str(a.target) for a in ancestors([node], {tokens.node}) if a.op == "get_attr"}
+                if others & read and not read <= others:
                     raise Declined(
                         "other experts of the same block are computed in another way and added to these; all of a "
                         "block's experts or none are rewritten",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import fx
 
 from moeopt.capture.op_kinds import is_factory, moves_rows, op_name
 from moeopt.capture.replay import ancestors, descendants
@@ -19,18 +20,23 @@ from moeopt.recognise.routing_types import Routing
 from moeopt.recognise.token_rows import Tokens, rows_of
 
 
-def input_weights(group: list[FFNCandidate], tokens: Tokens, labels: Labels, combine: Combine) -> torch.Tensor:
-    """(T, C) factor on each expert's input row; the outputs must then be summed as they are."""
+def input_weights(
+    group: list[FFNCandidate], tokens: Tokens, labels: Labels, combine: Combine, linear: bool
+) -> torch.Tensor:
+    """(T, C) factor on each expert's input row; the outputs must then be summed as they are, or all be scaled by one
+    number if the experts are ``linear``: for these it is a factor of the input as well."""
     visits = labels.visits()
-    if not bool((combine.weights[visits > 0] == 1).all()):
+    after = combine.weights[visits > 0].double()
+    scale = float(after[0]) if linear and len(after) else 1.0
+    if not bool((after == scale).all()):
         raise Declined("routing weights act on both the experts' inputs and their outputs", source_of(group[0]))
     weights = torch.zeros(visits.shape, dtype=torch.float64)
     for candidate in group:
-        scale, token = tokens.scale[candidate.ins[0]], tokens.token[candidate.ins[0]]
+        factor, token = tokens.scale[candidate.ins[0]], tokens.token[candidate.ins[0]]
         out_token, out_chain = labels.token[candidate.out], labels.candidate[candidate.out]
         if out_token.shape == token.shape and torch.equal(out_token, token):
             keep = token >= 0
-            weights[token[keep], out_chain[keep]] = scale[keep]
+            weights[token[keep], out_chain[keep]] = factor[keep] * scale
         else:
             raise Declined("weighted input rows are reordered inside the experts", source_of(group[0]))
     return weights.to(candidate.ins[0].operand.meta["dtype"])
@@ -93,16 +99,30 @@ def is_identity(
 
 
 def factors(tape: Tape, combine: Combine, sites: list[GemmSite]) -> tuple[float, ...]:
-    """Constants by which the experts' outputs are multiplied on the way to their sum, and their matmul."""
+    """Constants by which the experts' outputs, or the weights beside them, are multiplied on the way to their sum, and
+    their product."""
     between = set(descendants(tape, [s.node for s in sites])) & ancestors([combine.node])
     found: dict[float, None] = {}
-    for node in between:
+    for node in (*between, *_moved_beside(between)):
         scalar = node.args[1] if op_name(node) in ("mul", "div") and len(node.args) > 1 else None
         if op_name(node) == "mean" and (terms := math.prod(node.all_input_nodes[0].meta["shape"])):
             found[math.prod(node.meta["shape"]) / terms] = None
         if isinstance(scalar, (int, float)) and scalar not in (0, 1) and math.isfinite(scalar):
             found[float(scalar) if op_name(node) == "mul" else 1 / scalar] = None
     return tuple(dict.fromkeys([*sorted(found), *([math.prod(found)] if len(found) > 1 else [])]))
+
+
+def _moved_beside(between: set[fx.Node]) -> set[fx.Node]:
+    """What becomes the other factor of a product in ``between``: rows of weights, picked, shaped and scaled."""
+    stack = [a for node in between if op_name(node) == "mul" for a in node.all_input_nodes]
+    seen: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        scaled = op_name(node) in ("mul", "div") and len(node.all_input_nodes) == 1
+        if node not in between and node not in seen and (scaled or moves_rows(node)):
+            seen.add(node)
+            stack.extend(node.all_input_nodes[:1])
+    return seen
 
 
 _ONTO = ("index_put", "index_put_", "index_add", "index_add_", "scatter_add", "scatter_add_", "index_copy",

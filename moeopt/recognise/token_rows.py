@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from moeopt.capture.op_kinds import is_matmul, moves_rows
+from moeopt.capture.op_kinds import is_matmul, moves_rows, picks_rows
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
@@ -107,11 +107,30 @@ def token_readings(tape: Tape, sites: list[GemmSite]) -> Iterator[Tokens]:
         yield weighted
     if orders or weighted is not None:
         return
+    if (inputs := _inputs_of(sites)) > 1:
+        raise NoTokens(
+            f"its experts read the rows of {inputs} different inputs of the block (as of each task's own), and the "
+            "op's experts all read the rows of one; make a block of the experts of each input, or leave the block as "
+            "it is: each of its experts runs once",
+            sites[0].matmul.meta.get("source"),
+            rank=Rank.FOUND,
+        )
     raise NoTokens(
         "the experts' input rows are not rows of any one tensor (slots that mix tokens, or a transformation "
         "per expert before its first matmul); only whole tokens can be dispatched",
         sites[0].matmul.meta.get("source"),
     )
+
+
+def _inputs_of(sites: list[GemmSite]) -> int:
+    """How many arguments of the block the sites read, moved at most; 0 where one reads something else."""
+    sources = set[fx.Node]()
+    for site in sites:
+        node = site.operand
+        while moves_rows(node) and not picks_rows(node) and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        sources.add(node)
+    return len(sources) if all(n.op == "placeholder" for n in sources) else 0
 
 
 def _several_widths(tape: Tape, sites: list[GemmSite], widths: list[int]) -> Declined:

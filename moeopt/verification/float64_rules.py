@@ -195,7 +195,10 @@ def float64_rule_of(func: OpOverload) -> Float64Rule:
 
 
 def chooses(func: OpOverload, args: PyObject, kwargs: PyObject) -> bool:
-    """Whether a call of an op that may return integers does: an op with a dtype argument does if it asks for them."""
+    """Whether a call of an op that may return integers does: an op with a dtype argument does if it asks for them, and
+    of bags of rows the one that takes each feature's largest: the others count their rows."""
+    if func._schema.name in ("aten::_embedding_bag", "aten::_embedding_bag_forward_only"):
+        return bool(argument(func, "mode", args, kwargs) == 2)
     if not any(arg.name == "dtype" for arg in func._schema.arguments):
         return True
     dtype = argument(func, "dtype", args, kwargs)

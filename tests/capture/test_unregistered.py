@@ -142,3 +142,35 @@ def test_registering_leaves_no_trace():
     with registered(model, unregistered(model)):
         assert len(list(model.named_modules())) > len(before)
     assert [name for name, _ in model.named_modules()] == before and len(list(model.parameters())) == 1
+
+
+class Experts:
+    """Adapters of experts in an object that is no module, as injected adapters keep them."""
+
+    def __init__(self):
+        self.held = {f"expert.{e}": (seeded(H, H), seeded(H, H, seed=6)) for e in range(E)}
+
+
+class InAnObject(Block):
+    def __init__(self):
+        super().__init__()
+        del self.experts
+        self.core = Experts()
+
+    def loop(self, x, ids, w):
+        y = torch.zeros_like(x)
+        for e, (first, last) in enumerate(self.core.held.values()):
+            token, slot = torch.where(ids == e)
+            y.index_add_(0, token, (x[token] @ first).relu() @ last * w[token, slot, None])
+        return y
+
+
+def test_experts_of_a_plain_object_are_named_and_what_it_holds_is_copied():
+    """Its tensors may be state: a copy of the model has them for itself."""
+    model = InAnObject().eval()
+    (block,) = moeopt.explain(model, X, verify="fast").blocks
+    assert block.status == "declined" and block.experts == E
+    assert (
+        "a plain Python object (self.core of InAnObject)" in block.reason and "an nn.Module of its own" in block.reason
+    )
+    assert shared_copy(model).core.held["expert.0"][0] is not model.core.held["expert.0"][0]

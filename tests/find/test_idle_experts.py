@@ -1,5 +1,6 @@
 """Experts that no row of the example reached: in the report, and no other modules that stay idle."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -66,3 +67,30 @@ def test_heads_that_training_alone_uses_are_no_experts():
     for classes in (3, 4):
         report = moeopt.explain(seeded(lambda classes=classes: Training(classes)).eval(), x)
         assert [block for block in report.blocks if block.kind == "moe"] == []
+
+
+class Shared(nn.Module):
+    """Experts that mix their rows, which declines them, and one of their shape for all tokens."""
+
+    def __init__(self, experts):
+        super().__init__()
+        self.gate, self.shared = nn.Linear(8, experts), nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)) for _ in range(experts)
+        )
+
+    def forward(self, x):
+        ids = self.gate(x).argmax(-1)
+        y = self.shared(x)
+        for number, expert in enumerate(self.experts):
+            (row,) = torch.where(ids == number)
+            if len(row):
+                y[row] += expert(x[row]).softmax(0)
+        return y
+
+
+@pytest.mark.parametrize("tokens", [3, 64])
+def test_experts_of_a_declined_block_are_counted_without_the_shared_one_and_with_those_that_did_not_run(tokens):
+    torch.manual_seed(0)
+    (block,) = [b for b in moeopt.explain(Shared(6).eval(), torch.randn(tokens, 8)).blocks if b.kind == "moe"]
+    assert (block.status, block.experts) == ("declined", 6)

@@ -1,14 +1,18 @@
 """An engine refuses the sizes that the model's own code would have treated otherwise, and no others."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
 
 import moeopt
 from moeopt.bundle.shape_guards import only_asked
+from moeopt.lower.asked_lengths import asks_lengths
 from moeopt.lower.export import export_program
 from moeopt.lower.signature import functional, size_conditions
 from moeopt.lower.specialization_guards import counted_sizes
+from moeopt.patches import free_lengths
 
 
 class Apply(nn.Module):
@@ -91,9 +95,10 @@ def test_a_recurrent_layer_of_torch_counts_too(layer):
         (lambda x: sum(row.relu() for row in x), ["x.shape[0] == 3"]),
         (lambda x: torch.stack([x[row].relu() for row in range(len(x))]), ["x.shape[0] == 3"]),
         (lambda x: x.reshape(x.shape[1], x.shape[0]) * x.shape[0], []),
+        (lambda x: x.new_zeros(len(x), 2) + x.view(len(x), -1)[:, :2] * len([1, 2]), []),
         (lambda x: x @ torch.ones(4, 2), []),  # that its rows are as wide as a weight is no news
     ],
-    ids=["places", "rows iterated over", "rows", "computed with", "a weight's"],
+    ids=["places", "rows iterated over", "rows", "computed with", "a length", "a weight's"],
 )
 def test_a_size_that_python_counts_to_is_told(function, want):
     program = export_program(Apply(function), (torch.randn(3, 4),), {})
@@ -104,6 +109,19 @@ def test_a_size_that_python_counts_to_is_told(function, want):
             f"the engine holds for calls where {size}, as in the example call: the model's Python makes a plain" in note
         )
         assert "test_specialization_guards.py" in note and note.endswith("or use backend='torch'")
+
+
+def test_lengths_are_asked_of_a_trace_alone_and_left_as_they_were():
+    """A name that the code has of its own stays; another thread's calls get plain numbers."""
+    names, own = {"x": 0}, {"len": sum}
+    with free_lengths([names, own, names]):
+        assert names["len"](torch.zeros(3, 2)) == 3 and names["len"]("ab") == 2 and own == {"len": sum}
+        with ThreadPoolExecutor(1) as pool:
+            assert type(pool.submit(names["len"], torch.zeros(3)).result()) is int
+    assert names == {"x": 0} and own == {"len": sum}
+    model = nn.Sequential(Apply(lambda x: x), Apply(summed), Apply(lambda x: [len(r) for r in x]))
+    assert asks_lengths(model) == [globals()]
+    assert asks_lengths(model[:2]) == []
 
 
 def test_the_report_of_an_engine_tells_it():

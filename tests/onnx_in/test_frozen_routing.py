@@ -130,3 +130,63 @@ def test_columns_that_are_no_scores_miss_no_expert(by, status, tmp_path):
     )  # fmt: skip
     (block,) = moeopt.optimize(path, verify="fast").report.blocks
     assert (block.status, block.experts) == (status, 4) and "the file is broken" not in block.reason
+
+
+class Pairs(torch.nn.Module):
+    """Four experts, and one for each two of them that runs for a token with the sum of their weights."""
+
+    def __init__(self):
+        super().__init__()
+        nn = torch.nn
+        self.gate = nn.Linear(H, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(H, 12), nn.GELU(), nn.Linear(12, H)) for _ in range(4))
+        self.pairs = nn.ModuleList(nn.Sequential(nn.Linear(H, 6), nn.GELU(), nn.Linear(6, H)) for _ in range(2))
+
+    def forward(self, x):
+        scores = self.gate(x).softmax(-1)
+        weights, ids = scores.topk(2)
+        each = torch.zeros_like(scores).scatter(1, ids, weights)
+        y = torch.stack([expert(x) * each[:, n, None] for n, expert in enumerate(self.experts)]).sum(0)
+        shares = each.view(-1, 2, 2).sum(-1)
+        return y + torch.stack([pair(x) * shares[:, n, None] for n, pair in enumerate(self.pairs)]).sum(0)
+
+
+def test_experts_that_several_experts_share_are_not_missed(tmp_path):
+    path = tmp_path / "pairs.onnx"
+    torch.manual_seed(0)
+    torch.onnx.export(
+        Pairs().eval(), (torch.randn(12, H),), str(path), dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "n"}}
+    )
+    blocks = moeopt.optimize(path, verify="fast").report.blocks
+    assert {b.name: b.experts for b in blocks} == {"experts": 4, "pairs": 2}
+    assert not any("broken" in b.reason for b in blocks), [b.reason for b in blocks]
+
+
+class BySample(torch.nn.Module):
+    """Experts of a sample by a condition of its own, which is no part of what the experts read."""
+
+    def __init__(self):
+        super().__init__()
+        nn = torch.nn
+        self.gate = nn.Linear(H, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(H, 12), nn.GELU(), nn.Linear(12, H)) for _ in range(4))
+
+    def forward(self, x, condition):
+        ids, y = self.gate(condition).argmax(-1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            (sample,) = torch.where(ids == number)
+            if len(sample):
+                y[sample] = y[sample] + expert(x[sample])
+        return y
+
+
+def test_experts_of_samples_are_missed_too(tmp_path):
+    path = tmp_path / "samples.onnx"
+    torch.manual_seed(0)
+    call = torch.randn(3, 5, H), torch.randn(3, H)
+    axes = {"x": {0: "n", 1: "m"}, "c": {0: "n"}}
+    torch.onnx.export(
+        BySample().eval(), call, str(path), dynamo=False, input_names=["x", "c"], dynamic_axes=axes, opset_version=17
+    )
+    (block,) = moeopt.optimize(path, call, verify="fast").report.blocks
+    assert f"its router scores 4 experts, and the file holds {block.experts}" in block.reason and block.experts < 4

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import moeopt
 import moeopt.pipeline.block_capture as block_capture
 from moeopt.capture.probe_inputs import call_specs
 from moeopt.errors import Declined
@@ -51,3 +52,39 @@ def test_each_call_differs_from_those_before(monkeypatch, aimed):
     calls = [args[0] for args, _ in made]
     assert len(calls) == 2
     assert calls[0].shape != calls[1].shape or not torch.equal(*calls)
+
+
+class Skipping(nn.Module):
+    """Rows that the router is not sure of pass by all experts: of few tokens it may be none."""
+
+    def __init__(self, features, least):
+        super().__init__()
+        self.gate, self.least = nn.Linear(features, 4), least
+        wide = features * 3 // 2
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(features, wide), nn.GELU(), nn.Linear(wide, features)) for _ in range(4)
+        )
+
+    def forward(self, x):
+        weights, ids = self.gate(x).softmax(-1).topk(1)
+        keep = weights[:, 0] > self.least
+        rows, y = x[keep], x.clone()
+        weights, ids, total = weights[keep], ids[keep], torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            row, slot = torch.where(ids == number)
+            total.index_add_(0, row, expert(rows[row]) * weights[row, slot, None])
+        y[keep] = y[keep] + total
+        return y
+
+
+@pytest.mark.parametrize(
+    ("seed", "features", "least"),
+    [(2, 16, 0.3), (5, 8, 0.27)],
+    ids=["no probe leaves a row out", "some probes leave no row out"],
+)
+def test_rows_that_few_probes_leave_out_are_shown_by_more_tokens(seed, features, least):
+    """Where none is left out, the rows that were kept are all rows: a rewrite hung on the numbers of a router."""
+    torch.manual_seed(seed)
+    module = Skipping(features, least).eval()
+    (block,) = moeopt.explain(module, torch.randn(12, features), verify="fast").blocks
+    assert block.status == "rewritten", block.reason

@@ -185,7 +185,8 @@ def verify_file(
 
 def _may_be_broken(file: OnnxFile) -> str:
     """The end of a message on a file that does not run, where an export that froze its routing explains that."""
-    found = ((c.name, frozen_routing(c)) for c in candidate_regions(GraphIndex(file.model.graph)))
+    candidates = list(candidate_regions(GraphIndex(file.model.graph)))
+    found = ((c.name, frozen_routing(c, candidates)) for c in candidates)
     return next((f". In {name} {reason}" for name, reason in found if reason), "")
 
 

@@ -88,6 +88,8 @@ def file_parts(
     for candidate in candidates:
         say(f"reading {candidate.name} as a module")
         try:
+            if frozen := frozen_routing(candidate, candidates):
+                raise Declined(frozen)
             found.parts.append(_part(codes, candidate, runs))
         except Declined as err:
             found.declined[candidate.name] = candidate, err.reason
@@ -96,8 +98,6 @@ def file_parts(
 
 def _part(codes: CodedConstants, candidate: CandidateRegion, runs: Sequence[Values]) -> FilePart:
     """The candidate up to its nearest exit that is one row for each row of its root, as wide as the experts' result."""
-    if frozen := frozen_routing(candidate):
-        raise Declined(frozen)
     for product in candidate.chains.products:
         if product.node.op_type in ON_ACTIVATIONS:
             raise Declined(unread(product.node))

@@ -1,0 +1,99 @@
+"""Experts whose result for one token is made of the rows of others: neighbours in a graph, attention.
+
+    y = a @ e(x)                        a made before the experts: rows of neighbours are added up
+    y = softmax(q(x) @ k(x).T) @ v(x)   products of the rows with each other
+
+Looked for only to say why a block is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import fx, nn
+
+from moeopt.capture.op_kinds import CHOICES_AMONG, is_matmul, moves_rows, op_name
+from moeopt.capture.replay import ancestors, descendants
+from moeopt.capture.tape import Call, Tape
+from moeopt.errors import Declined
+from moeopt.recognise.gemm_sites import weight_and_operand
+from moeopt.value_types import FxArg
+
+_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
+
+
+def adds_up_neighbours(tape: Tape, experts: Mapping[nn.Module, nn.Module]) -> Declined | None:
+    """The reason for ``experts``, modules of lists whose Parameters have the same shapes, where a product inside of a
+    single one, or on its result alone, adds up rows, by a matrix that is no weight and was made before them."""
+    memo: dict[fx.Node, bool] = {}
+    for first, node in _products_of_one(tape, experts):
+        if weight_and_operand(node, memo) is not None:
+            continue
+        by, rows = (_unmoved(a) for a in node.args[-2:])
+        before = by.op == "placeholder" or by.meta["index"] < first
+        if before and any(n.op == "placeholder" for n in ancestors([rows])) and by is not rows:
+            return Declined(
+                f"each of its experts adds up rows of several tokens ({op_name(node)} with a matrix that is made "
+                "before the experts, as of neighbours in a graph), so that a token's result depends on the "
+                "others; where that is the first thing they do, compute it once before them (h = a @ x), and let "
+                "them read the rows of h; only functions of each token's own row are grouped",
+                node.meta.get("source", ""),
+            )
+    return None
+
+
+def _products_of_one(tape: Tape, experts: Mapping[nn.Module, nn.Module]) -> Iterator[tuple[int, fx.Node]]:
+    """Products that belong to one expert, and the index of its first node: in a call of it, or behind calls of the
+    layers of this one, where the code of the block calls these, with what no router's product or choice made."""
+    for call in tape.calls:
+        if call.module in experts:
+            yield from ((call.first, n) for n in tape.nodes[call.first : call.last] if op_name(n) in _PRODUCTS)
+    memo: dict[fx.Node, bool] = {}
+    of_one: dict[fx.Node, nn.Module | None] = {}
+    starts: dict[nn.Module, int] = {}
+    for call, expert in _layers(tape, experts):
+        starts.setdefault(expert, call.first)
+        of_one.update(dict.fromkeys(tape.nodes[call.first : call.last], expert))
+    for node in tape.nodes if starts else ():
+        if node in of_one:
+            continue
+        owners = {of_one[a] for a in node.all_input_nodes if a in of_one}
+        if owners:
+            of_one[node] = owners.pop() if len(owners) == 1 else None
+        owner = of_one.get(node)
+        if op_name(node) not in _PRODUCTS or owner is None:
+            continue
+        others = [a for a in node.all_input_nodes if a not in of_one]
+        routes = (op_name(n) in CHOICES_AMONG or _by_a_weight(n, memo) for n in ancestors(others))
+        if not any(routes):
+            yield starts[owner], node
+
+
+def _by_a_weight(node: fx.Node, memo: dict[fx.Node, bool]) -> bool:
+    return is_matmul(node) and weight_and_operand(node, memo) is not None
+
+
+def _layers(tape: Tape, experts: Mapping[nn.Module, nn.Module]) -> Iterator[tuple[Call, nn.Module]]:
+    """Calls of experts, and of modules inside of an expert that is not called as a whole; with this expert."""
+    inside = {part: expert for expert in experts for part in expert.modules()}
+    return ((call, inside[call.module]) for call in tape.calls if call.module in inside)
+
+
+def multiplied_with_each_other(tape: Tape, products: Sequence[fx.Node]) -> fx.Node | None:
+    """A product of two matrices that both are made of what the ``products`` with the experts' weights give."""
+    after = {*products, *descendants(tape, products)} if products else set()
+    memo: dict[fx.Node, bool] = {}
+    for node in tape.nodes:
+        if op_name(node) in _PRODUCTS and all(a in after for a in node.args[-2:]):
+            if weight_and_operand(node, memo) is None:
+                return node
+    return None
+
+
+def _unmoved(node: FxArg) -> fx.Node:
+    """What a matrix was before it was moved."""
+    assert isinstance(node, fx.Node)
+    moved: fx.Node = node
+    while moves_rows(moved) and moved.all_input_nodes:
+        moved = moved.all_input_nodes[0]
+    return moved
