@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from moeopt.pipeline.size_uses import Use, called
+from moeopt.pipeline.size_uses import Item, Use, called
 from moeopt.pipeline.size_values import UNKNOWN, SizeValues
 from moeopt.rewrite.known_sizes import SizeUses
 from moeopt.value_types import PyObject
@@ -82,6 +82,8 @@ class SizeClasses:
 
     def _read(self, use: Use) -> None:
         sized = [n for n in range(len(use.operands)) if self._is_size(use, n)]
+        if use.kind == "clip" and type(self._constant(use, 1)) is not int:
+            return
         if not sized or (use in self._unresolved and called(use.node) in self._ran):  # type: ignore[arg-type]
             return
         if all(self._is_remainder(use.operands[n], use) for n in sized):
@@ -130,9 +132,8 @@ class SizeClasses:
         return isinstance(op, ast.BitAnd) and by & (by + 1) == 0 and self._divides(use, by + 1, sized)
 
     def _of_truth(self, use: Use, sized: list[int]) -> bool:
-        values = self._numbers(use, 0)
         held = next(iter(self._calls[0].seen.values.get((use, 0), {None})))
-        return (isinstance(held, tuple) and not _is_unknown(held)) or self._limit(values, 0)
+        return (isinstance(held, tuple) and not _is_unknown(held)) or self._limit(self._numbers(use, 0), 0)
 
     def _of_call(self, use: Use, sized: list[int]) -> bool:
         name = called(use.node)  # type: ignore[arg-type]
@@ -149,11 +150,13 @@ class SizeClasses:
             return self._divides(use, self._constant(use, 1), sized, True)
         return name == "bool" and self._of_truth(use, sized)
 
+    def _of_clip(self, use: Use, sized: list[int]) -> bool:
+        return self._limit(self._numbers(use, 0), abs(self._constant(use, 1)), 1)
+
     def _of_lookup(self, use: Use, sized: list[int]) -> bool:
         return False
 
-    def _of_text(self, use: Use, sized: list[int]) -> bool:
-        return False
+    _of_text = _of_lookup
 
     def _of_match(self, use: Use, sized: list[int]) -> bool:
         node: ast.Match = use.node  # type: ignore[assignment]
@@ -268,11 +271,9 @@ class SizeClasses:
 
     def _is_remainder(self, node: ast.expr, use: Use, depth: int = 8) -> bool:
         """Whether an operand is computed of remainders of sizes, which have classes of their own."""
-        node = node.value if isinstance(node, ast.NamedExpr) else node
-        if not depth:
-            return False
+        node = node.value if isinstance(node, (ast.NamedExpr, Item)) else node
         if isinstance(node, ast.Name):
-            return node.id in use.assigned and self._is_remainder(use.assigned[node.id], use, depth - 1)
+            return depth > 0 and node.id in use.assigned and self._is_remainder(use.assigned[node.id], use, depth - 1)
         if isinstance(node, ast.BinOp):
             if isinstance(node.op, (ast.Mod, ast.BitAnd)):
                 return True  # the expression itself is read too, and has classes or has none

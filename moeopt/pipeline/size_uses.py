@@ -20,11 +20,21 @@ _BITS = (ast.BitAnd, ast.BitOr, ast.BitXor, ast.LShift, ast.RShift, ast.Pow)
 _TRUTHS = (ast.Compare, ast.BoolOp, ast.Constant)
 """Truths themselves, made of what is read by itself."""
 _FOLLOWED = frozenset((
-    "int", "float", "len", "list", "tuple", "slice", "isinstance", "issubclass", "hasattr", "callable", "type", "id",
+    "float", "len", "list", "tuple", "slice", "isinstance", "issubclass", "hasattr", "callable", "type", "id",
     "print", "enumerate", "zip", "reversed", "setattr", "super", "warn", "debug", "info", "warning", "error", "log",
     "exception",
 ))  # fmt: skip
 """Functions that give numbers as they are, or tell something."""
+
+
+class Item(ast.expr):
+    """The number in ``value``, of a tensor without dims too: what Python asks of one is on no tape."""
+
+    _fields = ("value",)
+
+    def __init__(self, value: ast.expr) -> None:
+        super().__init__()
+        self.value = value
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +42,7 @@ class Use:
     """One such expression.
 
     Attributes:
-        kind: "compare", "divide", "bits", "truth", "call", "lookup", "text", "match" or "store".
+        kind: "compare", "divide", "bits", "truth", "call", "lookup", "clip", "text", "match" or "store".
         node: the whole of it.
         operands: what may be a size.
         assigned: expressions of names that are assigned once in its function.
@@ -86,22 +96,36 @@ def _of(node: ast.AST) -> Iterator[tuple[str, ast.AST, list[ast.expr]]]:
     elif isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, (*_DIVIDES, *_BITS)):
         left, right = (node.left, node.right) if isinstance(node, ast.BinOp) else (node.target, node.value)
         whole = node if isinstance(node, ast.BinOp) else ast.copy_location(ast.BinOp(left, node.op, right), node)
-        yield "divide" if isinstance(node.op, _DIVIDES) else "bits", whole, [left, right]
+        kind = "divide" if isinstance(node.op, _DIVIDES) else "bits"
+        yield kind, whole, [left, right]
+        yield kind, whole, [Item(left), Item(right)]
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
         yield "bits", node, [node.operand]
     elif isinstance(node, ast.Call):
-        if called(node) not in _FOLLOWED:
+        if called(node) == "int" and node.args:
+            at = node.args[0]
+            if isinstance(at, ast.BinOp) and isinstance(at.op, ast.Div):
+                yield "divide", node, [Item(at.left), Item(at.right)]
+            else:
+                yield "call", node, [Item(at)]
+        elif called(node) not in _FOLLOWED:
             held = [node.func.value] if isinstance(node.func, ast.Attribute) else []
             yield "call", node, [*held, *node.args, *(k.value for k in node.keywords)]
     else:
         yield from _of_places(node)
-    yield from (("truth", one, [one]) for one in _tested(node) if not isinstance(one, _TRUTHS))
+    for one in _tested(node):
+        if isinstance(one, ast.Compare):
+            yield "compare", one, [Item(part) for part in (one.left, *one.comparators)]
+        elif not isinstance(one, _TRUTHS):
+            yield "truth", one, [one]
+            yield "truth", one, [Item(one)]
 
 
 def _of_places(node: ast.AST) -> Iterator[tuple[str, ast.AST, list[ast.expr]]]:
     """Of what is looked up, matched, written into text or stored."""
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
         yield "lookup", node, _keys(node.slice)
+        yield from (("clip", node, [size, bound]) for size, bound in _clipped(node))
     elif isinstance(node, ast.JoinedStr):  # whose parts have lines of their own from Python 3.12 on only
         yield "text", node, [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
     elif isinstance(node, ast.Match):
@@ -121,6 +145,8 @@ def _tested(node: ast.AST) -> list[ast.expr]:
         return [] if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise) else [node.test]
     if isinstance(node, ast.match_case) and node.guard is not None:
         return [node.guard]
+    if isinstance(node, ast.Call) and called(node) == "bool":
+        return node.args[:1]
     return node.ifs if isinstance(node, ast.comprehension) else []
 
 
@@ -130,6 +156,18 @@ def _assigned(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast
         yield from zip(target.elts, value.elts, strict=True)
     else:
         yield target, value
+
+
+def _clipped(node: ast.Subscript) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """The sizes in which slices begin or end, and where: of less than 200 columns, ``x[:, 200:]`` has none."""
+    if not isinstance(node.value, (ast.Name, ast.Attribute)):
+        return
+    for dim, part in enumerate(node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]):
+        if not isinstance(part, ast.Slice) and not (isinstance(part, ast.Constant) and type(part.value) is int):
+            return
+        size = ast.Subscript(ast.Attribute(node.value, "shape", ast.Load()), ast.Constant(dim), ast.Load())
+        bounds = [part.lower, part.upper] if isinstance(part, ast.Slice) else []
+        yield from ((size, bound) for bound in bounds if bound is not None)
 
 
 def _keys(index: ast.expr) -> list[ast.expr]:

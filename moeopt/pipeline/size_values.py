@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moeopt.capture.held_contents import foreign
 from moeopt.pipeline.decisive_values import Scope, Unknown
-from moeopt.pipeline.size_uses import Use, called, uses_in
+from moeopt.pipeline.size_uses import Item, Use, called, uses_in
 from moeopt.value_types import PyObject
 
 UNKNOWN = "?"
@@ -135,6 +135,8 @@ class SizeValues:
             self.unread.add(f"{frame.f_code.co_filename}:{frame.f_lineno}")
         if any(value is Tensor for value in values) or _followed(use, scope, function):
             return
+        if function is int and use.kind == "call" and all(isinstance(value, int) for value in values):
+            return  # it stays as it is
         if function is Unknown:
             self.unresolved.add(use)
         for number, value in enumerate(values):
@@ -148,6 +150,12 @@ def _value_of(scope: _SizeScope, node: ast.expr) -> PyObject:
     """What an operand is; ``Tensor`` for a tensor, None for what is no number, text or tuple of these."""
     if isinstance(node, ast.Constant):
         return _plain(node.value)
+    if isinstance(node, Item):
+        with contextlib.suppress(Exception):
+            held = scope.whole().value(node.value)
+            held = _plain(held.item() if isinstance(held, Tensor) and not held.dim() else held)
+            return None if held is Tensor else held
+        return None
     try:
         return _plain(scope.value(node))
     except _IsTensor:
@@ -194,7 +202,7 @@ def _plain(value: PyObject) -> PyObject:
 
 def _followed(use: Use, scope: _SizeScope, function: PyObject) -> bool:
     """Whether what takes the operands is PyTorch's, and so on the tape, or the user's, and so looked at itself."""
-    if isinstance(use.node, ast.Subscript):
+    if use.kind == "lookup" and isinstance(use.node, ast.Subscript):
         held = _resolved(scope, use.node.value)
         return held is Tensor or (held is Unknown and isinstance(use.node.slice, (ast.Slice, ast.Tuple)))
     if not isinstance(use.node, ast.Call):

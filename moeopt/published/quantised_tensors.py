@@ -15,6 +15,7 @@ GPTQModel for the last.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,8 @@ from moeopt.published.tensor_files import TensorFiles
 
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 _CODES = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}
+_SCALE = re.compile(r"(weight|qweight)?_?scales?$|qscale_weight$")
+"""Names under which other libraries keep the scales of a module's weight (EETQ: weight_scales; Mistral's own files)."""
 _E8M0 = (torch.uint8, torch.float8_e8m0fnu)
 
 
@@ -58,6 +61,7 @@ def quantised_tensors(files: TensorFiles, config: Mapping[str, Any]) -> Quantise
         CheckpointError: scales that are not of the sizes that their weights need; the message names both.
     """
     found = QuantisedTensors(method=str(config.get("quant_method") or ""))
+    scales = {name.rpartition(".")[0]: name for name in files if _SCALE.match(name.rpartition(".")[2])}
     for name in files:
         module, _, last = name.rpartition(".")
         scale = next((f"{name}{end}" for end in ("_scale_inv", "_scale") if f"{name}{end}" in files), None)
@@ -65,6 +69,11 @@ def quantised_tensors(files: TensorFiles, config: Mapping[str, Any]) -> Quantise
             if scale is not None and (last == "weight" or files.dtype(name) in _CODES):
                 made = _scaled(files, module if last == "weight" else name, name, scale, config)
             elif _lacks_a_scale(files, name, config):
+                if last == "weight" and (other := scales.get(module)):
+                    raise UnreadLayout(
+                        f"{name} holds codes ({files.dtype(name)}), and {other} may be their scale; 8-bit weights are "
+                        f"read with {name}_scale_inv or {name}_scale"
+                    )
                 raise CheckpointError(
                     f"{name} holds codes ({files.dtype(name)}), and no file has a scale for them ({name}_scale_inv or "
                     f"{name}_scale): a file is missing, or of another version; fetch the files again"

@@ -36,6 +36,10 @@ UNREAD = {
         {"x.weight_packed": torch.zeros(4, 8, dtype=torch.uint8), "x.weight_scale": torch.zeros(4, 1)}, CT,
         "x.weight_packed is torch.uint8 (4, 8), without x.weight_shape; packed weights are read as 2-D int32",
     ),
+    "eetq": (
+        {"x.weight": torch.ones(4, 8, dtype=torch.int8), "x.weight_scales": torch.ones(8)}, {"quant_method": "eetq"},
+        "x.weight holds codes (torch.int8), and x.weight_scales may be their scale; 8-bit weights are read with",
+    ),
     "e5m2": (
         {"x.weight": torch.zeros(4, 8).to(torch.float8_e5m2), "x.weight_scale": torch.ones(4, 1)}, CT,
         "x.weight is torch.float8_e5m2; 8-bit weights are read as",
@@ -59,6 +63,9 @@ DAMAGED = {
     "fp8 without its scale": (
         {"x.weight": layouts.fp8_block("x", 20, 15)[0]["x.weight"]}, FP8,
         "x.weight holds codes (torch.float8_e4m3fn), and no file has a scale for them (x.weight_scale_inv or",
+    ),
+    "int8 with the scale of its input alone": (
+        {"x.weight": torch.zeros(4, 8, dtype=torch.int8), "x.input_scale": torch.ones(1)}, CT, "no file has a scale for"
     ),
     "int8 without its scale": ({"x.weight": torch.zeros(4, 8, dtype=torch.int8)}, CT, "no file has a scale for them"),
     "a stack without its scale": (
