@@ -44,11 +44,13 @@ from moeopt.pipeline.dense import DenseResult as DenseResult
 from moeopt.pipeline.dense import check_groups, rewrite_all
 from moeopt.pipeline.dump import Dump
 from moeopt.pipeline.real_calls import real_calls
+from moeopt.pipeline.size_uses import parsed_once
 from moeopt.report import BlockReport
 from moeopt.rewrite.legality import absent_reason
 
 
 @fewer_collections()
+@parsed_once()
 def run(
     model: nn.Module,
     call: ArgsKwargs,

@@ -26,6 +26,8 @@ from moeopt.value_types import PyObject
 
 _LARGEST = 1 << 12
 """The largest divisor whose remainders are told apart."""
+_SEVERAL = 4
+"""Values of an operand in one call, at most, that are followed each."""
 
 
 @dataclass(frozen=True)
@@ -206,20 +208,18 @@ class SizeClasses:
         held = set().union(*(call.seen.values.get((use, n), set()) for call in self._calls))
         return next(iter(held)) if len(held) == 1 else None
 
-    def _numbers(self, use: Use, n: int) -> dict[int, Fraction] | None:
-        """By call, the number that the operand was; None where it was something else, or several."""
-        found = dict[int, Fraction]()
-        for at, call in enumerate(self._calls):
-            values = call.seen.values.get((use, n), set())
-            if len(values) > 1 or any(not isinstance(v, (int, float)) or not math.isfinite(v) for v in values):
-                return None
-            found.update((at, Fraction(v)) for v in values)
-        return found
+    def _numbers(self, use: Use, n: int) -> list[dict[int, Fraction]]:
+        """By call, the number that the operand was; several, least first, where each call had as many: 0 and the number
+        of rows where all choose the same experts. None where it was something else."""
+        held = {at: c.seen.values[(use, n)] for at, c in enumerate(self._calls) if (use, n) in c.seen.values}
+        plain = all(isinstance(v, (int, float)) and math.isfinite(v) for values in held.values() for v in values)
+        if not plain or len(counts := {*map(len, held.values())}) != 1 or max(counts) > _SEVERAL:
+            return []
+        ordered = {at: sorted(map(Fraction, values)) for at, values in held.items()}
+        return [{at: values[k] for at, values in ordered.items()} for k in range(max(counts))]
 
-    def _forms(self, values: dict[int, Fraction] | None) -> Iterator[tuple[int, Fraction, Fraction]]:
+    def _forms(self, values: dict[int, Fraction]) -> Iterator[tuple[int, Fraction, Fraction]]:
         """(number of a size, a, b) where ``values`` are a times that size and b more."""
-        if values is None:
-            return
         for q in range(len(self._found)):
             points = {self._calls[at].sizes[q]: v for at, v in values.items()}
             if len(points) < 3 or any(points[self._calls[at].sizes[q]] != v for at, v in values.items()):
@@ -229,28 +229,26 @@ class SizeClasses:
             if all(y == y0 + a * (x - x0) for x, y in points.items()):
                 yield q, a, y0 - a * x0
 
-    def _limit(self, values: dict[int, Fraction] | None, number: float, side: int = 0) -> bool:
-        """Enter where ``values`` pass ``number``; whether they are a function that is known.
+    def _limit(self, numbers: Sequence[dict[int, Fraction]], number: float, side: int = 0) -> bool:
+        """Enter where each of ``numbers`` passes ``number``; whether they are functions that are known.
 
-        Args:
-            side: 1 where equal is as less to the code, -1 where it is as greater, 0 where it is neither.
+        ``side`` is 1 where equal is as less to the code, -1 where it is as greater, 0 where it is neither.
         """
-        forms = list(self._forms(values))
-        for q, a, b in forms:
+        known = [list(self._forms(values)) for values in numbers]
+        for q, a, b in itertools.chain(*known):
             at = (Fraction(number) - b) / a if a else Fraction(0)
-            side = side if a > 0 else -side
-            self._found[q].limits |= {math.floor(at) + 0.5} if a and side >= 0 else set()
-            self._found[q].limits |= {math.ceil(at) - 0.5} if a and side <= 0 else set()
-        return bool(forms)
+            toward = side if a > 0 else -side
+            self._found[q].limits |= {math.floor(at) + 0.5} if a and toward >= 0 else set()
+            self._found[q].limits |= {math.ceil(at) - 0.5} if a and toward <= 0 else set()
+        return bool(known) and all(known)
 
     def _crosses(self, use: Use, n: int, m: int, side: int) -> bool:
         """Enter where one operand passes the other."""
         if all(self._is_remainder(use.operands[k], use) for k in (n, m) if self._is_size(use, k)):
             return True
-        one, other = self._numbers(use, n), self._numbers(use, m)
-        if one is None or other is None:
-            return self._alike(use, n, m)
-        return self._limit({at: one[at] - other[at] for at in one if at in other}, 0, side)
+        pairs = itertools.product(self._numbers(use, n), self._numbers(use, m))
+        apart = [{at: one[at] - other[at] for at in one if at in other} for one, other in pairs]
+        return self._limit(apart, 0, side) if apart else self._alike(use, n, m)
 
     def _alike(self, use: Use, n: int, m: int) -> bool:
         """Whether two operands are no numbers, and the same in every call: shapes that belong together."""
@@ -263,11 +261,12 @@ class SizeClasses:
             return False
         if self._is_remainder(use.operands[0], use):
             return True
-        forms = list(self._forms(self._numbers(use, 0)))
-        for q, a, b in forms:
+        numbers = self._numbers(use, 0)
+        known = [list(self._forms(values)) for values in numbers]
+        for q, a, b in itertools.chain(*known):
             self._found[q].divisors.add(by * math.lcm(a.denominator, b.denominator))
-        limits = [self._limit(self._numbers(use, 0), k * by, -1) for k in (1, 2, 3) if quotient]
-        return bool(forms) and all(limits)
+        limits = [self._limit(numbers, k * by, -1) for k in (1, 2, 3) if quotient]
+        return bool(known) and all([*known, *limits])
 
     def _is_remainder(self, node: ast.expr, use: Use, depth: int = 8) -> bool:
         """Whether an operand is computed of remainders of sizes, which have classes of their own."""

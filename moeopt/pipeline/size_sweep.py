@@ -118,6 +118,11 @@ class _Sweep:
         self._watch((_GRIDS[0], *_GRIDS))
         if len({call.sizes for call in self._calls}) < 3:  # code that takes few sizes: those of the recorded calls
             self._watch_calls(self._capture.calls)
+        if not self._calls:  # it ran when it was recorded, and does not run watched
+            exact = tuple(SizeUses(exact=True) for _ in range(len(self._places) + (len(self._places) > 1)))
+            self.known = KnownSizes(self._places, exact, text="what could not be watched")
+            self.known.verified = {self.known.class_of(sizes) for sizes in self._verified}
+            return None
         if SizeClasses(self._calls).texts:  # or values of the data, which were the same in two calls
             self._watch((*_GRIDS, (1, 3), (1, 3)))
         uses: tuple[SizeUses, ...] = ()

@@ -8,6 +8,7 @@ here, and whether their operands are sizes is looked at when they run (:mod:`moe
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import linecache
 from collections.abc import Iterator
@@ -58,6 +59,15 @@ def uses_in(file: str) -> dict[int, list[Use]] | None:
     """The expressions in a file by their lines; None where its source is not to be had."""
     lines = linecache.getlines(file)
     return _uses("".join(lines)) if lines else None
+
+
+@contextlib.contextmanager
+def parsed_once() -> Iterator[None]:
+    """While open, a file is parsed once; the trees, many times the size of their text, are let go of behind it."""
+    try:
+        yield
+    finally:
+        _uses.cache_clear()
 
 
 @functools.lru_cache(maxsize=64)

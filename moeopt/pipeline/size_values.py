@@ -120,7 +120,10 @@ class SizeValues:
         def inside(frame: types.FrameType, event: str, arg: PyObject) -> Callable[..., Any]:
             if event == "line" and uses is not None:
                 for use in uses.get(frame.f_lineno, ()):
-                    self._look(use, frame)
+                    try:
+                        self._look(use, frame)
+                    except Exception:  # noqa: BLE001  it would end the user's own call, and the watching with it
+                        self.unread.add(f"{code.co_filename}:{frame.f_lineno}")
             elif event == "return" and (value := _plain(arg)) is not None:
                 self.returned.setdefault(code.co_name, set()).add(value)
             return inside
@@ -210,7 +213,7 @@ def _followed(use: Use, scope: _SizeScope, function: PyObject) -> bool:
     name = called(use.node)
     if function is Tensor or (function is Unknown and isinstance(use.node.func, ast.Attribute)):
         return hasattr(Tensor, name)
-    own = isinstance(function, (type, types.FunctionType, types.MethodType)) and not foreign(function.__module__)
+    own = isinstance(function, (type, types.FunctionType, types.MethodType)) and not foreign(function.__module__ or "")
     if own or isinstance(function, nn.Module):
         return True
     return str(getattr(function, "__module__", None) or "").startswith("torch") or any(

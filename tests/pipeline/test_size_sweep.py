@@ -13,11 +13,12 @@ from torch import nn
 import moeopt
 from moeopt.errors import StaleModelWarning
 from moeopt.pipeline import block as block_pipeline
+from moeopt.pipeline import size_uses, size_values
 from moeopt.pipeline.size_classes import SizeClasses, SizedCall
 from moeopt.pipeline.size_values import SizeValues
 from moeopt.rewrite.known_sizes import KnownSizes, SizeUses
 from moeopt.verification.block import verify_block
-from tests.toy_moe import H, build, close, seeded
+from tests.toy_moe import Block, H, build, close, optimized, seeded
 
 TABLE = {33: 1.5}
 BIG = 1 << 40
@@ -300,3 +301,51 @@ def test_a_block_that_is_alike_has_a_guard_of_its_own(monkeypatch):
     first, second = (layer.forward.program.guard for layer in opt.model.layers)
     assert [b.status for b in opt.report.blocks if b.kind == "moe"] == ["rewritten"] * 2
     assert first is not second and first.sizes is not None and second.sizes is not None
+
+
+def test_whether_an_expert_has_tokens_is_no_question_of_sizes_where_all_choose_the_same():
+    read = SizeClasses([of_numbers(n, {0, n}) for n in (14, 14, 33, 30, 52)])
+    assert not read.uses[0].exact and not read.uses[0].limits
+
+
+def of_numbers(n, numbers):
+    """A call of ``n`` tokens in which ``count == 0`` was asked of ``numbers``."""
+    seen = SizeValues()
+    for number in sorted(numbers):
+        seen.watching(asked, number)
+    return SizedCall((n,), seen)
+
+
+def asked(count):
+    return count == 0
+
+
+NAMELESS = {"__name__": None}
+exec("def nameless(x):\n    return x", NAMELESS)
+
+
+class Nameless(Block):
+    def loop(self, x, ids, w):
+        return NAMELESS["nameless"](super().loop(x, ids, w))
+
+
+def test_a_function_of_no_module_is_looked_at_as_any_other():
+    assert NAMELESS["nameless"].__module__ is None
+    optimized(build(Nameless))
+
+
+def test_an_error_while_the_code_is_watched_is_not_the_code_s(monkeypatch):
+    """What could not be looked at counts as unread: each size is alike to itself alone."""
+
+    def broken(*args):
+        raise RuntimeError("of the watching")
+
+    monkeypatch.setattr(size_values, "_value_of", broken)
+    seen = SizeValues()
+    assert seen.watching(asked, 3) is False
+    assert [place.rpartition("/")[2].partition(":")[0] for place in seen.unread] == ["test_size_sweep.py"]
+
+
+def test_the_trees_of_sources_are_let_go_of_with_the_run():
+    optimized(build())
+    assert size_uses._uses.cache_info().currsize == 0
