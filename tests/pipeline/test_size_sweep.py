@@ -79,6 +79,14 @@ def scripted_call(x):
     return scripted(x)
 
 
+def in_turn(x):
+    rows, at = [], 0
+    for count in torch.bincount((x[:, 0] > 0).long(), minlength=2).tolist():
+        rows.append(twice(x[at : at + count]))
+        at += count
+    return torch.cat(rows)
+
+
 def walked(x):
     n = (len(x) + 3) // 4 * 4
     return x.new_zeros(n, x.shape[1])
@@ -148,6 +156,7 @@ LEFT = {
     "tensors": lambda x: x * (torch.arange(len(x)) < len(x) * 1.25 / 4)[:, None],
     "whole numbers": lambda x: x.view(int(x.shape[0]), -1)[: len(x)],
     "a count": lambda x: x * 2 if (x[:, 0] > 0).sum() > 9 else x,
+    "rows in turn": in_turn,
     "its own rows": lambda x: x * 2 if x[x[:, 0] > 0].shape[0] % 5 == 1 else x,
     "a default": lambda x, held=(1, 2): x * 2 if len(held) % 2 else x,
 }
