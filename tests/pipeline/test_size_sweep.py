@@ -204,6 +204,11 @@ def test_two_sizes_and_their_product_have_classes_of_their_own():
     assert known.refusal([(3, 2, H)]).startswith("it was called with size 3 and 2, and its code computes with sizes")
     one = KnownSizes(((0, 0),), (SizeUses((), (2,)),), {((0, 0),), ((0, 1),)})
     assert one.complete() and not KnownSizes(((0, 0),), (SizeUses(exact=True),), {((3,),)}).complete()
+    short = SizeUses((3.5,), (8,))
+    all_there_are = {(short.class_of(size),) for size in range(1, 12)}
+    assert len(all_there_are) == 11 and KnownSizes(((0, 0),), (short,), all_there_are).complete()
+    assert not KnownSizes(((0, 0),), (short,), all_there_are - {((0, 3),)}).complete()
+    assert SizeUses((BIG - 0.5,), (4,)).classes() == 8
 
 
 class Masked(nn.Module):
