@@ -124,6 +124,7 @@ FOUND = {
     "a number in a tensor": (lambda x: x * 2 if torch.tensor(len(x)) > 170 else x, ((170.5,), ())),
     "its remainder": (lambda x: x * 2 if torch.tensor(len(x)) % 7 == 3 else x, ((), (7,))),
     "its truth": (lambda x: x * 2 if bool(torch.tensor(len(x)) == 170) else x, ((169.5, 170.5), ())),
+    "the number of its truth": (lambda x: x * 2 if (torch.tensor(len(x)) > 170).item() else x, ((170.5,), ())),
     "a capacity": (lambda x: x * 2 if torch.ceil(torch.tensor(len(x) / 8 * 1.1)) < 16 else x, EXACT),
     "rows behind others": (lambda x: x * 2 if len(x[200:]) % 7 == 3 else x, ((200.5,), ())),
     "a table": (lambda x: x * TABLE.get(len(x), 1.0), EXACT),
