@@ -69,7 +69,7 @@ class SizeClasses:
         self._ran = set().union(*(c.seen.ran for c in calls))
         self._unresolved = set().union(*(c.seen.unresolved for c in calls))
         keys = dict.fromkeys(use for call in calls for use, _ in call.seen.values)
-        self._by_node = {use.node: use for use in keys}
+        self._by_node = {use.node: use for use in [*keys][::-1] if use.kind != "clip"}
         stored = [use for use in keys if use.kind == "store" and self._is_size(use, 0)]
         self._stored = {use.node.attr for use in stored if isinstance(use.node, ast.Attribute)}
         for use in sorted((use for use in keys if use.kind != "store"), key=_place):

@@ -123,7 +123,9 @@ def _of(node: ast.AST) -> Iterator[tuple[str, ast.AST, list[ast.expr]]]:
             yield "call", node, [*held, *node.args, *(k.value for k in node.keywords)]
     else:
         yield from _of_places(node)
-    for one in _tested(node):
+    for test in _tested(node):
+        one = test.func.value if isinstance(test, ast.Call) and isinstance(test.func, ast.Attribute) else test
+        one = one if isinstance(one, ast.Compare) else test
         if isinstance(one, ast.Compare):
             yield "compare", one, [Item(part) for part in (one.left, *one.comparators)]
         elif not isinstance(one, _TRUTHS):

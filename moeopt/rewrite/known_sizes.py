@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 Class = tuple[tuple[int, ...], ...]
+_COUNTED = 1 << 16
+"""Sizes that are gone through to count their classes; of more, as many are taken as there may be."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,14 @@ class SizeUses:
             if size > limit:
                 passed += 1
         return (passed, *(int(size % divisor) for divisor in self.divisors))
+
+    def classes(self) -> int:
+        """How many classes the sizes from 1 on have: below 4, three of the remainders by 8."""
+        turn = math.lcm(*self.divisors)
+        last = math.floor(max(self.limits, default=0)) + turn
+        if last > _COUNTED:
+            return (len(self.limits) + 1) * turn
+        return len({self.class_of(size) for size in range(1, last + 1)})
 
 
 @dataclass
@@ -65,8 +75,7 @@ class KnownSizes:
         """Whether calls of every class were verified."""
         if any(use.exact for use in self.uses):
             return False
-        counts = [(len(use.limits) + 1) * math.lcm(*use.divisors) for use in self.uses]
-        return len(self.verified) == math.prod(counts)
+        return len(self.verified) == math.prod(use.classes() for use in self.uses)
 
     def refusal(self, shapes: Sequence[Sequence[int]]) -> str:
         """Why a call with tensors of these shapes was not verified."""

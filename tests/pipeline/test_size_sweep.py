@@ -80,6 +80,14 @@ def scripted_call(x):
     return scripted(x)
 
 
+def in_turn(x):
+    rows, at = [], 0
+    for count in torch.bincount((x[:, 0] > 0).long(), minlength=2).tolist():
+        rows.append(twice(x[at : at + count]))
+        at += count
+    return torch.cat(rows)
+
+
 def walked(x):
     n = (len(x) + 3) // 4 * 4
     return x.new_zeros(n, x.shape[1])
@@ -117,6 +125,7 @@ FOUND = {
     "a number in a tensor": (lambda x: x * 2 if torch.tensor(len(x)) > 170 else x, ((170.5,), ())),
     "its remainder": (lambda x: x * 2 if torch.tensor(len(x)) % 7 == 3 else x, ((), (7,))),
     "its truth": (lambda x: x * 2 if bool(torch.tensor(len(x)) == 170) else x, ((169.5, 170.5), ())),
+    "the number of its truth": (lambda x: x * 2 if (torch.tensor(len(x)) > 170).item() else x, ((170.5,), ())),
     "a capacity": (lambda x: x * 2 if torch.ceil(torch.tensor(len(x) / 8 * 1.1)) < 16 else x, EXACT),
     "rows behind others": (lambda x: x * 2 if len(x[200:]) % 7 == 3 else x, ((200.5,), ())),
     "a table": (lambda x: x * TABLE.get(len(x), 1.0), EXACT),
@@ -149,6 +158,7 @@ LEFT = {
     "tensors": lambda x: x * (torch.arange(len(x)) < len(x) * 1.25 / 4)[:, None],
     "whole numbers": lambda x: x.view(int(x.shape[0]), -1)[: len(x)],
     "a count": lambda x: x * 2 if (x[:, 0] > 0).sum() > 9 else x,
+    "rows in turn": in_turn,
     "its own rows": lambda x: x * 2 if x[x[:, 0] > 0].shape[0] % 5 == 1 else x,
     "a default": lambda x, held=(1, 2): x * 2 if len(held) % 2 else x,
 }
@@ -196,6 +206,11 @@ def test_two_sizes_and_their_product_have_classes_of_their_own():
     assert known.refusal([(3, 2, H)]).startswith("it was called with size 3 and 2, and its code computes with sizes")
     one = KnownSizes(((0, 0),), (SizeUses((), (2,)),), {((0, 0),), ((0, 1),)})
     assert one.complete() and not KnownSizes(((0, 0),), (SizeUses(exact=True),), {((3,),)}).complete()
+    short = SizeUses((3.5,), (8,))
+    all_there_are = {(short.class_of(size),) for size in range(1, 12)}
+    assert len(all_there_are) == 11 and KnownSizes(((0, 0),), (short,), all_there_are).complete()
+    assert not KnownSizes(((0, 0),), (short,), all_there_are - {((0, 3),)}).complete()
+    assert SizeUses((BIG - 0.5,), (4,)).classes() == 8
 
 
 class Masked(nn.Module):
