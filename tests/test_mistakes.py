@@ -177,7 +177,9 @@ def test_a_full_disk_is_one_sentence(capsys, here, monkeypatch):
     monkeypatch.setattr(safetensors.torch, "save_file", full)
     code, out, err = run(capsys, "optimize", "mine.py:model", "--verify", "off", "--out", "b", "--quiet")
     assert (
-        code == 1 and "moeopt certificate" in out and err == "moeopt: No space left on device: b/weights.safetensors\n"
+        code == 1
+        and "moeopt certificate" in out
+        and err == "moeopt: No space left on device: free some space, and call again: b/weights.safetensors\n"
     )
     assert not (here / "b").exists()
 

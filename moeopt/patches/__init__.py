@@ -59,4 +59,5 @@ from moeopt.patches.tracing import no_results_kept as no_results_kept
 from moeopt.patches.tracing import one_trace as one_trace
 from moeopt.patches.tracing import size_answers as size_answers
 from moeopt.patches.tracing import size_questions as size_questions
+from moeopt.patches.tracing import stands_for_builtin as stands_for_builtin
 from moeopt.patches.tracing import tables_of_weights as tables_of_weights

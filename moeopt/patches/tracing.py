@@ -110,6 +110,11 @@ def _length(value: PyObject, /) -> PyObject:
     return len(value)
 
 
+def stands_for_builtin(value: PyObject) -> bool:
+    """Whether ``value`` is what :func:`free_lengths` puts under a builtin's name for the time of a trace."""
+    return value is _length
+
+
 @contextlib.contextmanager
 def free_lengths(code: Iterable[dict[str, Any]]) -> Iterator[None]:
     """While open, ``len(x)`` of a tensor is ``x.shape[0]``, as a trace knows it, in the ``code`` of these globals:

@@ -20,6 +20,8 @@ _DIVIDES = (ast.Mod, ast.FloorDiv)
 _BITS = (ast.BitAnd, ast.BitOr, ast.BitXor, ast.LShift, ast.RShift, ast.Pow)
 _TRUTHS = (ast.Compare, ast.BoolOp, ast.Constant)
 """Truths themselves, made of what is read by itself."""
+_WITHIN = " \t#)]}@"
+"""What a line begins with that goes on with a statement, or stands before it."""
 _FOLLOWED = frozenset((
     "float", "len", "list", "tuple", "slice", "isinstance", "issubclass", "hasattr", "callable", "type", "id",
     "print", "enumerate", "zip", "reversed", "setattr", "super", "warn", "debug", "info", "warning", "error", "log",
@@ -55,10 +57,34 @@ class Use:
     assigned: dict[str, ast.expr]
 
 
-def uses_in(file: str) -> dict[int, list[Use]] | None:
-    """The expressions in a file by their lines; None where its source is not to be had."""
+def uses_in(file: str, line: int) -> dict[int, list[Use]] | None:
+    """The expressions by their lines in the class or function of a file that ``line`` is in, whatever else it is in;
+    None where its source is not to be had."""
     lines = linecache.getlines(file)
-    return _uses("".join(lines)) if lines else None
+    if not lines:
+        return None
+    begin, end = _outermost(lines, line - 1)
+    found = _uses("".join(lines[begin:end]), begin)
+    if found is None or line not in found[1]:
+        found = _uses("".join(lines), 0)
+    return None if found is None else found[0]
+
+
+def _outermost(lines: list[str], at: int) -> tuple[int, int]:
+    """From where to where a file's outermost statement goes that line ``at`` is in, by how its lines are indented.
+
+    A file is many times as large when it is parsed. A text whose lines begin at the margin cuts this short.
+    """
+
+    def inside(n: int) -> bool:
+        return not lines[n].strip() or lines[n][0] in _WITHIN
+
+    begin, end = min(at, len(lines) - 1), at + 1
+    while begin > 0 and (inside(begin) or lines[begin - 1][0] == "@"):
+        begin -= 1
+    while end < len(lines) and (inside(end) or lines[end - 1][0] == "@"):
+        end += 1
+    return max(begin, 0), end
 
 
 @contextlib.contextmanager
@@ -71,9 +97,10 @@ def parsed_once() -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=64)
-def _uses(source: str) -> dict[int, list[Use]] | None:
+def _uses(source: str, begin: int) -> tuple[dict[int, list[Use]], set[int]] | None:
+    """The expressions of a source that begins behind line ``begin``, and the lines on which others than texts begin."""
     try:
-        tree = ast.parse(source)
+        tree = ast.increment_lineno(ast.parse(source), begin)
     except (SyntaxError, ValueError):
         return None
     found: dict[int, list[Use]] = {}
@@ -85,7 +112,8 @@ def _uses(source: str) -> dict[int, list[Use]] | None:
         for kind, at, operands in _of(node):
             found.setdefault(getattr(at, "lineno", 0), []).append(Use(kind, at, tuple(operands), assigned))
         pending += [(child, assigned) for child in _inside(node)]
-    return found
+    code = (node for node in ast.walk(tree) if not isinstance(node, ast.Constant))
+    return found, {node.lineno for node in code if hasattr(node, "lineno")}
 
 
 def _inside(node: ast.AST) -> Iterator[ast.AST]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dis
+import itertools
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,7 @@ _SCRIPTS = (torch.jit.ScriptFunction, torch.jit.ScriptModule)
 _MOST = 64
 """Numbers of a tuple that are compared."""
 _ASKS = ("COMPARE_OP", "CONTAINS_OP", "BINARY_OP", "BINARY_MODULO", "BINARY_FLOOR_DIVIDE", "BINARY_AND")
+_ASSERTS = {"torch", "_assert", "size", "shape", "numel"}
 
 
 class _IsTensor(Exception):
@@ -95,7 +97,7 @@ class SizeValues:
         self.ran: set[str] = set()
         self.unread: set[str] = set()
         self.unresolved: set[Use] = set()
-        self._uses: dict[str, dict[int, list[Use]] | None] = {}
+        self._uses: dict[tuple[str, int], dict[int, list[Use]] | None] = {}
 
     def watching(self, run: Callable[..., Any], *args: PyObject, **kwargs: PyObject) -> PyObject:
         """``run(*args, **kwargs)``, watched."""
@@ -111,9 +113,10 @@ class SizeValues:
         if foreign(str(frame.f_globals.get("__name__"))) or any(part in code.co_filename for part in _LIBRARIES):
             return None
         self.ran.add(code.co_name)
-        if code.co_filename not in self._uses:
-            self._uses[code.co_filename] = uses_in(code.co_filename)
-        uses = self._uses[code.co_filename]
+        place = code.co_filename, code.co_firstlineno
+        if place not in self._uses:
+            self._uses[place] = uses_in(*place)
+        uses = self._uses[place]
         if uses is None and _may_ask(code):
             self.unread.add(f"{code.co_filename}:{code.co_firstlineno}")
 
@@ -239,4 +242,15 @@ def _may_ask(code: types.CodeType) -> bool:
     """Whether code asks for sizes and computes with anything, for all that its names and instructions tell."""
     if not {"shape", "size", "numel", "nelement", "len"} & {*code.co_names}:
         return False
-    return any(step.opname in _ASKS for step in dis.get_instructions(code))
+    steps = [*dis.get_instructions(code)]
+    return any(step.opname in _ASKS for step in steps) and not _only_asserts(code, steps)
+
+
+def _only_asserts(code: types.CodeType, steps: list[dis.Instruction]) -> bool:
+    """Whether code decides between an error and nothing, as what torch.export writes out of a program's guards."""
+    ends = [
+        (before, step) for before, step in itertools.pairwise(steps) if step.opname in ("RETURN_VALUE", "RETURN_CONST")
+    ]
+    gives_none = all((step if step.opname == "RETURN_CONST" else before).argval is None for before, step in ends)
+    stores = any(step.opname.startswith("STORE_") for step in steps)
+    return "_assert" in code.co_names and {*code.co_names} <= _ASSERTS and gives_none and not stores

@@ -24,6 +24,7 @@ from torch import nn
 
 from moeopt.capture.held_contents import foreign
 from moeopt.options import ASKED_WITH
+from moeopt.patches import stands_for_builtin
 from moeopt.rewrite.code import digest, filled, fingerprint, installed, words
 from moeopt.rewrite.guard_expression import GuardExpression
 from moeopt.rewrite.ran import Ran
@@ -113,9 +114,10 @@ class Walk:
         if foreign(module):
             return
         for name in names:
-            if name in table and (writable or not inert(table[name])):
+            there = name in table and not stands_for_builtin(table[name])
+            if there and (writable or not inert(table[name])):
                 self.link(self.probe, table, name, table[name], f"{module}.{name}")
-            elif writable and name not in table and hasattr(builtins, name):
+            elif not there and writable and hasattr(builtins, name):
                 self.probe.lacks(table, name)
 
     def link(self, probe: GuardExpression, table: PyObject, key: PyObject, value: PyObject, place: str) -> None:

@@ -1,5 +1,6 @@
 """Python that computes with sizes is found in every way of writing it, and its sizes are verified or left to it."""
 
+import ast
 import functools
 import math
 import operator
@@ -364,3 +365,39 @@ def test_an_error_while_the_code_is_watched_is_not_the_code_s(monkeypatch):
 def test_the_trees_of_sources_are_let_go_of_with_the_run():
     optimized(build())
     assert size_uses._uses.cache_info().currsize == 0
+
+
+MARGIN = """
+def first(x):
+    text = '''
+at the margin
+'''
+    return x.shape[0] % 4, '''
+        and again ''', text
+
+
+@kept
+@(
+    twice
+)
+class Held:
+
+    # of its own
+    def second(self, x):
+        return x.shape[0] % 8
+
+last = 1
+"""
+
+
+@pytest.mark.parametrize(("name", "divisor"), [("def first", 4), ("def second", 8)])
+def test_of_a_file_only_what_ran_is_parsed_and_all_of_it(name, divisor, tmp_path):
+    file = tmp_path / "margin.py"
+    file.write_text(MARGIN)
+    lines = MARGIN.split("\n")
+    at = next(n for n, text in enumerate(lines, 1) if name in text)
+    found = size_uses.uses_in(str(file), at)
+    (line,) = [n for n, text in enumerate(lines, 1) if f"% {divisor}" in text]
+    assert f"x.shape[0] % {divisor}" in [ast.unparse(use.node) for use in found[line]]
+    begin, end = size_uses._outermost(file.read_text().splitlines(keepends=True), at - 1)
+    assert lines[begin:end][0] == ("def first(x):" if divisor == 4 else "@kept") and "last = 1" not in lines[begin:end]
