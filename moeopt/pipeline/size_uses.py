@@ -23,7 +23,7 @@ _TRUTHS = (ast.Compare, ast.BoolOp, ast.Constant)
 _FOLLOWED = frozenset((
     "float", "len", "list", "tuple", "slice", "isinstance", "issubclass", "hasattr", "callable", "type", "id",
     "print", "enumerate", "zip", "reversed", "setattr", "super", "warn", "debug", "info", "warning", "error", "log",
-    "exception",
+    "exception", "append",
 ))  # fmt: skip
 """Functions that give numbers as they are, or tell something."""
 
