@@ -25,7 +25,7 @@ _WITHIN = " \t#)]}@"
 _FOLLOWED = frozenset((
     "float", "len", "list", "tuple", "slice", "isinstance", "issubclass", "hasattr", "callable", "type", "id",
     "print", "enumerate", "zip", "reversed", "setattr", "super", "warn", "debug", "info", "warning", "error", "log",
-    "exception",
+    "exception", "append",
 ))  # fmt: skip
 """Functions that give numbers as they are, or tell something."""
 

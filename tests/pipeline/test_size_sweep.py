@@ -89,6 +89,13 @@ def in_turn(x):
     return torch.cat(rows)
 
 
+def listed(x):
+    places = []
+    for token, _ in enumerate(x):
+        places.append((token, 0))
+    return x[torch.tensor(places)[:, 0]]
+
+
 def walked(x):
     n = (len(x) + 3) // 4 * 4
     return x.new_zeros(n, x.shape[1])
@@ -160,6 +167,7 @@ LEFT = {
     "whole numbers": lambda x: x.view(int(x.shape[0]), -1)[: len(x)],
     "a count": lambda x: x * 2 if (x[:, 0] > 0).sum() > 9 else x,
     "rows in turn": in_turn,
+    "places in a list": listed,
     "its own rows": lambda x: x * 2 if x[x[:, 0] > 0].shape[0] % 5 == 1 else x,
     "a default": lambda x, held=(1, 2): x * 2 if len(held) % 2 else x,
 }
