@@ -111,9 +111,7 @@ class Walk:
     def _globals(self, table: dict[str, Any], names: tuple[str, ...]) -> None:
         module, writable = str(table.get("__name__")), not installed(table.get("__file__"))
         self.tables.setdefault(module, table)
-        if foreign(module):
-            return
-        for name in names:
+        for name in () if foreign(module) else names:
             there = name in table and not stands_for_builtin(table[name])
             if there and (writable or not inert(table[name])):
                 self.link(self.probe, table, name, table[name], f"{module}.{name}")

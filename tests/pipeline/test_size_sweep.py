@@ -408,4 +408,5 @@ def test_of_a_file_only_what_ran_is_parsed_and_all_of_it(name, divisor, tmp_path
     (line,) = [n for n, text in enumerate(lines, 1) if f"% {divisor}" in text]
     assert f"x.shape[0] % {divisor}" in [ast.unparse(use.node) for use in found[line]]
     begin, end = size_uses._outermost(file.read_text().splitlines(keepends=True), at - 1)
-    assert lines[begin:end][0] == ("def first(x):" if divisor == 4 else "@kept") and "last = 1" not in lines[begin:end]
+    assert lines[begin:end][0] == ("def first(x):" if divisor == 4 else "class Held:")
+    assert "last = 1" not in lines[begin:end]
