@@ -9,6 +9,8 @@ import moeopt
 from moeopt.errors import UsageError
 from tests.pipeline.given_ids import BLOCKS, OUTSIDE, E, LoopOverUnique, call, made, outcome
 
+pytestmark = pytest.mark.one_isa  # ids that a graph refuses
+
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_an_engine_gives_the_same_or_stops(block):

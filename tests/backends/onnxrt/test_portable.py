@@ -15,6 +15,8 @@ from moeopt.backends.onnxrt.portable import check_portable
 from tests.families.build import FAMILIES
 from tests.toy_moe import Block, H
 
+pytestmark = pytest.mark.one_isa  # which operators a graph has
+
 
 def foreign(folder):
     """Operators of a bundle's graph that ONNX does not define, and domains that the graph names."""

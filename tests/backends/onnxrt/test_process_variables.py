@@ -17,6 +17,8 @@ from moeopt.errors import UsageError
 from tests.backends.onnxrt.lowerings.one_site import session_of
 from tests.onnx_in.test_left_alone import moe_file, qmoe_file
 
+pytestmark = pytest.mark.one_isa  # what the environment says of a process
+
 SIZE = 128
 ASK = """
 import sys, numpy as np, onnxruntime as ort

@@ -11,6 +11,8 @@ from moeopt.errors import BundleError, Declined
 from moeopt.ir.specs import RouterSpec
 from tests.backends.onnxrt.lowerings.one_site import make_site
 
+pytestmark = pytest.mark.one_isa  # what a graph says of its experts
+
 FORMS = [
     {},
     {"rows": "separate"},

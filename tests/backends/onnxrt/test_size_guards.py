@@ -16,6 +16,8 @@ from moeopt.bundle.tree import LEAF
 from moeopt.cli.about import bundle_facts
 from moeopt.errors import UsageError
 
+pytestmark = pytest.mark.one_isa  # sizes that a graph takes
+
 A, B = ["size", 0, 0], ["size", 1, 0]
 
 

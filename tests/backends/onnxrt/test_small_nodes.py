@@ -13,6 +13,8 @@ from moeopt.backends.onnxrt import build
 from moeopt.backends.onnxrt.session import Session
 from moeopt.lower.onnx import assemble
 
+pytestmark = pytest.mark.one_isa  # nodes are counted
+
 transformers = pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[3]
 
