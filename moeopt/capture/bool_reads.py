@@ -71,11 +71,15 @@ def asked_from() -> tuple[CodeType, int] | None:
 
 @functools.lru_cache(maxsize=4096)
 def _calls_of(code: CodeType) -> dict[int, int]:
-    """The call that each PRECALL of Python 3.11 belongs to: once a call has run often, it stands at the first."""
-    if "PRECALL" not in dis.opmap:
-        return {}
+    """The call that each place inside of its instruction belongs to.
+
+    In Python 3.11 a call that has run often stands at its PRECALL. Where a function of Python's is called, the caller
+    stands behind the call's caches, and at the call itself where it is one of C's: ``len`` may be either.
+    """
     every = list(dis.get_instructions(code))
-    return {one.offset: following.offset for one, following in itertools.pairwise(every) if one.opname == "PRECALL"}
+    found = {n: one.offset for one, after in itertools.pairwise(every) for n in range(one.offset + 2, after.offset, 2)}
+    precalls = {one.offset: after.offset for one, after in itertools.pairwise(every) if one.opname == "PRECALL"}
+    return found | precalls | {n: precalls[at] for n, at in found.items() if at in precalls}
 
 
 def read_at() -> ReadAt:

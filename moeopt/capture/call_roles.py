@@ -158,7 +158,7 @@ class CallSpec:
             for d, follows in enumerate(leaf.dims):
                 if follows is not None:  # repeated from its start: a token still sees itself
                     places = torch.arange(grid[follows]) % values[n].shape[d]
-                    places = order[places] if _of_sequence(leaf) else places
+                    places = order[places] if of_sequence(leaf) else places
                     values[n] = values[n].index_select(d, places.to(values[n].device))
             if leaf.role in ("bounds", "lengths"):
                 values[n] = _packed(count, leaf.role).to(values[n])
@@ -169,7 +169,7 @@ class CallSpec:
 
     def _order_of_sequences(self) -> Tensor:
         """Sequences in which what holds for each (its language, say) is new come first: few then still differ."""
-        first = next((n for n, leaf in enumerate(self.leaves) if _of_sequence(leaf)), None)
+        first = next((n for n, leaf in enumerate(self.leaves) if of_sequence(leaf)), None)
         if first is None or not self._values[first].numel():
             return torch.arange(self.grid[0])
         rows = self._values[first].detach().cpu().contiguous().resolve_conj()
@@ -227,7 +227,7 @@ def _packed(count: int, role: Role) -> Tensor:
     return found if role == "lengths" else torch.cat([found.new_zeros(1), found.cumsum(0)])
 
 
-def _of_sequence(leaf: ArgRole) -> bool:
+def of_sequence(leaf: ArgRole) -> bool:
     """Whether the argument has one row for each sequence."""
     return bool(leaf.dims) and leaf.dims[0] == 0 and all(follows is None for follows in leaf.dims[1:])
 

@@ -104,9 +104,12 @@ _lengths = Mine()
 
 def _length(value: PyObject, /) -> PyObject:
     import torch
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     if _lengths.top is not None and isinstance(value, torch.Tensor) and value.dim():
-        return value.shape[0]
+        size = value.shape[0]
+        if isinstance(size, torch.SymInt) and not free_unbacked_symbols(size):
+            return size  # what is asked of a number that data choose is known by the call of len
     return len(value)
 
 

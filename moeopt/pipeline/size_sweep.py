@@ -14,8 +14,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
+from moeopt.capture.call_roles import of_sequence
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.ops.override import default_impl
 from moeopt.options import Options
@@ -185,8 +188,23 @@ class _Sweep:
         return case.args, case.kwargs
 
     def _case(self, grid: tuple[int, ...], name: str) -> Case:
-        build = CaseBuilder(self._capture.call_spec, self._experts, self._options.seed + 23 + len(self._calls), None)
-        return build.case(name, grid, build.draw(math.prod(grid)), range(self._experts))
+        seed = self._options.seed + 23 + len(self._calls)
+        build = CaseBuilder(self._capture.call_spec, self._experts, seed, None)
+        case = build.case(name, grid, build.draw(math.prod(grid)), range(self._experts))
+        return self._drawn_anew(case, torch.Generator().manual_seed(seed))
+
+    def _drawn_anew(self, case: Case, generator: torch.Generator) -> Case:
+        """With other numbers in arguments beside the tokens, which are the example's in every case: experts that a
+        sample chooses by these would be as many in each call of one size."""
+        flat, tree = pytree.tree_flatten((case.args, case.kwargs))
+        for n, leaf in enumerate(self._capture.call_spec.leaves):
+            if not of_sequence(leaf) or not isinstance(value := flat[n], torch.Tensor) or not len(value):
+                continue
+            flat[n] = value[torch.randint(len(value), (len(value),), generator=generator).to(value.device)]
+            if value.is_floating_point() and value.isfinite().all():
+                flat[n] = flat[n] + torch.randn(value.shape, generator=generator).to(value) * value.abs().mean()
+        args, kwargs = pytree.tree_unflatten(flat, tree)
+        return Case(case.name, args, kwargs)
 
     def _sizes(self, call: ArgsKwargs) -> tuple[int, ...]:
         tensors = bind(self._capture.signature, *call).tensors()

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from moeopt.capture.bool_reads import BoolReads, is_assertion
+from moeopt.capture.bool_reads import BoolReads, asked_from, is_assertion
 from moeopt.capture.source_line import user_line
+from moeopt.patches.tracing import _length
 
 
 def asserts(x):
@@ -85,3 +86,27 @@ def test_modes_around_it_do_not_hide_who_asks():
 
     assert is_assertion(run, lines[0])
     assert user_line().rpartition(":")[0] == lines[0].rpartition(":")[0]
+
+
+class Asked:
+    """Notes where its length is asked for."""
+
+    def __init__(self):
+        self.places = set()
+
+    def __len__(self):
+        self.places.add(asked_from())
+        return 1
+
+
+def asks(length, value):
+    return length(value) > 0
+
+
+def test_a_call_stands_at_one_place_whether_what_it_calls_is_of_c_or_of_python():
+    """While a trace is made, ``len`` is a function of Python's in the model's code; where values are read, it is not."""
+    value = Asked()
+    for _ in range(64):  # a call that has run often is done by another instruction
+        assert asks(len, value) and asks(_length, value)
+    ((code, _),) = value.places
+    assert code is asks.__code__

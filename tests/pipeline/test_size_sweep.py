@@ -20,6 +20,7 @@ from moeopt.pipeline.size_values import SizeValues
 from moeopt.rewrite.known_sizes import KnownSizes, SizeUses
 from moeopt.verification.block import verify_block
 from tests.toy_moe import Block, H, build, close, optimized, seeded
+from tests.zoo import CASES
 
 TABLE = {33: 1.5}
 BIG = 1 << 40
@@ -410,3 +411,10 @@ def test_of_a_file_only_what_ran_is_parsed_and_all_of_it(name, divisor, tmp_path
     begin, end = size_uses._outermost(file.read_text().splitlines(keepends=True), at - 1)
     assert lines[begin:end][0] == ("def first(x):" if divisor == 4 else "class Held:")
     assert "last = 1" not in lines[begin:end]
+
+
+def test_what_a_sample_chooses_by_its_own_argument_is_no_size():
+    """Its numbers stand beside the tokens: as the example's, each call of one size would choose as every other."""
+    case = CASES["samples_that_choose_beside_a_shared_expert"]
+    opt = moeopt.optimize(case.build(), case.inputs()[0], verify="fast")
+    assert not any("computes with sizes" in note for note in opt.report.notes)
