@@ -208,6 +208,8 @@ def _plain(value: PyObject) -> PyObject:
 
 def _followed(use: Use, scope: _SizeScope, function: PyObject) -> bool:
     """Whether what takes the operands is PyTorch's, and so on the tape, or the user's, and so looked at itself."""
+    if use.kind == "clip":  # of a tuple (x.shape[:-1]) there are as many in every call
+        return _resolved(scope, use.node.value) is not Tensor  # type: ignore[attr-defined]
     if use.kind == "lookup" and isinstance(use.node, ast.Subscript):
         held = _resolved(scope, use.node.value)
         return held is Tensor or (held is Unknown and isinstance(use.node.slice, (ast.Slice, ast.Tuple)))

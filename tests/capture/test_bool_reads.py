@@ -1,9 +1,12 @@
 """Which questions of Python's about tensors are assertions."""
 
+import sys
+
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from moeopt.capture.bool_reads import BoolReads, asked_from, is_assertion
+from moeopt.capture.bool_reads import BoolReads, _calls_of, is_assertion
 from moeopt.capture.source_line import user_line
 from moeopt.patches.tracing import _length
 
@@ -88,15 +91,20 @@ def test_modes_around_it_do_not_hide_who_asks():
     assert user_line().rpartition(":")[0] == lines[0].rpartition(":")[0]
 
 
-class Asked:
-    """Notes where its length is asked for."""
+class Asked(TorchFunctionMode):
+    """Notes where a tensor's length is asked for; what it notes by is no code of the user's."""
 
     def __init__(self):
+        super().__init__()
         self.places = set()
 
-    def __len__(self):
-        self.places.add(asked_from())
-        return 1
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__len__:
+            frame = sys._getframe(1)
+            while frame.f_code is not asks.__code__:
+                frame = frame.f_back
+            self.places.add(_calls_of(frame.f_code).get(frame.f_lasti, frame.f_lasti))
+        return func(*args, **(kwargs or {}))
 
 
 def asks(length, value):
@@ -104,9 +112,8 @@ def asks(length, value):
 
 
 def test_a_call_stands_at_one_place_whether_what_it_calls_is_of_c_or_of_python():
-    """While a trace is made, ``len`` is a function of Python's in the model's code; where values are read, it is not."""
-    value = Asked()
-    for _ in range(64):  # a call that has run often is done by another instruction
-        assert asks(len, value) and asks(_length, value)
-    ((code, _),) = value.places
-    assert code is asks.__code__
+    """While a trace is made, ``len`` is a function of Python's in a model's code; where values are read, it is C's."""
+    with Asked() as asked:
+        for _ in range(64):  # a call that has run often is done by another instruction
+            assert asks(len, torch.ones(2)) and asks(_length, torch.ones(2))
+    assert len(asked.places) == 1
