@@ -124,8 +124,14 @@ class _Sweep:
         if not self._calls:  # it ran when it was recorded, and does not run watched
             exact = tuple(SizeUses(exact=True) for _ in range(len(self._places) + (len(self._places) > 1)))
             self.known = KnownSizes(self._places, exact, text="what could not be watched")
+        elif (failed := self._in_turns()) is not None:
+            return failed
+        if self.known is not None:
             self.known.verified = {self.known.class_of(sizes) for sizes in self._verified}
-            return None
+        return None
+
+    def _in_turns(self) -> BlockCheck | None:
+        """The check of the first call that fails: classes are made anew for as long as calls of theirs show more."""
         if SizeClasses(self._calls).texts:  # or values of the data, which were the same in two calls
             self._watch((*_GRIDS, (1, 3), (1, 3)))
         uses: tuple[SizeUses, ...] = ()
@@ -137,8 +143,6 @@ class _Sweep:
             self.known = KnownSizes(self._places, uses, text=", ".join(read.texts[:3]))
             if (failed := self._compare(self.known)) is not None:
                 return failed
-        if self.known is not None:
-            self.known.verified = {self.known.class_of(sizes) for sizes in self._verified}
         return None
 
     def _compare(self, known: KnownSizes) -> BlockCheck | None:

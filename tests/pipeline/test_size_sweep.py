@@ -419,3 +419,17 @@ def test_what_a_sample_chooses_by_its_own_argument_is_no_size():
     case = CASES["samples_that_choose_beside_a_shared_expert"]
     opt = moeopt.optimize(case.build(), case.inputs()[0], verify="fast")
     assert not any("computes with sizes" in note for note in opt.report.notes)
+
+
+def test_a_block_that_does_not_run_watched_holds_for_the_sizes_of_its_example(monkeypatch):
+    def unable(*args, **kwargs):
+        raise RuntimeError("under a trace function")
+
+    monkeypatch.setattr(SizeValues, "watching", unable)
+    model, example = build(), seeded(2, 5, H)
+    opt = optimized(model, example)
+    assert any("computes with sizes of its input (what could not be watched)" in note for note in opt.report.notes)
+    close(opt(example), model(example))
+    assert not opt.model.forward.fallbacks
+    with pytest.warns(StaleModelWarning, match="called with size 2 and 6, .*what could not be watched"):
+        close(opt(seeded(2, 6, H)), model(seeded(2, 6, H)))
