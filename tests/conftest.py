@@ -18,6 +18,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its own functions ask for it then
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
+def pytest_collection_modifyitems(items):
+    """All but each n-th case of a test that is marked ``sample(n)`` are nightly ones."""
+    met: dict[str, int] = {}
+    for item in items:
+        mark = item.get_closest_marker("sample")
+        if mark is not None:
+            test = item.nodeid.partition("[")[0]
+            at = met[test] = met.get(test, -1) + 1
+            if at % mark.args[0]:
+                item.add_marker(pytest.mark.nightly)
+
+
 _modules = 0
 
 
@@ -59,7 +72,7 @@ def toy_bundle(tmp_path_factory):
     """The bundle of a small block, for tests that only read it."""
     from tests.toy_moe import build, optimized
 
-    return optimized(build()).save(tmp_path_factory.mktemp("toy") / "bundle")
+    return optimized(build(), verify="fast").save(tmp_path_factory.mktemp("toy") / "bundle")
 
 
 @pytest.fixture(scope="session")

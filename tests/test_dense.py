@@ -31,6 +31,7 @@ def forwards(model):
     return [f for m in model.modules() if (f := rewritten_forward(m)) is not None]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name, dtype):
@@ -101,6 +102,7 @@ def some_forms(count, seed=0):
         yield (*form, groups * draw.choice([4, 5, 8]), groups)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("order", "act", "bias", "inner", "groups"), list(some_forms(24)))
 def test_forms(order, act, bias, inner, groups):
     make = (lambda: ffn(act, bias, inner)) if order == "plain" else (lambda: Glu(order, act, bias, inner))

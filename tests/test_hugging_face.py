@@ -215,6 +215,7 @@ def test_the_models_own_directory_is_no_place_for_the_bundle(capsys, tmp_path):
 RECORDED = ["output_hidden_states", "output_attentions", "output_router_logits"]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("backend", "called_before", "extra"),
     [

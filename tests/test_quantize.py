@@ -28,6 +28,7 @@ BANDS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", BANDS)
 def test_a_trained_model_in_each_format(name):
     pytest.importorskip("transformers")

@@ -22,6 +22,7 @@ def plan(method="gptq", default="int4", **fields):
     return moeopt.QuantPlan(default=default, method=method, **fields)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("kind", "format"),
     [("moe", "int4"), ("moe", "int4-block128"), ("dense", "int4")],

@@ -21,7 +21,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def fast(model):
-    return optimized(model)
+    return optimized(model, verify="fast")
 
 
 def wrong(factor=1.01):

@@ -18,6 +18,8 @@ from tests.zoo.case import ZooCase
 CALLS = 5
 ON_EACH_ISA = set(sorted(CASES)[1::4])
 """A quarter of the zoo, through all of its files: sums in another order stay within the same budgets."""
+OFTEN = ON_EACH_ISA | set(sorted(CASES)[3::4])
+"""The half that `make test` takes."""
 STRICT = set(CASES) if os.environ.get("MOEOPT_NIGHTLY") == "1" else ON_EACH_ISA
 """Those that are verified on all cases; the others on the first of them, and by the calls of these tests."""
 
@@ -75,7 +77,8 @@ def zoo(request):
 
 
 def of(names):
-    params = [pytest.param(n, marks=() if n in ON_EACH_ISA else pytest.mark.one_isa) for n in sorted(names)]
+    left_out = ((pytest.mark.one_isa, ON_EACH_ISA), (pytest.mark.nightly, OFTEN))
+    params = [pytest.param(n, marks=[mark for mark, of in left_out if n not in of]) for n in sorted(names)]
     return pytest.mark.parametrize("zoo", params, indirect=True)
 
 

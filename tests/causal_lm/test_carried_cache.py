@@ -258,6 +258,7 @@ MORE = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("kind", MORE)
 def test_a_layer_that_does_more_than_fill_its_own_slot_is_not_stamped(kind):
     """A look at one trace: the layer that it refuses by name, or one of which it stamps none."""

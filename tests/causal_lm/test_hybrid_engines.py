@@ -69,6 +69,7 @@ def engines(tmp_path_factory):
     return Engines(tmp_path_factory.mktemp("engines"))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_any_batch_any_length_and_a_past(engines, name):
     original, engine, exact = engines(name)

@@ -94,6 +94,7 @@ def apart(original, engine, call, more):
     return max(first, (second - want).abs().max())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("rows", "padded"), CALLS)
 @pytest.mark.parametrize("length", [1, 2, 100])
 def test_any_batch_any_length_and_a_past(pair, rows, padded, length):

@@ -9,14 +9,13 @@ import torch
 import moeopt
 from tests.families import FAMILIES
 from tests.helpers import count_expert_calls
-from tests.test_zoo import of, zoo  # noqa: F401  the fixture that optimises a case
+from tests.test_zoo import OFTEN, of, zoo  # noqa: F401  the fixture that optimises a case
 from tests.test_zoo import test_zoo as check_zoo_case
-from tests.zoo import CASES
 
 transformers = pytest.importorskip("transformers")
 
 LOADED = ("qwen3_moe", "mixtral", "gpt_oss")
-SAMPLE = [name for name in sorted(CASES) if name != "act_512_experts"][::8]  # that one alone takes long
+SAMPLE = sorted(OFTEN - {"act_512_experts"})[::8]  # that one alone takes long
 
 
 @pytest.mark.parametrize("name", LOADED)
@@ -61,5 +60,5 @@ def test_bfloat16(name):
 
 @of(SAMPLE)
 def test_zoo_sample(zoo):  # noqa: F811  pytest's way to ask for it
-    """One home-made model in eight: they need no transformers, so a sample says that the environment is sound."""
+    """One home-made model in sixteen: they need no transformers, so a sample says that the environment is sound."""
     check_zoo_case(zoo)

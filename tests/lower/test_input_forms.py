@@ -135,6 +135,7 @@ def assert_equal(got, want):
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 def test_every_form_of_a_call(backend, name, tmp_path):

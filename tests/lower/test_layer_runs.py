@@ -128,6 +128,7 @@ KINDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_a_layer_is_not_stamped_for_one_that_differs_in_what_the_example_does_not_show(kind):
     model, x = Tower(kind).eval(), torch.randn(2, 3, H)

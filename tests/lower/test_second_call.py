@@ -32,6 +32,7 @@ class Keeps(nn.Module):
         return x * self.state(self) + self.moe(x)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("state", STATES)
 def test_a_state_that_the_result_depends_on_is_refused(state, tmp_path):
     pytest.importorskip("onnxruntime")

@@ -287,6 +287,7 @@ def tower(layer):
     return type(f"Of{layer.__name__}", (Tower,), {"kind": layer})
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("cls", "least"),
     [

@@ -238,6 +238,7 @@ def test_a_bundle(tmp_path, forms, as_stack):
     assert bank.nbytes < size < bank.nbytes + 4 * (E * H + E) + 12_000  # names and shapes are text
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("old", "new", "text"),
     [

@@ -21,6 +21,7 @@ def test_it_is_the_last_pass_and_off():
     assert not PIPELINE[-1].asked
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("make", [MoE, lambda: MoE(GLU), lambda: MoE(lambda: ffn(inner=37))], ids=["ffn", "glu", "37"])
 def test_fires_and_is_verified_on_the_rounded_floats(make, name):

@@ -184,6 +184,7 @@ SHOWN = ["a number", "a configuration's attribute", "a function", "a buffer", "a
          "the block's class", "a parametrization", "a parameter of ones", "a tensor that is no buffer"]  # fmt: skip
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("what", SHOWN)
 def test_a_layer_that_hides_something_takes_the_full_way_and_keeps_what_it_computes(what, recorded):
     subject = model()

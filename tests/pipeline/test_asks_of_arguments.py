@@ -35,6 +35,7 @@ class Asks(Block):
         return super().forward(x) * (self.by ** bool(self.ask(x)))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_a_block_that_asks_is_left_alone(name):
     model = build(Asks, ask=QUESTIONS[name])
@@ -44,6 +45,7 @@ def test_a_block_that_asks_is_left_alone(name):
     assert "leave that out" in block.reason
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_one_that_asks_in_vain_is_rewritten(name):
     optimized(build(Asks, ask=QUESTIONS[name], by=1.0))

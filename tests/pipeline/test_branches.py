@@ -69,6 +69,7 @@ ASKS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("top_k", [2, E])
 @pytest.mark.parametrize("name", ASKS)
 def test_what_a_dispatch_asks_is_no_such_branch(name, top_k):
@@ -153,6 +154,7 @@ class DoublingByNumbers(Doubling):
         return 2 * y if self.holds(ids, x) else y
 
 
+@pytest.mark.sample(2)
 @needs_columns
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_branch_on_numbers_and_sizes_that_no_case_took_is_declined(name):
@@ -205,6 +207,7 @@ LOOPS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("top_k", [1, E])
 @pytest.mark.parametrize("name", LOOPS)
 def test_what_a_dispatch_asks_of_numbers_is_no_such_branch(name, top_k):

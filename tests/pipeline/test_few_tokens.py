@@ -69,6 +69,7 @@ class Factor(Block):
         return self.loop(x, ids, w) * self.of(ids) ** (len(x) in (2, 3, 4, 29))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", FACTORS)
 def test_a_number_of_the_routing_that_no_case_changed_is_declined(name):
     block = moeopt.explain(build(Factor, name=name), torch.randn(24, H)).blocks[0]
@@ -124,6 +125,7 @@ class Ordered(Block):
         return self.loop(x, ids, w) * ORDERED[self.ask](self, ids)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ORDERED)
 def test_a_factor_that_asks_for_one_order_of_the_experts_is_declined(name):
     block = moeopt.explain(build(Ordered, name=name), torch.randn(24, H)).blocks[0]

@@ -357,7 +357,7 @@ class Nameless(Block):
 
 def test_a_function_of_no_module_is_looked_at_as_any_other():
     assert NAMELESS["nameless"].__module__ is None
-    optimized(build(Nameless))
+    optimized(build(Nameless), verify="fast")
 
 
 def test_an_error_while_the_code_is_watched_is_not_the_code_s(monkeypatch):
@@ -373,7 +373,7 @@ def test_an_error_while_the_code_is_watched_is_not_the_code_s(monkeypatch):
 
 
 def test_the_trees_of_sources_are_let_go_of_with_the_run():
-    optimized(build())
+    optimized(build(), verify="fast")
     assert size_uses._uses.cache_info().currsize == 0
 
 
@@ -427,7 +427,7 @@ def test_a_block_that_does_not_run_watched_holds_for_the_sizes_of_its_example(mo
 
     monkeypatch.setattr(SizeValues, "watching", unable)
     model, example = build(), seeded(2, 5, H)
-    opt = optimized(model, example)
+    opt = optimized(model, example, verify="fast")
     assert any("computes with sizes of its input (what could not be watched)" in note for note in opt.report.notes)
     close(opt(example), model(example))
     assert not opt.model.forward.fallbacks

@@ -49,6 +49,7 @@ def made(how, dtype=torch.float32):
     return source.to(dtype).eval(), torch.randn(12, H).to(dtype)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("backend", "dtype", "large"),
     [("torch", torch.float16, 3e3), ("torch", torch.float32, 1e21), ("onnxruntime", torch.float32, 1e21)],

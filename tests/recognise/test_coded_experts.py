@@ -107,6 +107,7 @@ def float_sizes(directory, backend):
     return [math.prod(w.dims) for w in graph.initializer if w.data_type == onnx.TensorProto.FLOAT]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 @pytest.mark.parametrize("style", STYLES, ids=lambda c: c.__name__)
 def test_codes_stay_codes(style, backend, tmp_path):

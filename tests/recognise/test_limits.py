@@ -69,6 +69,7 @@ CASES = {
 MORE = [(place, how) for how in HOW if how != "clamp" for place in ("dispatched", "gate", "output")]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("place", "how"), [*((place, "clamp") for place in CASES), *MORE])
 def test_a_far_limit_holds(place, how):
     torch.manual_seed(0)

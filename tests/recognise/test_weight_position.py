@@ -206,6 +206,7 @@ def test_weights_that_are_one_half_are_those_of_the_tokens(make):
     assert found.routing.form == "ids and weights"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "make",
     [OnOutput, OnInput, Sorted, SortedOnInput, LargestSortedOnInput, *HALVED, Squared, InLoop, GateOnInput, GateBefore],

@@ -77,6 +77,7 @@ def result_or_error(block, x):
         return str(error)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("of", COPIES)
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_copy_that_is_changed_before_its_first_call_is_followed_or_told(name, of):

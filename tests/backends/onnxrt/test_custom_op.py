@@ -59,6 +59,7 @@ def test_a_library_without_the_operator_is_told(tmp_path):
     assert custom_op.ask_child(tmp_path / "no.so", 1).startswith("the operator is not right in onnxruntime")
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [

@@ -12,6 +12,7 @@ from tests.pipeline.given_ids import BLOCKS, OUTSIDE, E, LoopOverUnique, call, m
 pytestmark = pytest.mark.one_isa  # ids that a graph refuses
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_an_engine_gives_the_same_or_stops(block):
     model = made(block)

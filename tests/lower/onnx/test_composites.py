@@ -107,6 +107,7 @@ SAME = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", SAME)
 def test_it_is_the_program_that_a_trace_gives(name, traced):
     """Its ops one by one, what it computes, and the names by which the signature knows its ends."""
@@ -218,6 +219,7 @@ def another_op(x):
     return y * 2
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "function",
     [a_view_is_held, a_reshape_is_held, the_same_under_another_name, a_view_is_written, the_argument_is_written,

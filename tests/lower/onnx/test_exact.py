@@ -71,6 +71,7 @@ def test_every_constant_is_in_the_graph(kind):
     assert differences(torch.float32, kind) == []
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("kind", [arithmetic, comparison])
 def test_constants_are_in_graphs_of_other_dtypes(kind, dtype):

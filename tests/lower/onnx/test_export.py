@@ -76,6 +76,7 @@ SELECTIONS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_selections_agree_on_nan_and_on_ties(name):
     f = SELECTIONS[name]

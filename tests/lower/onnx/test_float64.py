@@ -61,6 +61,7 @@ class Fn(torch.nn.Module):
         return self.f(x)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_float64_keeps_its_digits(name):
     x = rand(6, 8, seed=3).double() * 0.01

@@ -47,6 +47,7 @@ def test_a_graph_of_wider_weights_rounds_where_its_code_does(name):
     assert torch.equal(got, want)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", COUNTED)
 def test_whole_numbers_are_rounded_in_a_graph_of_16_bit_weights_too(name):
     def f(x):

@@ -135,6 +135,7 @@ def answers(dtype):
     return dict(zip(of, session.run({session.inputs[0]: x}), strict=True))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", [*BOTH, *FLOATS], ids=str)
 def test_the_provider_has_what_a_router_can_reach(dtype):
     x = numbers(dtype)

@@ -74,6 +74,7 @@ def apart(module, session, rows, length):
     return max(float((a - b).abs().max()) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", STEPS)
 def test_loops_give_what_the_step_gives_token_by_token(name):
     module, _, session = session_of(name)

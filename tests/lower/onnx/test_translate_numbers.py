@@ -57,6 +57,7 @@ POWERS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
 def test_powers_of_integers_wrap_around(dtype):
     info = torch.iinfo(dtype)

@@ -127,6 +127,7 @@ def test_row_counts_around_the_tiles(kernel, T, layout, dtype):
     assert far(kernel(*args), experts_reference(*args), torch.finfo(dtype).eps) <= 1
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("layout", ("oi", "io"))
 def test_long_sums_are_chunked(kernel, layout):
     spec = ExpertsSpec(w_in_layout=layout, w_out_layout=layout, rows="plain", activation="relu")

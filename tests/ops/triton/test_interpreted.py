@@ -80,6 +80,7 @@ def test_512_experts(few):
     agree(case, few)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("few", (FEW, MANY))
 @pytest.mark.parametrize("dtype", (torch.uint8, torch.int8, torch.int32))
 def test_ids_of_any_dtype_where_each_of_its_values_is_an_expert(few, dtype):

@@ -154,6 +154,7 @@ def exported(model, path, exporter):
     return path
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("form", "exporter", "blocks"),
     [
