@@ -59,7 +59,7 @@ def patched():
         (lambda: moeopt.optimize(build(), X, options=Options(seed=1), seed=2), "seed is given twice"),
         (
             lambda: moeopt.optimize(build(), X, hints={"*": 3}),
-            r"hints\['\*'\] gave 3 for .*; it must be an ExpertsSpec",
+            r"hints\['\*'\] gave 3 at Block; it must be an ExpertsSpec: moeopt",
         ),
         (
             lambda: moeopt.optimize(build(Closure), X),
@@ -176,7 +176,7 @@ def moe_block(model, **options):
     return block
 
 
-@pytest.mark.parametrize("hint", [RIGHT, lambda path: RIGHT], ids=["spec", "callable"])
+@pytest.mark.parametrize("hint", [RIGHT, lambda expert: RIGHT if isinstance(expert, OddActivation) else None], ids=["spec", "callable"])
 def test_a_right_hint_is_verified_and_kept(hint):
     block = moe_block(build(OddBlock), hints={"OddBlock": hint, "": hint, "*": hint})
     assert block.status == "rewritten", block.reason

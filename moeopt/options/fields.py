@@ -65,7 +65,8 @@ class Options:
             layout of its own, which may cost speed. Quantised experts in 8-bit integers then stay codes in memory too.
             Engines of PyTorch always do.
         inplace: rewrite the model that was given instead of a copy that shares its weights.
-        hints: name pattern -> ``ExpertsSpec`` or callable, for blocks that recognition declines.
+        hints: name pattern -> ``ExpertsSpec``, or a callable that is given the module of an expert and returns one, for
+            blocks whose experts recognition does not know; they are verified like others.
         progress: called with one line of text as each long step begins; None shows a bar on a terminal and in a
             notebook, and nothing in CI; True and False show it always and never. The logger ``moeopt`` gets the lines.
         seed: of every random input that moeopt makes.

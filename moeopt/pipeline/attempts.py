@@ -120,7 +120,7 @@ class BlockAttempts:
         """The rewrite of the module called at ``level``, verified and installed; ``Declined`` where there is none."""
         path = level.path
         name, module = path or type(self.model).__name__, self.model.get_submodule(path)
-        reader = Mixture(hint_for(self.options.hints, name), argument_bounds(level))
+        reader = Mixture(hint_for(self.options.hints, name, module, place.weights), argument_bounds(level))
         if path in self.changed:
             raise Declined(self.changed[path])
         if level.autocast:
