@@ -11,6 +11,7 @@ import torch
 
 from moeopt import compat
 from moeopt.errors import UntestedVersionWarning
+from tests.matrix import run as matrix
 
 ROOT = Path(__file__).parents[1]
 RUNS = json.loads((ROOT / "tests" / "matrix" / "results.json").read_text())
@@ -69,3 +70,30 @@ def test_the_table_of_the_documentation_is_the_runs():
     for run in RUNS:
         row = f"| {run['torch']} | {run['transformers']} | {run['onnxruntime']} | {run['python']} | "
         assert row + f"{run['passed']} passed, {run['failed']} failed, {run['skipped']} skipped |" in page
+
+
+def test_a_corner_without_its_python_is_left_out_with_a_sentence(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    monkeypatch.setattr(matrix, "PYTHONS", {"newest-python": "3.99"})
+    assert matrix.environment("newest-python", None) is None and not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == "newest-python: left out, there is no Python 3.99 on this machine\n"
+
+
+def test_a_python_that_only_says_that_it_is_not_there_is_none(monkeypatch, tmp_path):
+    shim = tmp_path / "python3.98"
+    shim.write_text("#!/bin/sh\nexit 127\n")
+    shim.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path))
+    assert matrix.interpreter("3.98") is None
+    there = tmp_path / "versions" / "3.98.1" / "bin" / "python"
+    there.parent.mkdir(parents=True)
+    there.write_text("#!/bin/sh\n")
+    there.chmod(0o755)
+    assert matrix.interpreter("3.98") == str(there)
+
+
+def test_at_night_each_python_of_the_corners_is_set_up():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    for version in matrix.PYTHONS.values():
+        assert f"            {version}\n" in workflow, f"ci.yml sets up no Python {version}"

@@ -196,6 +196,13 @@ def test_too_little_space_is_told_first(here, monkeypatch):
         check_destination("b", True, need_bytes=61_000_000_000)
 
 
+def test_a_command_says_which_bundle_it_replaced_also_when_it_is_quiet(capsys, here):
+    words = ["optimize", "mine.py:model", "--verify", "fast", "--out", "b", "--quiet"]
+    assert run(capsys, *words)[1].endswith("\nsaved: b\n")
+    said = run(capsys, *words)[1].splitlines()[-1]
+    assert said.startswith("saved: b, in the place of the bundle that was there (") and said.endswith(", verified)")
+
+
 def test_a_verified_bundle_is_not_replaced_by_an_unverified_one(here, caplog):
     good = moeopt.optimize(build(), torch.randn(3, H), verify="fast")
     bad = moeopt.optimize(build(), torch.randn(3, H), verify="off")
@@ -229,6 +236,18 @@ API = [
     (lambda: moeopt.optimize(nn.Linear, X), "model is a type; give an nn.Module"),
     (lambda: moeopt.optimize(build(), X.long()), "mat1 and mat2 must have the same dtype"),
     (lambda: moeopt.optimize(build(), X, hints={"nope*": lambda m: None}), "hints['nope*'] matches no block"),
+    (
+        lambda: moeopt.optimize(build(), X, verify="off").save(3),
+        "give the directory of the bundle, a string or a path, not a int: opt.save('engine')",
+    ),
+    (
+        lambda: moeopt.optimize(build(), X, verify="off").save(None),
+        "give the directory of the bundle, a string or a path, not a NoneType",
+    ),
+    (
+        lambda: moeopt.optimize(build(), X, verify="off").save(b"x"),
+        "give the directory of the bundle, a string or a path, not a bytes",
+    ),
     (lambda: moeopt.load("nowhere"), "nowhere is no directory"),
     (lambda: moeopt.load(3), "give the directory of a bundle, or what moeopt.optimize returned, not a int"),
     (lambda: moeopt.verify("nowhere"), "nowhere is no directory"),

@@ -29,6 +29,9 @@ def check_destination(
         UsageError: it is a file or holds something else, cannot be written to, has too little space, or holds a
             verified bundle that an unverified one would replace.
     """
+    if not isinstance(directory, (str, os.PathLike)):
+        given = type(directory).__name__
+        raise UsageError(f"give the directory of the bundle, a string or a path, not a {given}: opt.save('engine')")
     target = Path(directory)
     check_name(target)
     check_target(target)

@@ -83,8 +83,7 @@ def optimize_command(
     fields = {name: value for name, value in given.items() if value is not None}
     check_choice(backend, fields)
     say_unless(quiet, found.random_weights(seed))
-    if out is not None:
-        check_out(out, found, verify, overwrite)
+    replaced = "" if out is None else check_out(out, found, verify, overwrite)
     with opened_target(
         found, fields, loaded=measure, backend=backend, out=out, overwrite=overwrite, seed=seed, task=task,
         trust_remote_code=trust_remote_code, progress=progress(quiet),
@@ -96,16 +95,16 @@ def optimize_command(
             opened.check(optimized)
         opened.write_page(optimized, html, measure)  # a model that has no bundle form still has a report
         stopped = None if out is None else opened.save(optimized, out, overwrite)
-    _print_optimized(optimized, out if stopped is None else None, html, stopped, as_json)
+    _print_optimized(optimized, out if stopped is None else None, replaced, html, stopped, as_json)
     if stopped is not None:
         raise stopped
     exit_unless(optimized.certificate.passed, missed_words(optimized.certificate) or "not equivalent")
 
 
 def _print_optimized(
-    optimized: PyObject, saved: Path | None, html: Path | None, stopped: Exception | None, as_json: bool
+    optimized: PyObject, saved: Path | None, replaced: str, html: Path | None, stopped: Exception | None, as_json: bool
 ) -> None:
-    """Report and certificate, where they were saved, and what stopped the bundle."""
+    """Report and certificate, where they were saved and in whose place, and what stopped the bundle."""
     if as_json:
         certificate = json.loads(optimized.certificate.to_json())
         body = {"report": optimized.report.to_dict(), "certificate": certificate, "saved": saved and str(saved)}
@@ -115,6 +114,7 @@ def _print_optimized(
     print()
     show(optimized.certificate)
     if saved:
-        print(f"\nsaved: {shown(saved)}")
+        place = f", in the place of the bundle that was there ({replaced})" if replaced else ""
+        print(f"\nsaved: {shown(saved)}{place}")
     if html is not None:
         print(f"\nhtml: {shown(html)}")

@@ -27,11 +27,15 @@ def chosen_backend(name: str | None, target: CommandTarget) -> str:
     return name or ("torch" if target.onnx is None else "onnxruntime")
 
 
-def check_out(out: Path, target: CommandTarget, verify: str | None, overwrite: bool) -> None:
-    """``UsageError`` where a bundle cannot be written to ``out`` or would replace what should stay."""
+def check_out(out: Path, target: CommandTarget, verify: str | None, overwrite: bool) -> str:
+    """The bundle that would be replaced at ``out``, in words; "" for none.
+
+    Raises:
+        UsageError: a bundle cannot be written there, or would replace what should stay.
+    """
     from moeopt.bundle.destination import check_destination
 
     if target.directory is not None and out.resolve() == target.directory.resolve():
         raise UsageError(f"--out {out} is the model's own directory: give a new one")
     size = 0 if streams(target) else target.bytes  # what is streamed compares what it has written already, too
-    check_destination(out, verify != "off", overwrite, size)
+    return check_destination(out, verify != "off", overwrite, size)

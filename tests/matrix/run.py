@@ -1,10 +1,12 @@
 """The core of the suite on other versions of torch and transformers; `make test-matrix` runs it.
 
-Each corner is an environment of its own under build/matrix, made by pip where it is not there yet; what each gave is
-written to tests/matrix/results.json, from which the table of docs/start.md is made (`--table` prints it).
+Each corner is an environment of its own under build/matrix, made by pip where it is not there yet, when its turn comes;
+what each gave is written to tests/matrix/results.json, from which the table of docs/start.md is made (`--table` prints
+it). A corner whose Python is not on this machine is left out, with a sentence.
 
 torch's wheels of the registry are CUDA builds of some gigabytes with what they bring: `--index-url` names another index
-with the CPU builds, and `--only` takes the corners whose name holds a word.
+with the CPU builds, `--only` takes the corners whose name holds a word, and `--clear` removes each environment after
+its run.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,10 +37,14 @@ CORNERS = {
     "newest-torch": ("torch==2.15.*", "transformers==5.23.*"),
     "main": ("torch==2.13.*", "transformers==5.23.*"),
     "newest-transformers": ("torch==2.13.*", "transformers"),
+    "oldest-onnxruntime": ("torch==2.13.*", "transformers==5.23.*", "onnxruntime==1.31.*"),
+    "oldest-python": ("torch==2.13.*", "transformers==5.23.*"),
+    "python-3.12": ("torch==2.13.*", "transformers==5.23.*"),
     "newest-python": ("torch==2.13.*", "transformers==5.23.*"),
 }
-PYTHONS = {"newest-python": "python3.13"}
-"""The corners of another interpreter than this one."""
+"""By name: torch, and what else its environment gets."""
+PYTHONS = {"oldest-python": "3.10", "python-3.12": "3.12", "newest-python": "3.13"}
+"""The corners of another Python than this one."""
 VERSIONS = (
     "import json, platform, sys; from importlib.metadata import version as v; "
     "print(json.dumps({'python': platform.python_version(), **{n: v(n) for n in "
@@ -45,16 +52,30 @@ VERSIONS = (
 )
 
 
-def environment(name: str, index: str | None) -> Path:
-    """The corner's interpreter; its environment is made where there is none."""
+def interpreter(version: str) -> str | None:
+    """A Python of this version that runs, on the path or among pyenv's; None where there is none."""
+    of_pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions").glob(f"{version}.*/bin/python")
+    for python in (shutil.which(f"python{version}"), *sorted(of_pyenv)):  # pyenv's own shims may answer "not found"
+        if python and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+            return str(python)
+    return None
+
+
+def environment(name: str, index: str | None) -> Path | None:
+    """The corner's interpreter; its environment is made where there is none. None without a Python of its version."""
     home = ROOT / "build" / "matrix" / name
     python = home / "bin" / "python"
     if not (home / ".ready").exists():
-        torch, transformers = CORNERS[name]
-        subprocess.run([PYTHONS.get(name, sys.executable), "-m", "venv", home], check=True)
+        made_by = interpreter(PYTHONS[name]) if name in PYTHONS else sys.executable
+        if made_by is None:
+            print(f"{name}: left out, there is no Python {PYTHONS[name]} on this machine", flush=True)
+            return None
+        print(f"{name}: its environment is made", flush=True)
+        torch, *others = CORNERS[name]
+        subprocess.run([made_by, "-m", "venv", home], check=True)
         pip = [python, "-m", "pip", "install", "-q"]
         subprocess.run([*pip, torch, *(["--index-url", index] if index else [])], check=True)
-        subprocess.run([*pip, transformers, "-e", f"{ROOT}[test,onnxruntime,report]"], check=True)
+        subprocess.run([*pip, *others, "-e", f"{ROOT}[test,onnxruntime,report]"], check=True)
         (home / ".ready").touch()
     return python
 
@@ -89,6 +110,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="the corners whose name holds this word")
     parser.add_argument("--index-url", help="an index with torch's CPU builds")
     parser.add_argument("--python", help="run in this interpreter's environment instead, as it is")
+    parser.add_argument("--clear", action="store_true", help="remove each environment after its run")
     parser.add_argument("--timeout", type=int, default=3600, help="seconds for a corner")
     parser.add_argument("--table", action="store_true", help="print the table of what was run, and stop")
     chosen = parser.parse_args()
@@ -96,10 +118,13 @@ def main() -> None:
     if chosen.table:
         print(table(runs))
         return
-    names = [name for name in CORNERS if chosen.only in name]
-    pythons = [chosen.python] if chosen.python else [environment(name, chosen.index_url) for name in names]
-    for python in pythons:
+    for name in [""] if chosen.python else [name for name in CORNERS if chosen.only in name]:
+        python = chosen.python or environment(name, chosen.index_url)
+        if python is None:
+            continue
         made = run(python, CORE, chosen.timeout)
+        if chosen.clear and name:
+            shutil.rmtree(ROOT / "build" / "matrix" / name)
         key = ("torch", "transformers", "onnxruntime", "python")
         runs = [r for r in runs if any(r[k] != made[k] for k in key)] + [made]
         runs.sort(key=lambda r: [tuple(int(n) for n in re.findall(r"\d+", str(r[k]))[:3]) for k in key])
