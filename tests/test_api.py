@@ -176,7 +176,9 @@ def moe_block(model, **options):
     return block
 
 
-@pytest.mark.parametrize("hint", [RIGHT, lambda expert: RIGHT if isinstance(expert, OddActivation) else None], ids=["spec", "callable"])
+@pytest.mark.parametrize(
+    "hint", [RIGHT, lambda expert: RIGHT if isinstance(expert, OddActivation) else None], ids=["spec", "callable"]
+)
 def test_a_right_hint_is_verified_and_kept(hint):
     block = moe_block(build(OddBlock), hints={"OddBlock": hint, "": hint, "*": hint})
     assert block.status == "rewritten", block.reason

@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 if int(transformers.__version__.split(".")[0]) < 5:
     pytest.skip("transformers 4 writes other checkpoints of these models", allow_module_level=True)
 
-from tests.checkpoint.families import write  # noqa: E402
+from tests.checkpoint.families import FAMILIES, write, write_remote  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,6 +45,24 @@ def test_the_engine_is_the_one_that_the_loaded_model_gives(tmp_path):
         torch.testing.assert_close(moeopt.load(tmp_path / "b", mapped=True)(ids).logits, model(ids).logits)
     del made, plain
     assert {p.name for p in tmp_path.iterdir()} == {"model", "b", "plain"}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", [*(name for name in FAMILIES if name != "qwen3"), "remote"])
+def test_each_family_streams_into_an_engine(family, tmp_path):
+    remote = {"trust_remote_code": True} if family == "remote" else {}
+    if remote:
+        write_remote(tmp_path / "model")
+    else:
+        write(family, tmp_path / "model", shards=2)
+    made = moeopt.optimize(tmp_path / "model", backend="onnxruntime", out=tmp_path / "b", verify="fast", **remote)
+    assert made.certificate.passed and moeopt.verify(tmp_path / "b").passed
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto", **remote).eval()
+    ids = torch.tensor([[5, 6, 7, 8, 9, 3]])
+    with torch.no_grad():
+        want = model(ids)
+    got = moeopt.load(tmp_path / "b")(ids)
+    torch.testing.assert_close(getattr(got, "logits", got), getattr(want, "logits", want), atol=1e-5, rtol=1e-4)
 
 
 CHILD = """

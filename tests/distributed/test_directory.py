@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -148,17 +147,16 @@ def one_is_lost(rank, size, folder, workspace, how):
             return real(self, *given)
 
         Journal.keep = keep
-    began = time.monotonic()
     try:
         moeopt.distribute(folder, mesh_of(size), workspace=workspace, verify="off", timeout=12)
     except (RankLostError, UsageError, CheckpointError) as err:
-        return type(err).__name__, str(err), time.monotonic() - began
-    return "nothing", "", 0.0
+        return type(err).__name__, str(err)
+    return "nothing", ""
 
 
 def test_a_rank_that_fails_to_read_is_told_by_name(tmp_path):
     folder = write("qwen3", tmp_path / "model", **SMALL)
-    (kind, message, _), (own, why, _) = run_ranks(one_is_lost, 2, str(folder), str(tmp_path / "work"), "other folder")
+    (kind, message), (own, why) = run_ranks(one_is_lost, 2, str(folder), str(tmp_path / "work"), "other folder")
     assert own == "UsageError" and "is no directory" in why
     assert kind == "RankLostError"
     assert "rank 1 raised UsageError" in message and "the whole model, reading the checkpoint" in message
@@ -171,9 +169,8 @@ def test_a_rank_that_is_killed_while_it_works_and_the_next_start(tmp_path):
     dead = int((workspace / "killed").read_text())
     (workspace / "killed").unlink()
     assert isinstance(found[dead], Lost) and found[dead].exitcode == -signal.SIGKILL
-    kind, message, seconds = found[1 - dead]
+    kind, message = found[1 - dead]
     assert kind == "RankLostError" and f"rank {dead} exited or stopped" in message
-    assert seconds < 60  # the timeout of 12 on a machine with much else to do
     lines = [json.loads(line) for line in (workspace / "journal.jsonl").read_text().splitlines()]
     assert len([line for line in lines if "weight" in line]) >= 8
     assert all(found["passed"] for found in run_ranks(from_directory, 2, str(folder), str(workspace), {}))

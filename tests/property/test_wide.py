@@ -1,7 +1,7 @@
 """Random wide programs: never a wrong number, on any input, on backend torch and in ONNX Runtime engines.
 
 A failure prints its ``Program(...)``; ``check_wide(Program(...), backend)`` runs it again. ``MOEOPT_NIGHTLY=1`` takes
-over a thousand programs on torch and 400 engines; ``python -m tests.property.run`` takes any others.
+over a thousand programs on torch and 500 engines; ``python -m tests.property.run`` takes any others.
 """
 
 import os
@@ -15,7 +15,7 @@ from tests.property.spec import Expert, Program, Router
 from tests.property.wide import config_programs, engine_programs, wide_programs
 
 NIGHTLY = os.environ.get("MOEOPT_NIGHTLY") == "1"
-TORCH, CONFIGS, ENGINES = (1000, 100, 400) if NIGHTLY else (12, 4, 10)
+TORCH, CONFIGS, ENGINES = (1000, 100, 500) if NIGHTLY else (12, 4, 20)
 DRAWS = 300
 
 

@@ -152,6 +152,7 @@ class OnnxRuntimeBackend(GraphBackend):
         if holds_native(data):
             reason = why_not()
             found["runs"] = f"{GRAPH}, not {NATIVE}: {reason}" if reason else native_note(data["native"])
+            found["lowerings"] = [f"{lowering}, in {GRAPH}" for lowering in found["lowerings"]]
         return found
 
     def provider_names(self) -> tuple[str, ...]:

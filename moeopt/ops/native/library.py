@@ -82,7 +82,7 @@ def _make_ready() -> Library | NoLibrary:
                     warnings.warn(
                         f"the native CPU kernel is not used, torch's matmuls are: {err}",
                         NativeKernelWarning,
-                        stacklevel=2,
+                        stacklevel=3,  # whoever asks: this function has one caller
                     )
         return _found
 

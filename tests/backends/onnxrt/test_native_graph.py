@@ -91,7 +91,9 @@ def test_a_bundle_runs_it_where_the_operator_is(bundle):
     engine = moeopt.load(bundle)
     assert engine.graph == NATIVE and "where it is absent, model.onnx runs" in engine.notes[-1]
     right(engine)
-    assert "run in moeopt's native kernel" in bundle_facts(bundle)["runs"]
+    facts = bundle_facts(bundle)
+    assert "run in moeopt's native kernel" in facts["runs"]
+    assert facts["lowerings"] and all(line.endswith("), in model.onnx") for line in facts["lowerings"])
     certificate = moeopt.verify(bundle)
     assert certificate.passed and "with moeopt's native experts" in certificate.device
 
