@@ -21,17 +21,19 @@ def whole_library():
     return build.build(build.all_isas())
 
 
-def tiles_of_plain_code(*more_flags):
+def tiles_of_plain_code():
     """The path of a library whose tiles are ``tile_unit.h``, on the generic kernel; kept as the others are.
 
     What turns weights for them is compiled for this CPU, as it is for one that has tiles.
     """
     if build.find_compiler() is None or not compile.x86():
         pytest.skip("the kernel with tiles: it is compiled for x86-64")
-    flags = (*build._FLAGS, "-O1", "-DMOEOPT_TILES_ON_GENERIC", *more_flags)
+    flags = (*build._FLAGS, "-O1", "-DMOEOPT_TILES_ON_GENERIC")
     own = *compile._ISA_FLAGS[here(None)[-1]], "-O3", f'-DMOEOPT_TILE_UNIT="{TILE_UNIT}"'
     name = compile.digest_of_sources(build._identity(build.find_compiler()), *flags, *own, TILE_UNIT.read_text())
     path = build._folder() / f"tiles-of-plain-code-{name}.so"
+    if path.is_file():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with build._alone(path.parent), tempfile.TemporaryDirectory(dir=path.parent) as aside:
         if not path.is_file():
