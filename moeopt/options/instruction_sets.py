@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import torch
 
-INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16")
 """Weakest first; on x86, each has what those before it have."""
-_TORCH_NAMES = {"avx512_vnni": "vnni"}
+_ASKS_TORCH = {"avx512_vnni": "_is_vnni_supported", "amx_bf16": "_init_amx"}
+"""The second asks the system for AMX's tiles too, which a process may be refused."""
+
+
+def cpu_has_tiles() -> bool:
+    """Whether the CPU has AMX, as far as torch knows; a system may keep it from a process."""
+    found: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return found
 
 
 def isas_here() -> list[str]:
     """The instruction sets that this CPU runs, weakest first."""
     found = ["generic"]
     for isa in INSTRUCTION_SETS[1:]:  # torch finds none of them on another kind of machine
-        name = _TORCH_NAMES.get(isa, isa)
-        if not getattr(torch.cpu, f"_is_{name}_supported", lambda: False)():  # a virtual CPU may hide one in the middle
+        name = _ASKS_TORCH.get(isa, f"_is_{isa}_supported")
+        if not getattr(torch.cpu, name, lambda: False)():  # a virtual CPU may hide one in the middle
             break
         found.append(isa)
     return found

@@ -99,6 +99,7 @@ def test_no_instruction_set_that_a_virtual_cpu_has_in_part(monkeypatch):
     """The kernel of AVX-512 BF16 multiplies rows of 8 bits by VNNI, which older CPUs have without BF16."""
     for name in ("avx2", "avx512", "avx512_bf16", "vnni"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
     assert instruction_sets.isas_here() == list(instruction_sets.INSTRUCTION_SETS)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert instruction_sets.isas_here()[-1] == "avx512_vnni"

@@ -29,6 +29,7 @@ from moeopt.ops.native.compile import (
     compiler_named,
     digest_of_sources,
     prebuilt,
+    with_what_it_needs,
 )
 from moeopt.ops.native.compile import ISAS as ISAS
 from moeopt.options import cache_directory, compiler_wanted
@@ -85,12 +86,13 @@ def built_library(isa: str) -> Path:
         raise BuildError(how_to_get_one())
     folder = _folder()
     every = all_isas()
-    for isas in [*(every[:count] for count in range(len(every), 0, -1)), (isa,)]:  # what build_all may have left
+    alone = with_what_it_needs(isa)
+    for isas in [*(every[:count] for count in range(len(every), 0, -1)), alone]:  # what build_all may have left
         path = folder / library_name(compiler, isas)
         if isa in isas and path.is_file():
             _own(path)
             return path
-    return build((isa,), folder)
+    return build(alone, folder)
 
 
 def build_all() -> tuple[Path, tuple[str, ...]]:

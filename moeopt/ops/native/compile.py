@@ -17,20 +17,23 @@ SOURCES = Path(__file__).parent / "src"
 PREBUILT = Path(__file__).parent / "prebuilt"
 """Where a wheel carries the library."""
 
-ISAS = {"generic": 1, "avx2": 2, "avx512": 4, "avx512_vnni": 8, "avx512_bf16": 16}
+ISAS = {"generic": 1, "avx2": 2, "avx512": 4, "avx512_vnni": 8, "avx512_bf16": 16, "amx_bf16": 32}
 """Instruction sets by name, weakest first, with their bit in the C interface."""
+TILES = "amx_bf16"
+"""The one with tiles, which multiply bfloat16; for all else it has the code of the one before it."""
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 _VNNI = (*_AVX512, "-mavx512vnni")
 _BF16 = (*_VNNI, "-mavx512bf16")
-_ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": _AVX512, "avx512_vnni": _VNNI, "avx512_bf16": _BF16}
+_AMX = (*_BF16, "-mamx-tile", "-mamx-bf16")
+_ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": _AVX512, "avx512_vnni": _VNNI, "avx512_bf16": _BF16, TILES: _AMX}
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast", "-w")  # fmt: skip
 """-w: GCC's own headers of vector intrinsics warn by the thousand; the tests compile with warnings on what is ours."""
 LIBRARIES = ("-pthread", "-ldl") if sys.platform.startswith("linux") else ("-pthread",)
 UNITS = ("experts.cpp", "pool.cpp", "team.cpp", "ort_op.cpp")
-"""What is compiled once; ``isa.cpp`` and ``isa64.cpp`` are compiled for each instruction set."""
+"""What is compiled once; ``isa.cpp`` and ``isa64.cpp`` are compiled for each instruction set but that of tiles."""
 
 SECONDS = 300
 """After which a compiler is stopped."""
@@ -51,6 +54,11 @@ def x86() -> bool:
 def all_isas() -> tuple[str, ...]:
     """Every instruction set that a library for this kind of machine may carry."""
     return tuple(ISAS) if x86() else ("generic",)
+
+
+def with_what_it_needs(isa: str) -> tuple[str, ...]:
+    """The least instruction sets of a library that carries ``isa``."""
+    return ("avx512_bf16", TILES) if isa == TILES else (isa,)
 
 
 def compiler_named(wanted: str | None) -> str | None:
@@ -83,14 +91,17 @@ def prebuilt(isa: str) -> Path | None:
 
 
 def compile_library(
-    compiler: str, isas: Sequence[str], aside: Path, flags: Sequence[str] = FLAGS, sources: Path = SOURCES
-) -> Path:
+    compiler: str, isas: Sequence[str], aside: Path, flags: Sequence[str] = FLAGS, sources: Path = SOURCES,
+    tile_flags: Sequence[str] = _AMX,
+) -> Path:  # fmt: skip
     """A library with ``isas`` in the folder ``aside``; ``Refused`` or ``TooSlow`` where the compiler makes none."""
     defines = [f"-DMOEOPT_HAVE_{isa.upper()}" for isa in isas] + (["-DMOEOPT_X86"] if x86() else [])
+    whole = [isa for isa in isas if isa != TILES]
     units = [([*_ISA_FLAGS[isa], f"-DMOEOPT_KERNELS=kernels_{isa}", f"-DMOEOPT_ISA=ISA_{isa.upper()}"], "isa.cpp",
-              f"{isa}.o") for isa in isas]  # fmt: skip
+              f"{isa}.o") for isa in whole]  # fmt: skip
     units += [([*_ISA_FLAGS[isa], f"-DMOEOPT_KERNELS64=kernels64_{isa}", f"-DMOEOPT_ISA=ISA_{isa.upper()}"],
-               "isa64.cpp", f"{isa}-64.o") for isa in isas]  # fmt: skip
+               "isa64.cpp", f"{isa}-64.o") for isa in whole]  # fmt: skip
+    units += [([*tile_flags], "tiles.cpp", "tiles.o")] * (TILES in isas)
     units += [(defines, name, f"{name}.o") for name in UNITS]
     running = [
         [compiler, *flags, *own, "-c", str(sources / source), "-o", str(aside / out)] for own, source, out in units

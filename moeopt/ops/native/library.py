@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,21 +14,37 @@ import torch
 from moeopt.errors import MoeoptError, NativeKernelWarning
 from moeopt.ops.native.build import ISAS, BuildError, CompileError, build_all, built_library, isas_here
 from moeopt.ops.native.call import ABI, NativeRun
+from moeopt.ops.native.compile import TILES, prebuilt
 from moeopt.ops.native.selfcheck import first_difference
+from moeopt.ops.native.tiles import wrong_in_a_child
 from moeopt.options import native_isa, native_wanted
+from moeopt.options.instruction_sets import cpu_has_tiles
 
 
 @dataclass(frozen=True)
 class Library:
-    """A loaded kernel; ``run`` releases the interpreter's lock while it computes."""
+    """A loaded kernel; ``run`` releases the interpreter's lock while it computes.
+
+    Attributes:
+        passed_over: why it has none of the instruction sets that would come before its own, in words; "" where it is
+            the best of this CPU, or the one that the user wants.
+    """
 
     path: Path
     isa: str
     run: NativeRun = field(compare=False)
+    passed_over: str = field(default="", compare=False)
 
     @property
     def bit(self) -> int:
         return ISAS[self.isa]
+
+
+_NO_TILES = {
+    1: "this CPU or its system has no tiles for bfloat16",
+    2: "the system refuses this process AMX's tiles",
+}
+"""What ``moeopt_tiles`` says."""
 
 
 class NoLibrary(MoeoptError):
@@ -66,7 +82,7 @@ def describe() -> str:
     """The kernel in a line, for ``moeopt info``."""
     found = library()
     if found is not None:
-        return f"{found.isa} ({found.path})"
+        return f"{found.isa} ({found.path})" + (f"; {found.passed_over}" if found.passed_over else "")
     return missing() or "off (MOEOPT_NATIVE)"
 
 
@@ -95,16 +111,35 @@ def load() -> Library:
     here = isas_here()
     if wanted is not None and wanted not in here:
         raise NoLibrary(f"MOEOPT_NATIVE_ISA is {wanted}, and this CPU runs {', '.join(here)}")
-    reason = ""
-    # a compiler may be too old for the best instruction set and know a lesser one
+    passed_over = dict[str, str]()
+    if not wanted and TILES not in here and cpu_has_tiles():
+        passed_over[TILES] = "the system keeps no tiles for this process, or hides what comes with them"
+    may_build = True
     for isa in [wanted] if wanted else here[::-1]:
         try:
-            return checked(opened(built_library(isa), isa))
-        except CompileError as err:
-            reason = reason or str(err)
+            path = built_library(isa) if may_build else prebuilt(isa)
+            if path is not None:
+                told = "; ".join(f"{name} is not used: {why}" for name, why in passed_over.items())
+                return replace(proved(path, isa), passed_over=told)
         except BuildError as err:
-            raise NoLibrary(str(err)) from err
-    raise NoLibrary(reason)
+            # a compiler may be too old for the best instruction set and know a lesser one, or a wheel carry that
+            passed_over[isa], may_build = str(err), isinstance(err, CompileError)
+        except NoLibrary as err:
+            if wanted or isa != TILES:
+                raise
+            passed_over[isa] = str(err)
+    raise NoLibrary(next(why for isa, why in passed_over.items() if isa in here))
+
+
+def proved(path: Path, isa: str) -> Library:
+    """The library of ``path`` for ``isa``, if it computes what the reference does: with tiles in another process first.
+
+    Raises:
+        NoLibrary: it does not; the message says how.
+    """
+    if isa == TILES and (wrong := wrong_in_a_child(path, isa)):
+        raise NoLibrary(wrong)
+    return checked(opened(path, isa))
 
 
 def build_ahead() -> tuple[Path, dict[str, str]]:
@@ -119,9 +154,14 @@ def build_ahead() -> tuple[Path, dict[str, str]]:
     path, isas = build_all()
     here, said = isas_here(), {}
     for isa in isas:
-        if isa in here:
-            checked(opened(path, isa))
         said[isa] = "checked against the reference" if isa in here else "built, not executed: this CPU does not run it"
+        try:
+            if isa in here:
+                proved(path, isa)
+        except NoLibrary as err:
+            if isa != TILES:
+                raise
+            said[isa] = f"built, not used: {err}"
     return path, said
 
 
@@ -137,7 +177,8 @@ def opened(path: Path, isa: str) -> Library:
     if abi() != ABI:
         raise NoLibrary(f"{path} has interface {abi()}, not {ABI}; remove it, and it is built anew")
     if not isas() & ISAS[isa]:
-        raise NoLibrary(f"{path} has no kernel for {isa} on this CPU; remove it, and it is built anew")
+        why = _NO_TILES.get(loaded.moeopt_tiles()) if isa == TILES else None
+        raise NoLibrary(why or f"{path} has no kernel for {isa} on this CPU; remove it, and it is built anew")
     return Library(path, isa, run)
 
 

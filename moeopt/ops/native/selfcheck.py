@@ -21,6 +21,8 @@ from moeopt.ops.rounded_rows import ROW_BLOCK, STEPS
 from moeopt.ops.unfit import Unfit
 
 E, K, H, I = 3, 2, 40, 24
+MANY = 70
+"""Rows of one expert: more than any tile has, with enough work for several threads."""
 ALPHA = {"swish": 1.702, "softcap": 2.0, "leaky_relu": 0.1, "elu": 1.5}
 _ROWS: tuple[Rows, ...] = ("gate|up", "up|gate", "interleaved", "interleaved_up", "separate", "plain")
 
@@ -47,6 +49,7 @@ def specs() -> list[ExpertsSpec]:
 def first_difference(run: NativeRun, isa: int) -> str:
     """What the kernel computes otherwise than the reference, in words; "" where it computes the same."""
     rng = torch.Generator().manual_seed(0)
+    layouts: tuple[Layout, ...] = ("oi", "io")
     with torch.no_grad():
         for number, spec in enumerate(specs()):
             whole = not (spec.compute_dtype or spec.act_dtype or spec.accum_dtype or spec.out_dtype)
@@ -64,9 +67,36 @@ def first_difference(run: NativeRun, isa: int) -> str:
                 far = (got.double() - want.double()).abs().max().item()
                 if got.dtype != want.dtype or not far <= 16 * eps * (want.double().abs().max().item() + 1):
                     return f"{spec}, {str(dtype).removeprefix('torch.')}: {far:.1e} apart"
+        if found := next(filter(None, (_many_rows_differ(run, isa, layout, rng) for layout in layouts)), ""):
+            return found
         checks = [(_codes_differ, format) for format in (INT8_CHANNEL, INT4_BLOCK32)]
         checks += [(_rounded_rows_differ, f) for f in (INT8_CHANNEL, INT8_BLOCK32, INT4_BLOCK32, INT4_ASYMMETRIC32)]
         return next(filter(None, (differ(run, isa, format, rng) for differ, format in checks)), "")
+
+
+def _many_rows_differ(run: NativeRun, isa: int, layout: Layout, rng: torch.Generator) -> str:
+    """What the kernel computes otherwise in bfloat16 where an expert has many rows, or for one of them alone."""
+    spec = ExpertsSpec(w_in_layout=layout, w_out_layout=layout)
+    sizes = [(MANY + 10, MANY), (MANY, (MANY + 10) // 2)]
+    w_in, w_out = ((torch.randn(1, *size, generator=rng) / size[1] ** 0.5).bfloat16() for size in sizes)
+    if layout == "io":
+        w_in, w_out = w_in.transpose(1, 2).contiguous(), w_out.transpose(1, 2).contiguous()
+    bank = StackedExpertWeights([w_in], w_out)
+    x, ids = torch.randn(MANY, MANY, generator=rng).bfloat16(), torch.zeros(MANY, 1, dtype=torch.int64)
+    args = x, ids, torch.ones(MANY, 1).bfloat16()
+    try:
+        got = call(run, *args, bank, spec, isa)
+        rows = [slice(t, t + 1) for t in (0, MANY - 1)]
+        alone = [call(run, x[row], ids[row], args[2][row], bank, spec, isa) for row in rows]
+    except Unfit as err:
+        return f"{spec}, {MANY} rows: {err}"
+    want = experts_reference(*args, bank, spec)
+    far = (got.double() - want.double()).abs().max().item()
+    if not far <= 16 * torch.finfo(torch.bfloat16).eps * (want.double().abs().max().item() + 1):
+        return f"{spec}, bfloat16, {MANY} rows: {far:.1e} apart"
+    if not torch.equal(torch.cat(alone), got[[0, -1]]):
+        return f"{spec}, bfloat16: a token alone is not what it is among {MANY}"
+    return ""
 
 
 def _codes_differ(run: NativeRun, isa: int, format: WeightFormat, rng: torch.Generator) -> str:

@@ -1,10 +1,16 @@
 """The kernel with every instruction set that this machine runs; where no compiler is, these tests are skipped."""
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
-from moeopt.ops.native import build, library
+from moeopt.ops.native import build, compile, library, tiles
 from moeopt.ops.native.call import call
+
+TILE_UNIT = Path(__file__).with_name("tile_unit.h")
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +19,40 @@ def whole_library():
     if build.find_compiler() is None:
         pytest.skip(f"the native kernel: {build.how_to_get_one()}")
     return build.build(build.all_isas())
+
+
+def tiles_of_plain_code():
+    """The path of a library whose tiles are ``tile_unit.h``, on the generic kernel; kept as the others are.
+
+    What turns weights for them is compiled for this CPU, as it is for one that has tiles.
+    """
+    if build.find_compiler() is None or not compile.x86():
+        pytest.skip("the kernel with tiles: it is compiled for x86-64")
+    flags = (*build._FLAGS, "-O1", "-DMOEOPT_TILES_ON_GENERIC")
+    own = *compile._ISA_FLAGS[here(None)[-1]], "-O3", f'-DMOEOPT_TILE_UNIT="{TILE_UNIT}"'
+    name = compile.digest_of_sources(build._identity(build.find_compiler()), *flags, *own, TILE_UNIT.read_text())
+    path = build._folder() / f"tiles-of-plain-code-{name}.so"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with build._alone(path.parent), tempfile.TemporaryDirectory(dir=path.parent) as aside:
+        if not path.is_file():
+            isas = "generic", compile.TILES
+            made = compile.compile_library(build.find_compiler(), isas, Path(aside), flags, build.SOURCES, own)
+            os.replace(made, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def plain_tiles():
+    return tiles_of_plain_code()
+
+
+def here(path):
+    """The instruction sets that this machine runs; tiles only where the library of ``path`` is right with them."""
+    isas = build.isas_here()
+    with_tiles = path is not None and compile.TILES in isas and not tiles.wrong_in_a_child(path, compile.TILES)
+    return isas if with_tiles else [isa for isa in isas if isa != compile.TILES]
 
 
 class Kernel:
@@ -32,15 +72,24 @@ class Kernel:
             torch.set_num_threads(before)
 
 
-# avx512_vnni has the code of avx512 for floats and of avx512_bf16 for rows of 8 bits, with one test that these agree
-@pytest.fixture(params=[isa for isa in build.ISAS if isa != "avx512_vnni"])
+# avx512_vnni has the code of avx512 for floats and of avx512_bf16 for rows of 8 bits, with one test that these agree;
+# where no tiles are, they are played, and test_tiles.py is the sample
+@pytest.fixture(
+    params=[
+        pytest.param(isa, marks=pytest.mark.nightly if isa == compile.TILES else ())
+        for isa in build.ISAS
+        if isa != "avx512_vnni"
+    ]
+)
 def kernel(request, whole_library):
-    if request.param not in build.isas_here():
-        pytest.skip(f"this CPU has no {request.param}")
-    return Kernel(whole_library, request.param)
+    if request.param in here(whole_library):
+        return Kernel(whole_library, request.param)
+    if request.param == compile.TILES:
+        return Kernel(request.getfixturevalue("plain_tiles"), compile.TILES)
+    pytest.skip(f"this CPU has no {request.param}")
 
 
 @pytest.fixture
 def best(whole_library):
     """The kernel of the best instruction set."""
-    return Kernel(whole_library, build.isas_here()[-1])
+    return Kernel(whole_library, here(whole_library)[-1])

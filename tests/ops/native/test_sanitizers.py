@@ -22,14 +22,15 @@ sanitize = "-fsanitize=address,undefined"
 build._FLAGS = (*build._FLAGS, "-O1", "-g1", sanitize, "-fno-sanitize=vptr", "-fno-sanitize-recover=all")
 here = build.isas_here()
 compile.SECONDS = 1800  # of one compiler, which others may slow down
-kept = [isa for isa in here if isa in ("avx2", here[-1])] if NIGHTLY else here[-1:]  # each takes 20 s to compile so
+# each takes 20 s to compile so
+kept = [isa for isa in here if NIGHTLY and isa == "avx2" or isa in compile.with_what_it_needs(here[-1])]
 build.isas_here, build.all_isas = (lambda: kept), (lambda: tuple(kept))
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
 LEFT_OUT = () if NIGHTLY else ("-m", "not nightly")
-PARTS = "kernel", "kept", "isolation", "codes", "rounded"
-KERNEL = [f"tests/ops/native/test_{part}.py" for part in PARTS] + ["-k", "not fork"]
+PARTS = "kernel", "kept", "isolation", "codes", "rounded", "tiles"
+KERNEL = [f"tests/ops/native/test_{part}.py" for part in PARTS] + ["-k", "not fork and not a_fault"]
 OPERATOR = ["tests/backends/onnxrt/lowerings/test_native.py", "tests/backends/onnxrt/test_custom_op.py", "-k",
             "lowerings or this_machine or two_sessions"]  # fmt: skip
 

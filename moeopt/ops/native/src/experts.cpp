@@ -113,6 +113,7 @@ struct Plan {
     const int64_t rows = (int64_t)token.size();
     if (c.spec->rounds && !experts.empty()) round_for(experts[0]);
     job.call = &c;
+    job.tiles = k.tiles;
     job.rows = rows;
     for (const Segment &seg : segments) job.step = std::max(job.step, padded(c.H, bytes(seg.x)) * bytes(seg.x));
     for (Segment &seg : segments) seg.x.ld = job.step / bytes(seg.x);
@@ -246,7 +247,7 @@ struct Work {
     if (plan.k.wide) return COLUMNS64;
     if (plan.job.round_x) return ROUNDED_COLUMNS;
     if (w.stride_in == 1 && w.in <= TURNED) return TURNED_COLUMNS;
-    if (!across(w)) return 16;
+    if (!across(w)) return plan.k.tiles && (kind == Stage::HIDDEN ? s.x : s.hidden).half ? TILE_COLUMNS : 16;
     int64_t block = columns_across(s.count, w.dtype, plan.k.streams);
     const int64_t wide = kind == Stage::HIDDEN ? s.I : plan.c.D, all = (int64_t)plan.segments.size() * wide;
     while (scratch.size() > 1 && block > 256 && all < 2 * block * (int64_t)scratch.size()) block /= 2;  // work for each thread
@@ -295,6 +296,26 @@ struct Work {
   size_t now = 0;
 };
 
+#if defined(MOEOPT_HAVE_AMX_BF16)
+// All but products of bfloat16 is as with the instruction set below.
+#if defined(MOEOPT_TILES_ON_GENERIC)  // of tests, whose tiles are plain C++
+constexpr int64_t UNDER_TILES = ISA_GENERIC;
+const Kernels *under_tiles(bool wide) { return wide ? kernels64_generic() : kernels_generic(); }
+#else
+constexpr int64_t UNDER_TILES = ISA_AVX512_BF16;
+const Kernels *under_tiles(bool wide) { return wide ? kernels64_avx512_bf16() : kernels_avx512_bf16(); }
+#endif
+
+const Kernels *kernels_with_tiles() {
+  static const Kernels table = [] {
+    Kernels made = *under_tiles(false);
+    made.isa = ISA_AMX_BF16, made.dot_bf16 = true, made.tiles = multiply_by_tiles;
+    return made;
+  }();
+  return &table;
+}
+#endif
+
 #if defined(MOEOPT_X86)
 int64_t cpu_isas() {
   __builtin_cpu_init();
@@ -309,6 +330,9 @@ int64_t cpu_isas() {
 #if defined(MOEOPT_HAVE_AVX512_BF16)
   if (found & ISA_AVX512_VNNI && __builtin_cpu_supports("avx512bf16")) found |= ISA_AVX512_BF16;
 #endif
+#if defined(MOEOPT_HAVE_AMX_BF16)
+  if (found & UNDER_TILES && tiles_of_this_process() == 0) found |= ISA_AMX_BF16;
+#endif
   return found;
 }
 #else
@@ -317,6 +341,9 @@ int64_t cpu_isas() { return ISA_GENERIC; }
 
 const Kernels *kernels_of(int64_t isa, bool wide = false) {
   (void)isa, (void)wide;
+#if defined(MOEOPT_HAVE_AMX_BF16)
+  if (isa == ISA_AMX_BF16) return wide ? under_tiles(true) : kernels_with_tiles();
+#endif
 #if defined(MOEOPT_HAVE_AVX2)
   if (isa == ISA_AVX2) return wide ? kernels64_avx2() : kernels_avx2();
 #endif
@@ -339,10 +366,18 @@ const Kernels *kernels_of(int64_t isa, bool wide = false) {
 
 extern "C" int64_t moeopt_abi(void) { return MOEOPT_ABI; }
 
+extern "C" int64_t moeopt_tiles(void) {
+#if defined(MOEOPT_HAVE_AMX_BF16)
+  return tiles_of_this_process();
+#else
+  return 1;
+#endif
+}
+
 extern "C" int64_t moeopt_isas(void) {
   const int64_t here = cpu_isas();
   int64_t found = 0;
-  for (int64_t isa = ISA_GENERIC; isa <= ISA_AVX512_BF16; isa <<= 1)
+  for (int64_t isa = ISA_GENERIC; isa <= ISA_AMX_BF16; isa <<= 1)
     if (isa & here && kernels_of(isa)) found |= isa;
   return found;
 }

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t WIDEST = outer_vectors(1) * L;  // columns of a tile: a product may write so many, whatever is asked for
 static_assert(WIDEST <= 256, "columns of a task are whole tiles");
 constexpr int64_t PANEL = PANEL_SUMS;
-static_assert(PANEL >= 4 * (DOT_CHUNK + 80), "four rows of W fit too");
+static_assert(PANEL >= 4 * (DOT_CHUNK + 80) && PANEL * 4 >= TILE_SCRATCH, "four rows of W fit too, and what tiles are turned to");
 constexpr int64_t BIAS = 2 * MOST_COLUMNS;
 constexpr int64_t APART = 16;  // rows of sums do not fall on the same cache sets
 
@@ -25,10 +25,11 @@ inline float weight_of(const moeopt_call &c, int64_t t, int64_t k) {
   return load_one(c.weights, c.weights_dtype, t * c.weights_stride[0] + k * c.weights_stride[1]);
 }
 
-inline View view(const moeopt_matrix &m, const moeopt_spec &s, bool evens) {
+inline View view(const moeopt_matrix &m, const Job &job, bool evens) {
+  const moeopt_spec &s = *job.call->spec;
   const bool exact = m.dtype == s.compute || s.compute == MOEOPT_F32;
   return {m.data, m.dtype, m.stride_out, m.stride_in, exact, m.scales, m.scale_dtype, m.scale_stride, m.block, evens, s.rounds != 0,
-          m.zeros, m.zero_stride};
+          m.zeros, m.zero_stride, job.tiles};
 }
 
 inline View rows_of(View v, int64_t first, int64_t step) {
@@ -82,7 +83,7 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
   const Rows &lie = seg.hidden;
   const int64_t n = end - first, size = lie.half ? 2 : 4, kept = lie.half ? MOEOPT_BF16 : MOEOPT_F32;
   const bool mixed = s.rows == INTERLEAVED || s.rows == INTERLEAVED_UP, gated = s.rows != PLAIN;
-  View one = view(e.w_in[0], s, seg.x.evens), g = one, u = one;
+  View one = view(e.w_in[0], job, seg.x.evens), g = one, u = one;
   const int64_t half = up_to(n, 256), ldt = 2 * half + APART;  // a row of sums: gates, then ups, or in turns
   float *bg = scratch, *bu = bg + MOST_COLUMNS, *panel = scratch + BIAS, *hg = panel + PANEL, *hu = hg + half;
   int64_t step = 1;  // from one gate to the next in a row of scratch
@@ -92,7 +93,7 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
   if (together) {
     hg = panel + PANEL + gate_at, hu = panel + PANEL + up_at, step = 2;
   } else if (s.rows == SEPARATE) {
-    u = view(e.w_in[1], s, seg.x.evens);
+    u = view(e.w_in[1], job, seg.x.evens);
   } else if (gated) {
     g = rows_of(one, gate_at, mixed ? 2 : 1), u = rows_of(one, up_at, mixed ? 2 : 1);
   }
@@ -154,7 +155,7 @@ void output(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
   const int64_t n = end - first, size = lie.half ? 2 : 4;
   const int64_t ldt = up_to(n, 256) + APART;
   float *bias = scratch, *panel = scratch + BIAS, *to = panel + PANEL;
-  const View v = view(seg.weights->w_out, s, lie.evens);
+  const View v = view(seg.weights->w_out, job, lie.evens);
   load_bias(bias, seg.weights->b_out, first, 1, n, s.compute);
   for (int64_t m0 = 0; m0 < seg.count; m0 += ROWS) {
     const int64_t M = smaller(ROWS, seg.count - m0);
@@ -235,7 +236,7 @@ const Kernels *MOEOPT_KERNELS() {
   constexpr bool paired = false;
 #endif
   static const Kernels table = {
-      MOEOPT_ISA, L, paired, BIAS + PANEL + 2 * MOST_SUMS + ROWS * APART, gather, hidden, output, combine, false, Outer<F32>::streams, VBYTES == 64,
+      MOEOPT_ISA, L, paired, BIAS + PANEL + 2 * MOST_SUMS + ROWS * APART, gather, hidden, output, combine, false, Outer<F32>::streams, VBYTES == 64, nullptr,
   };
   return &table;
 }

@@ -4,7 +4,7 @@
 
 #include "moeopt_experts.h"
 
-enum { ISA_GENERIC = 1, ISA_AVX2 = 2, ISA_AVX512 = 4, ISA_AVX512_VNNI = 8, ISA_AVX512_BF16 = 16 };
+enum { ISA_GENERIC = 1, ISA_AVX2 = 2, ISA_AVX512 = 4, ISA_AVX512_VNNI = 8, ISA_AVX512_BF16 = 16, ISA_AMX_BF16 = 32 };
 
 constexpr int64_t ROWS = 64;  // rows of x of one turn: with their k they stay in the second-level cache
 constexpr int64_t MOST_SUMS = 256 * ROWS, MOST_COLUMNS = 2048;
@@ -30,6 +30,22 @@ struct Segment {  // rows row .. row + count of the sorted rows belong to expert
   const moeopt_expert *weights;  // resolved: pointers are those of e
 };
 
+// to[m * ldt + j] = sum over k of W[j][k] * x[m * ldx + k], all of bfloat16; W[j][k] is w[j * so + k * si], and k or its rows are
+// contiguous. j < n and m < M; rows of x have zeros behind K, up to a multiple of 64. The columns of `to` behind n are garbage.
+struct TileProduct {
+  const uint16_t *w;
+  int64_t so, si, n;
+  const uint16_t *x;
+  int64_t ldx, K, M;
+  float *to;
+  int64_t ldt;
+  uint16_t *scratch;  // TILE_SCRATCH bytes, whole cache lines
+};
+typedef void (*MultiplyByTiles)(const TileProduct &);
+constexpr int64_t TILE_SCRATCH = 32768, TILE_COLUMNS = 32;  // columns of a task
+void multiply_by_tiles(const TileProduct &product);  // tiles.cpp
+int64_t tiles_of_this_process();                     // as moeopt_tiles
+
 struct Job {  // one call, laid out: what every task reads
   const moeopt_call *call;
   int64_t rows, step, ldo;          // sorted rows; bytes from one row of r_RH to the next; stride of o_RD
@@ -41,6 +57,7 @@ struct Job {  // one call, laid out: what every task reads
   Segment *segments;
   void *r, *h;                      // r_RH, and the hidden rows of the segments at work
   float *o;                         // o_RD, each value already rounded to the compute dtype
+  MultiplyByTiles tiles;            // what multiplies rows of bfloat16, or null: dot products of pairs
 };
 
 struct Kernels {  // one instruction set
@@ -54,6 +71,7 @@ struct Kernels {  // one instruction set
   bool wide;                                                    // of float64: what is kept between has 8 bytes
   bool streams;                                                 // one row of x: rows of W from end to end (outer.h)
   bool evens;                                                   // reads the two codes of a byte apart (codes.h)
+  MultiplyByTiles tiles;                                        // see Job
 };
 
 

@@ -87,6 +87,9 @@ extern "C" {
 MOEOPT_API int64_t moeopt_experts(const moeopt_call *call);
 /* Bits of the instruction sets in this library that this CPU runs: see isa.h for their names. */
 MOEOPT_API int64_t moeopt_isas(void);
+/* Whether this process may use the tiles of AMX, which the first call asks the system for. 0: yes. 1: this library, this CPU or the
+ * system has none for bfloat16. 2: the system refuses them. */
+MOEOPT_API int64_t moeopt_tiles(void);
 MOEOPT_API int64_t moeopt_abi(void);
 #ifdef __cplusplus
 }

@@ -6,6 +6,7 @@
 // end to end, which the CPU fetches ahead by itself, and faster than it is told to. A group's sum is made k by k, then added
 // to what is there, whatever the number of rows of x.
 #pragma once
+#include "lanes.h"
 #include "tile.h"
 
 namespace {
@@ -102,12 +103,6 @@ struct Outer {
 };
 
 #if defined(__AVX512BF16__)
-inline __m512i pair_order(int from) {  // 0 32 1 33 ...: element `from` + c of both rows
-  alignas(64) uint16_t order[32];
-  for (int c = 0; c < 32; c++) order[c] = (uint16_t)(from + c / 2 + c % 2 * 32);
-  return _mm512_load_si512(order);
-}
-
 // both factors bfloat16: the rows of k and k + 1 become pairs in registers, whose products one instruction adds
 struct OuterPairs {
   typedef uint16_t T, X;

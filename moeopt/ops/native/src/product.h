@@ -16,6 +16,7 @@ void product(const View &v, int64_t compute, bool paired, int64_t first, int64_t
              int64_t M, float *to, int64_t ldt, float *panel) {
   if (v.rounds) return dot_rounded(v, first, n, x, ldx, K, M, to, ldt, panel);
   if (is_code(v.dtype)) return dot_codes(v, compute, first, n, (const float *)x, ldx, K, M, to, ldt, panel);
+  if (paired && v.tiles) return v.tiles({(const uint16_t *)v.data + first * v.so, v.so, v.si, n, (const uint16_t *)x, ldx, K, M, to, ldt, (uint16_t *)panel});
 #if defined(__AVX512BF16__)
   if (paired && v.si == 1) return pairs_direct(v, first, n, (const uint16_t *)x, ldx, K, M, to, ldt);
   if (paired) return outer_direct<OuterPairs>(v, first, n, (const uint16_t *)x, ldx, K, M, to, ldt, panel);

@@ -1,5 +1,6 @@
 // How codes and scales come to lie in lanes, and what multiplies them there, with AVX2 and with VNNI: see rounded.h.
 #pragma once
+#include "lanes.h"
 #include "rounded_rows.h"
 
 #if defined(__AVX2__)
@@ -104,21 +105,6 @@ inline Sums four_parts(const void *first, int64_t step) {
   const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(1), 1);
   const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(at(2)), at(3), 1);
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-}
-
-// four by four numbers of 32 bits, in each of the four parts of vectors
-inline void turn4(Sums (&r)[4]) {
-  const Sums a = _mm512_unpacklo_epi32(r[0], r[1]), b = _mm512_unpackhi_epi32(r[0], r[1]);
-  const Sums c = _mm512_unpacklo_epi32(r[2], r[3]), d = _mm512_unpackhi_epi32(r[2], r[3]);
-  r[0] = _mm512_unpacklo_epi64(a, c), r[1] = _mm512_unpackhi_epi64(a, c), r[2] = _mm512_unpacklo_epi64(b, d), r[3] = _mm512_unpackhi_epi64(b, d);
-}
-
-// four by four parts of vectors
-inline void turn4_parts(Sums (&r)[4]) {
-  const Sums a = _mm512_shuffle_i32x4(r[0], r[1], 0x44), b = _mm512_shuffle_i32x4(r[0], r[1], 0xee);
-  const Sums c = _mm512_shuffle_i32x4(r[2], r[3], 0x44), d = _mm512_shuffle_i32x4(r[2], r[3], 0xee);
-  r[0] = _mm512_shuffle_i32x4(a, c, 0x88), r[1] = _mm512_shuffle_i32x4(a, c, 0xdd);
-  r[2] = _mm512_shuffle_i32x4(b, d, 0x88), r[3] = _mm512_shuffle_i32x4(b, d, 0xdd);
 }
 
 #endif

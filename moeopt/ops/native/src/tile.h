@@ -19,6 +19,7 @@ struct View {  // W[o][i] = data + o * so + i * si; exact: its values are of the
   bool rounds;  // x was rounded to 8 bits: see rounded.h
   const void *zeros;
   int64_t zs;
+  MultiplyByTiles tiles;  // see Job
 };
 
 constexpr int64_t DOT_CHUNK = 1024, PAIR_CHUNK = 2048;
