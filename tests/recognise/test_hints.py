@@ -62,9 +62,7 @@ def test_the_module_of_an_expert_is_found_by_its_weights():
 
 
 def test_a_hint_must_be_a_spec():
-    with pytest.raises(
-        UsageError, match=r"hints\['\*'\] gave 'silu' at layers.0; it must be an ExpertsSpec: moe"
-    ):
+    with pytest.raises(UsageError, match=r"hints\['\*'\] gave 'silu' at layers.0; it must be an ExpertsSpec: moe"):
         assumed({"*": "silu"}, "layers.0")
     with pytest.raises(UsageError, match="gave None for the Expert that it was called with at moe; it must be"):
         assumed({"*": lambda expert: None}, "moe")
