@@ -6,11 +6,13 @@ Whoever builds a wheel has no torch, so only the standard library is imported he
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "src"
@@ -96,31 +98,38 @@ def compile_library(
 ) -> Path:  # fmt: skip
     """A library with ``isas`` in the folder ``aside``; ``Refused`` or ``TooSlow`` where the compiler makes none."""
     defines = [f"-DMOEOPT_HAVE_{isa.upper()}" for isa in isas] + (["-DMOEOPT_X86"] if x86() else [])
-    whole = [isa for isa in isas if isa != TILES]
-    units = [([*_ISA_FLAGS[isa], f"-DMOEOPT_KERNELS=kernels_{isa}", f"-DMOEOPT_ISA=ISA_{isa.upper()}"], "isa.cpp",
+    whole = [isa for isa in reversed(isas) if isa != TILES]  # what an older compiler refuses comes first
+    units = [([*tile_flags], "tiles.cpp", "tiles.o")] * (TILES in isas)
+    units += [([*_ISA_FLAGS[isa], f"-DMOEOPT_KERNELS=kernels_{isa}", f"-DMOEOPT_ISA=ISA_{isa.upper()}"], "isa.cpp",
               f"{isa}.o") for isa in whole]  # fmt: skip
     units += [([*_ISA_FLAGS[isa], f"-DMOEOPT_KERNELS64=kernels64_{isa}", f"-DMOEOPT_ISA=ISA_{isa.upper()}"],
                "isa64.cpp", f"{isa}-64.o") for isa in whole]  # fmt: skip
-    units += [([*tile_flags], "tiles.cpp", "tiles.o")] * (TILES in isas)
     units += [(defines, name, f"{name}.o") for name in UNITS]
     running = [
         [compiler, *flags, *own, "-c", str(sources / source), "-o", str(aside / out)] for own, source, out in units
     ]
-    started = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for words in running]
+    _run_all(running)
+    out = aside / "library.so"
+    objects = [str(aside / name) for _, _, name in units]
+    _run_all([[compiler, *flags, "-shared", *objects, "-o", str(out), *LIBRARIES]])
+    return out
+
+
+def _run_all(commands: Iterable[Sequence[str]]) -> None:
+    """As many compilers at once as this process has cores: each takes some hundred megabytes, and has its seconds."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    running: deque[subprocess.Popen[bytes]] = deque()
     try:
-        for one in started:
-            _finished(one)
-        out = aside / "library.so"
-        objects = [str(aside / name) for _, _, name in units]
-        words = [compiler, *flags, "-shared", *objects, "-o", str(out), *LIBRARIES]
-        _finished(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-        return out
+        for words in commands:
+            if len(running) == cores:
+                _finish_first(running)
+            running.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        while running:
+            _finish_first(running)
     finally:
-        for one in started:
+        for one in running:
             one.kill()
-            one.wait()
-            if one.stdout is not None:
-                one.stdout.close()
+            one.communicate()
 
 
 def compile_most(compiler: str, aside: Path) -> tuple[Path, tuple[str, ...]]:
@@ -135,12 +144,14 @@ def compile_most(compiler: str, aside: Path) -> tuple[Path, tuple[str, ...]]:
             isas = isas[:-1]
 
 
-def _finished(process: subprocess.Popen[bytes]) -> None:
+def _finish_first(running: deque[subprocess.Popen[bytes]]) -> None:
+    """Wait for the first and take it away; it stays where it did not end well."""
+    process = running[0]
     try:
         said, _ = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        process.kill()
         raise TooSlow from None
     if process.returncode:
         first = said.decode(errors="replace").strip().splitlines()
         raise Refused(next((s for s in first if "error" in s), "no message"))
+    running.popleft()
