@@ -237,6 +237,14 @@ class Attention(nn.Module):
         return self.o(F.scaled_dot_product_attention(self.q(x), self.k(x), F.silu(self.v(x))))
 
 
+class GatedAttention(Attention):
+    """As Qwen3-Next's: a gate of the rows on what attention gives."""
+
+    def forward(self, x):
+        mixed = F.scaled_dot_product_attention(*(p(x).unsqueeze(1) for p in (self.q, self.k, self.k)))
+        return self.o(mixed.squeeze(1) * F.silu(self.v(x)))
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -264,7 +272,7 @@ class LoRA(nn.Module):
         return self.base(x) + self.b(self.a(x))
 
 
-@pytest.mark.parametrize("make", [Adapter, Attention, Tied, SqueezeExcite, LoRA])
+@pytest.mark.parametrize("make", [Adapter, Attention, GatedAttention, Tied, SqueezeExcite, LoRA])
 def test_what_is_no_ffn_is_not_listed(make):
     x = rand(2, H, 5, 5) if make is SqueezeExcite else X
     assert split(seeded(make), x, experts=2).report.blocks == ()

@@ -64,17 +64,17 @@ def exits(index: GraphIndex, seeds: Iterable[int], room: int) -> list[OnnxValue]
     return found
 
 
-def region_between(index: GraphIndex, root: OnnxValue, exit_: OnnxValue) -> GraphRegion:
-    """The nodes that compute ``exit_`` and depend on ``root``, and what else they read."""
-    start, end = index.at(root), index.at(exit_)
-    behind = {id(root)}
+def region_between(index: GraphIndex, *roots: OnnxValue, exit_: OnnxValue) -> GraphRegion:
+    """The nodes that compute ``exit_`` and depend on one of the ``roots``, and what else they read."""
+    start, end = min(map(index.at, roots)), index.at(exit_)
+    behind = set(map(id, roots))
     for at in range(start + 1, end + 1):
         node = index.nodes[at]
         if any(id(v) in behind for v in index.reads(node)):
             behind |= {id(v) for v in node.outputs}
     index.visited += end - start
     chosen: set[int] = set()
-    entries: dict[int, OnnxValue] = {id(root): root}
+    entries: dict[int, OnnxValue] = {id(root): root for root in roots}
     todo = [exit_]
     while todo:
         value = todo.pop()

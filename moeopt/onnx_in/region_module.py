@@ -166,14 +166,24 @@ def _held(value: OnnxValue) -> OnnxValue:
 
 
 def is_combined(candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Mapping[str, Tensor]]) -> bool:
-    """Whether an exit holds one row for each row of the root, as wide as a weight of the region says."""
+    """Whether an exit holds one row for each row of the root, as wide as a weight of the region says; or, of experts
+    that give one number each, one number without an axis of its own."""
     rows, result = runs[0][region.entries[0].name], runs[0][region.exit.name]
     axis = feature_axis(candidate)
-    if not result.is_floating_point() or rows.dim() < 2 or result.dim() <= max(axis, 0):
+    if not result.is_floating_point() or rows.dim() < 2:
+        return False
+    if one_number_each(candidate) and result.numel() * rows.shape[axis] == rows.numel():
+        return True
+    if result.dim() <= max(axis, 0):
         return False
     return result.numel() * rows.shape[axis] == rows.numel() * result.shape[axis] and _is_width(
         result.shape[axis], region
     )
+
+
+def one_number_each(candidate: CandidateRegion) -> bool:
+    """Whether the experts' last products have one output: the results of all of them side by side are no sum."""
+    return any(1 in last.shape for _, last in candidate.chains.pairs)
 
 
 def feature_axis(candidate: CandidateRegion) -> int:

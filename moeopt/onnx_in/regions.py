@@ -16,7 +16,7 @@ from moeopt.value_types import OnnxNode, OnnxValue
 
 _MOST_REGIONS = 8
 """Of one candidate: the nearest exits behind its router, the later half of them only before the next product."""
-_FEWER = 64
+_FEWER = 256
 """Nodes by which a region may grow for one entry instead of several."""
 
 
@@ -66,14 +66,16 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
 
 def _rooted(index: GraphIndex, chains: ExpertChains, end: OnnxValue) -> GraphRegion | None:
     """The region up to ``end``, from as few entries as there can be; sizes are read off the others."""
-    region = region_between(index, chains.root, end)
+    region = region_between(index, chains.root, exit_=end)
     inner = [v for v in region.entries if index.at(v) >= 0 and not index.is_size(v)]
     if len(inner) > 1:
         shared = common_entry(index, inner, _FEWER)
         if shared is not None:
-            wider = region_between(index, shared, end)
-            if len(wider.entries) < len(region.entries) and len(wider.nodes) <= len(region.nodes) + _FEWER:
-                return wider
+            for roots in ((shared,), (chains.root, shared)):  # masks of each expert may be made of one value beside x
+                wider = region_between(index, *roots, exit_=end)
+                fewer = len(wider.entries) < len(region.entries) and len(wider.nodes) <= len(region.nodes) + _FEWER
+                if fewer and {id(p.node) for p in chains.products} <= {id(n) for n in wider.nodes}:
+                    return wider
     return region
 
 

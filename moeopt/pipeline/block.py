@@ -30,7 +30,7 @@ from moeopt.pipeline.chosen_passes import pass_manager
 from moeopt.pipeline.coverage import Mixture, Reader
 from moeopt.pipeline.few_tokens_check import check_few_tokens
 from moeopt.pipeline.finished_blocks import recall
-from moeopt.pipeline.own_hooks import needs_own_hooks, without_own_hooks
+from moeopt.pipeline.own_hooks import changing_hook_reason, needs_own_hooks, without_own_hooks
 from moeopt.pipeline.pays import check_pays
 from moeopt.pipeline.size_limits import SizeCases, max_tokens
 from moeopt.pipeline.size_sweep import check_sizes
@@ -105,7 +105,11 @@ def rewrite_block(
     except Declined as err:
         reason = ""
         if err.rank < Rank.FORBIDS:
-            reason = non_finite_reason(module, not isinstance(err, ExpertsNotHit)) or equal_rows_reason(module)
+            reason = (
+                non_finite_reason(module, not isinstance(err, ExpertsNotHit))
+                or equal_rows_reason(module)
+                or changing_hook_reason(module, call)
+            )
         if reason:
             raise Declined(reason, rank=Rank.FORBIDS, others=(err.obstacle, *err.others)) from None
         raise

@@ -1,7 +1,8 @@
 """A block without the forward hooks that are registered on itself: they run around its rewritten code as well.
 
 What a hook makes of the arguments or of the result is no part of the forward that is rewritten. A forward that can't do
-without its hooks, since one of them stores what it reads, is told so.
+without its hooks, since one of them stores what it reads, is told so. So is a block with a hook on one of its experts
+that makes this expert another function than the others: read by values, it would be anything but a hook.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from moeopt.capture.failed_call import in_short
 from moeopt.capture.isolated_run import run_quietly
-from moeopt.capture.tree import ArgsKwargs
+from moeopt.capture.tree import ArgsKwargs, leaves_of
 from moeopt.errors import CaptureError
 from moeopt.listed import listed
+from moeopt.recognise.named_obstacles import alike_children, computed_weight
+from moeopt.rewrite.legality import hook_reason
 from moeopt.value_types import PyObject
 
 _TABLES = ("_forward_pre_hooks", "_forward_hooks")
@@ -53,6 +57,36 @@ def needs_own_hooks(module: nn.Module, call: ArgsKwargs) -> str:
         f"without it ({in_short(error)}), so that it is no function of its arguments; compute that in forward, or pass "
         "it as an argument"
     )
+
+
+def changing_hook_reason(module: nn.Module, call: ArgsKwargs) -> str:
+    """Why a block with a hook inside one of its experts stays as it is, where the hook changes the block's result;
+    "" where none does: a hook that only looks on stands in the way of what would be rewritten, and is told there.
+
+    Args:
+        call: as the forward of ``module`` gets it, behind its own hooks.
+    """
+    experts = {part for child in alike_children(module) for part in child.modules()}
+    hooked = {
+        path: part
+        for path, part in module.named_modules()
+        if part in experts and any(part.__dict__[name] for name in _TABLES)
+    }
+    if not hooked:
+        return ""
+    try:
+        with without_own_hooks(module):
+            results = [run_quietly(module, *call)]
+            for part in hooked.values():
+                with without_own_hooks(part):
+                    results.append(run_quietly(module, *call))
+    except CaptureError:
+        return ""
+    first, *others = ([t.nan_to_num() for t in leaves_of(torch.Tensor, result)] for result in results)
+    for path, other in zip(hooked, others, strict=True):
+        if len(first) != len(other) or not all(map(torch.equal, first, other)):
+            return computed_weight(path, hooked[path]) or hook_reason(path)
+    return ""
 
 
 def _error(module: nn.Module, call: ArgsKwargs) -> BaseException | None:

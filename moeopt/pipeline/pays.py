@@ -125,8 +125,11 @@ def words(body: RowBody) -> str:
     if body.tensors > 1:
         inside = sum(op is torch.ops.aten.slice.Tensor for op, _, _ in body.nodes)
         others = [f"rows of {body.tensors} tensors", *(n for n in others if n != "slice" or inside > body.tensors)]
-    if any(op != GETITEM and op._schema.name == "aten::add" and Value(0) in args for op, args, _ in body.nodes):
+    sums = [n for n in body.nodes if n[0] != GETITEM and n[0]._schema.name == "aten::add"]
+    if any(Value(0) in args for _, args, _ in sums):
         others.append("the row itself added")
+    if sums and sums[-1] is body.nodes[-1] and isinstance(sums[-1][1][1], (int, float)):
+        others.append("a number added")
     return what + (f" with {', '.join(others)}" if others else "")
 
 

@@ -7,6 +7,8 @@ The two differ where a weight underflows, in float16 the score of an unlikely ex
 
     rows = torch.where((ids == e) & (w >= 0.02))[0]     a threshold that no token of the example may lie below
 
+    dispatch = one_hot(ids, E) * (w >= 0.02)[..., None]     the same in products with codes
+
 Such a dispatch has no reading by ids and weights alone: what no probe reaches would be left out.
 
     hit = torch.zeros(E).scatter_add(0, ids.flatten(), w.flatten()).nonzero()     which experts run at all
@@ -37,6 +39,8 @@ _SUMS = ("sum", "mean", "cumsum", "scatter_add", "scatter_reduce", "index_add", 
 _ANDS = ("any", "logical_and", "bitwise_and", "__and__")
 _ORS = ("logical_or", "bitwise_or", "__or__")
 _NOTS = ("logical_not", "bitwise_not", "logical_xor", "bitwise_xor")
+_AS_FACTOR = ("mul", "where", "masked_fill", "_to_copy")
+"""How a mask leaves rows out that it does not pick: as zeros in a product, as of one-hot codes with a capacity."""
 _OTHER = "other"
 _DEPTH = 8
 
@@ -155,6 +159,8 @@ class _Asks:
             name = op_name(user)
             if name in _ROWS or (name == "index" and mask in (user.args[1] or ())):  # type: ignore[operator]
                 self.found.setdefault(word, by)
+            elif word == _OTHER and name in _AS_FACTOR:
+                self.found.setdefault(_OTHER, by)
             elif depth and (moves_rows(user) or name in _ANDS):
                 self._mask(user, word, by, depth - 1)
             elif depth and name in (*_ORS, *_NOTS):

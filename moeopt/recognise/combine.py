@@ -24,6 +24,7 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import GemmSite
+from moeopt.recognise.rows_of_others import weighed_by_another
 from moeopt.recognise.token_rows import rows_of
 
 _MOST_SUMS = 32
@@ -104,7 +105,7 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
                 nearest = found
     source = nodes[-1].meta.get("source") if nodes else sites[0].node.meta.get("source")
     if (sums := _sums_of_gates(tape, labels, nodes)) is not None:
-        raise SumsOfGates(
+        raise weighed_by_another({s.node for s in sites}, nodes) or SumsOfGates(
             "its experts' outputs are summed several times, each time by another gate (one for each task, over the "
             "same experts or some of them), and the op gives one sum; give each gate experts of its own, or leave the "
             "block as it is: each of its experts runs once, for all gates",

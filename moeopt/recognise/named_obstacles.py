@@ -21,7 +21,7 @@ from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.recurrences import recurrence
 from moeopt.recognise.router_steers import CHOICES
-from moeopt.recognise.rows_of_others import adds_up_neighbours, multiplied_with_each_other
+from moeopt.recognise.rows_of_others import adds_up_neighbours, chosen_among_tokens, multiplied_with_each_other
 from moeopt.recognise.weights_for_rows import mixed_kernels, single_neurons
 
 _REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
@@ -45,7 +45,7 @@ def named_obstacle(tape: Tape) -> Declined | None:
 
 def certain_obstacle(tape: Tape) -> Declined | None:
     """One that is true whatever else the block does."""
-    looks = (left_pytorch, branches, mixed_kernels, _unequal_experts, _recurrence, _neighbours)
+    looks = (left_pytorch, branches, mixed_kernels, _unequal_experts, _recurrence, _neighbours, chosen_among_tokens)
     return next((found for look in looks if (found := look(tape)) is not None), None)
 
 

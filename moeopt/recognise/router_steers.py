@@ -36,6 +36,8 @@ def only_the_router_steers(
             if dtype == torch.bool and _asserted(tape, line):
                 continue
             source = node.args[0] if node.target is operator.getitem and isinstance(node.args[0], fx.Node) else node
+            if _is_check_of_one_hot(tape, source):
+                continue
             way_out = "keep it in a tensor (torch.where)"
             if op_name(source) == "aminmax":
                 way_out = (
@@ -68,6 +70,19 @@ def _steered(tape: Tape, cut: set[fx.Node]) -> dict[fx.Node, bool]:
         else:
             steered[node] = node.op == "placeholder" or any(steered.get(a, False) for a in node.all_input_nodes)
     return steered
+
+
+def _is_check_of_one_hot(tape: Tape, bounds: fx.Node) -> bool:
+    """Whether ``F.one_hot`` itself asks for the ``bounds`` of what it codes, right before it does: it raises, or goes
+    on."""
+    if op_name(bounds) != "aminmax":
+        return False
+    after = tape.nodes[tape.nodes.index(bounds) + 1 :]
+    made = next((n for n in after if n.target is not operator.getitem and op_name(n) != "_local_scalar_dense"), None)
+    if made is None or op_name(made) not in ("zeros", "new_zeros"):
+        return False
+    coded = [u for u in made.users if op_name(u) == "scatter" and u.args[0] is made and u.args[3] == 1]
+    return any(op_name(u.args[2]) == "unsqueeze" and u.args[2].args[0] is bounds.args[0] for u in coded)  # type: ignore[union-attr, arg-type]
 
 
 def _asserted(tape: Tape, line: str) -> bool:

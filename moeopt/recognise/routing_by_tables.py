@@ -27,7 +27,8 @@ aten = torch.ops.aten
 
 
 def by_dense(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None = None) -> Iterator[Routing]:
-    """A (T, E) table, or (T, E, C) summed over C, that is the weights themselves."""
+    """A (T, E) table, or (T, E, C) summed over C, that is the weights themselves; or one with further columns behind
+    them, of null experts."""
     tokens, candidates = table.visits.shape
     natural = torch.tensor(table.natural)
     want = table.weights[:, natural]
@@ -39,6 +40,11 @@ def by_dense(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype
                 value = Extraction(node, steps).run(tape)
                 if same_values(value, want) or (asked_positive(node) and same_values(value.clamp(min=0), want)):
                     yield _dense(node, steps, table)
+        elif table.alone and len(shape) > 1 and shape[-1] > candidates and numel == tokens * shape[-1]:
+            steps = [*([] if len(shape) == 2 else [(aten.reshape.default, ([-1, shape[-1]],))]),
+                     (aten.slice.Tensor, (-1, 0, candidates))]  # fmt: skip
+            if same_values(Extraction(node, steps).run(tape), want):
+                yield _dense(node, steps, table)
         elif candidates in shape and numel % (tokens * candidates) == 0 and numel and len(shape) >= 3:
             for axis in (d for d, s in enumerate(shape) if s == candidates):
                 for slots in _slot_axes(len(shape), axis):

@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from moeopt.capture.replay import ancestors
+from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ir.weight_refs import ExpertRef, parts_of
 from moeopt.obstacles import Rank
 from moeopt.recognise.asked_weights import left_out
 from moeopt.recognise.combine import Combine, Labels
 from moeopt.recognise.expert_refs import accumulation, natural_order, same_layout, with_layouts
 from moeopt.recognise.expert_rows import sites_in
-from moeopt.recognise.experts_hit import ExpertsNotHit, siblings, universe_of
+from moeopt.recognise.experts_hit import ExpertsNotHit, universe_of
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.ffn_groups import source_of
 from moeopt.recognise.gemm_sites import GemmSite
@@ -45,7 +44,8 @@ from moeopt.recognise.routing_weights import (
 )
 from moeopt.recognise.rows_carried import check_rows_carried
 from moeopt.recognise.slot_vectors import by_slots
-from moeopt.recognise.token_rows import Tokens, rows_of
+from moeopt.recognise.sum_base import base_of, held_base
+from moeopt.recognise.token_rows import Tokens
 from moeopt.recognise.weight_position import WeightPosition, weight_position
 from moeopt.value_types import PyObject
 
@@ -67,7 +67,8 @@ def with_frontier(
             rank=Rank.READING,
         )
     flow = _flow(tape, combine, ins, inside)
-    table = _table(tape, group, tokens, labels, experts, combine, bool(known), _is_linear(spec, experts))
+    held = held_base(tape, combine, before)
+    table = _table(tape, group, tokens, labels, experts, combine, bool(known), _is_linear(spec, experts), held)
     tables = _routing_tables(tape, flow, table)
     prior = next((k for k in known or [] if list(dict.fromkeys(k.experts)) == experts), None)
     again = None if prior is None else (prior.routing, [experts.index(e) for e in prior.experts])
@@ -95,7 +96,7 @@ def with_frontier(
     identity = _adds_own_row(tape, tokens, combine, routing, ids, len(experts), prior)
     if ids is None or identity:
         routing.leave_out = None
-    base = None if identity else _base(tape, tokens, combine, before, experts, ids)
+    base = None if identity else base_of(tape, tokens, combine, held, experts, ids)
     _check_what_is_left_out(tape, group, tokens, labels, combine, routing, base)
     ordered = [experts[c] for c in routing.experts]
     if isinstance(spec, ExpertsSpec):
@@ -155,7 +156,7 @@ def _check_what_is_left_out(
 
 def _table(
     tape: Tape, group: list[FFNCandidate], tokens: Tokens, labels: Labels, experts: list[Any], combine: Combine,
-    known: bool, linear: bool,
+    known: bool, linear: bool, held: fx.Node | None,
 ) -> Table:  # fmt: skip
     """What this probe call showed of the routing: which expert saw which token, and with what weight."""
     weights = combine.weights
@@ -166,7 +167,7 @@ def _table(
     natural = list(range(len(experts))) if known else natural_order(tape, experts)
     sites = list(labels.token)
     return Table(weights, labels.visits(), natural, universe_of(tape, experts), weighed(tape, combine, sites),
-                 factors(tape, combine, sites))  # fmt: skip
+                 factors(tape, combine, sites), combine.base is None or held is not None)  # fmt: skip
 
 
 def _is_linear(spec: PyObject, experts: list[Any]) -> bool:
@@ -214,6 +215,28 @@ def _routing_tables(tape: Tape, flow: set[fx.Node], table: Table) -> set[fx.Node
             value = tape.value(node).reshape(want.shape).double()
             if torch.equal(value, want) or torch.equal(value, (want != 0).double()):
                 found.add(node)
+        elif math.prod(shape) > want.numel() and shape[-1:] > want.shape[-1:] and node.op == "call_function":
+            found.update(_columns_of_experts(tape, node, want))
+    return found
+
+
+def _columns_of_experts(tape: Tape, wider: fx.Node, want_TE: torch.Tensor) -> list[fx.Node]:
+    """What picks columns of experts out of a table with further columns (of null experts, or of shared ones); none
+    where ``wider`` is no such table."""
+    tokens, experts = want_TE.shape
+    if math.prod(wider.meta["shape"]) != tokens * wider.meta["shape"][-1]:
+        return []
+    value = tape.value(wider).reshape(tokens, -1)[:, :experts].double()
+    if not torch.equal(value, want_TE) and not torch.equal(value, (want_TE != 0).double()):
+        return []
+    last = (-1, len(wider.meta["shape"]) - 1)
+    found = []
+    for user in wider.users:
+        name, places = op_name(user), list[Any](user.args)
+        if name in ("select", "slice") and places[1] in last:
+            until = places[2] + 1 if name == "select" else [*places, math.inf][3]
+            if 0 < until <= experts:
+                found.append(user)
     return found
 
 
@@ -229,47 +252,3 @@ def _flow(tape: Tape, combine: Combine, ins: list[GemmSite], inside: set[fx.Node
             if node not in matmuls:
                 stack.extend(node.all_input_nodes)
     return seen - inside
-
-
-def _base(
-    tape: Tape, tokens: Tokens, combine: Combine, before: list[fx.Node], experts: list[ExpertRef],
-    ids: torch.Tensor | None,
-) -> fx.Node | None:  # fmt: skip
-    """The tensor that the experts' sum is added onto, when there is one. ``ids``: (T, K), of the experts.
-
-    It may hold what a shared expert out of the experts' own list gives, which no router has a part in.
-    """
-    if combine.base is None:
-        return None
-    want = combine.base
-    names = dict(tape.root.named_parameters(remove_duplicate=False))
-    each_part = zip(*(parts_of(e) for e in experts), strict=True)
-    others = set[str]().union(*(siblings({p.path for p in parts}, names) for parts in each_part))
-    for node in reversed(before):
-        shape = node.meta["shape"]
-        if node.op != "get_attr" and node.meta["dtype"] == want.dtype and shape == combine.node.meta["shape"]:
-            value = rows_of(tape.value(node), combine.axis)
-            if torch.equal(value, want):
-                read = {str(a.target) for a in ancestors([node], {tokens.node}) if a.op == "get_attr"}
-                if others & read and not read <= others:
-                    raise Declined(
-                        "other experts of the same block are computed in another way and added to these; all of a "
-                        "block's experts or none are rewritten",
-                        combine.node.meta.get("source"),
-                    )
-                return node
-    beyond = torch.zeros(len(want), 0) if ids is None else (ids < 0) | (ids >= len(experts))
-    if ids is not None and not bool((want.any(-1) & ~beyond.any(-1)).any()):
-        named = ", ".join(map(str, ids[beyond].unique().tolist()))
-        raise Declined(
-            f"its router also chooses ids ({named}) whose experts are not like the other {len(experts)} (zeros, "
-            "copies of the token, constants, another function), and one tensor joins what all of them give (cat, "
-            "stack, a buffer) before it is summed; add what these give in a step of their own, "
-            "y.index_add_(0, rows, ...) for each, and the others are rewritten",
-            combine.node.meta.get("source"),
-        )
-    raise Declined(
-        "tokens that no expert serves keep another value (a pass-through of dropped tokens, or a sum that starts "
-        "from something computed on the way), which the op does not carry",
-        combine.node.meta.get("source"),
-    )

@@ -166,6 +166,7 @@ class Table:
     ``factors``: constants that stand between the experts and their sum, by which weights may be multiplied.
     ``weighed``: whether the experts' outputs may be multiplied by a float tensor that is computed from the input.
     Weights that are constant on this probe call may then differ on another call.
+    ``alone``: whether what they are added onto, if anything, was computed before them: no other expert's results.
     """
 
     weights: torch.Tensor
@@ -174,6 +175,7 @@ class Table:
     num_named: int
     weighed: bool
     factors: tuple[float, ...] = ()
+    alone: bool = True
 
     @cached_property
     def chosen(self) -> torch.Tensor:

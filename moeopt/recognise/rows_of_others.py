@@ -3,12 +3,16 @@
     y = a @ e(x)                        a made before the experts: rows of neighbours are added up
     y = softmax(q(x) @ k(x).T) @ v(x)   products of the rows with each other
 
+    (m(x) / s(x)).sum(0)                results of experts weigh those of others
+    scores(x).topk(4, dim=tokens)       the tokens are compared with each other, and the best are picked
+
 Looked for only to say why a block is left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import fx, nn
 
@@ -19,6 +23,9 @@ from moeopt.errors import Declined
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.value_types import FxArg
 
+_STEPS = 128
+"""Calls that are looked at on the way from a product to what picked its rows."""
+_JOINS = ("sum", "index_add", "scatter_add", "index_put", "scatter")
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 
 
@@ -88,6 +95,91 @@ def multiplied_with_each_other(tape: Tape, products: Sequence[fx.Node]) -> fx.No
             if weight_and_operand(node, memo) is None:
                 return node
     return None
+
+
+def weighed_by_another(results: Collection[fx.Node], after: Sequence[fx.Node]) -> Declined | None:
+    """The reason where one of the ``results`` of experts, moved at most, is multiplied with what is made of another.
+
+    Args:
+        after: the nodes that depend on a result, in order.
+    """
+    made = {*results, *after}
+    for node in after:
+        inputs = node.all_input_nodes
+        if op_name(node) in ("mul", "div") and len(inputs) == 2 and all(a in made for a in inputs):
+            if any(_unmoved(a) in results for a in inputs):
+                return Declined(
+                    f"its experts' results weigh one another ({op_name(node)}, as precisions weigh means where normal "
+                    "distributions are multiplied), and the op weighs them by what a router gives before they run; "
+                    "this block stays as it is: each of its experts runs once",
+                    node.meta.get("source", ""),
+                )
+    return None
+
+
+def chosen_among_tokens(tape: Tape) -> Declined | None:
+    """The reason where a product with a weight multiplies rows that a comparison of the tokens with each other picked:
+    expert choice, a balanced assignment, a branch for the best few tokens."""
+    memo: dict[fx.Node, bool] = {}
+    for node in tape.nodes:
+        found = weight_and_operand(node, memo) if is_matmul(node) else None
+        choice = None if found is None else _choice_of_rows(found[1])
+        if choice is not None:
+            return Declined(
+                "which rows its experts see is chosen by a comparison of the tokens with each other "
+                f"({op_name(choice)} over the tokens, as in expert choice, a balanced assignment or a branch for the "
+                "best tokens), so that a token's experts depend on the other tokens; the op routes each token by "
+                "itself",
+                choice.meta.get("source", ""),
+            )
+    return None
+
+
+def _choice_of_rows(rows: fx.Node) -> fx.Node | None:
+    """The top-k or sort over the tokens by which a product's ``rows`` were picked; None where none picked them."""
+    stack, seen = [rows], set[fx.Node]()
+    while stack and len(seen) < _STEPS:
+        node = stack.pop()
+        if node in seen or is_matmul(node) or op_name(node) in _JOINS:
+            continue
+        seen.add(node)
+        for axis, places in _picks(node):
+            choice = _unmoved(places)
+            if op_name(choice) in ("topk", "sort") and not _joined(node):
+                scores, size = choice.all_input_nodes[0].meta, node.all_input_nodes[0].meta["shape"][axis]
+                if scores["dtype"].is_floating_point and scores["shape"][_dim_of(choice)] == size:
+                    return choice
+        stack.extend(node.all_input_nodes)
+    return None
+
+
+def _picks(node: fx.Node) -> Iterator[tuple[int, fx.Node]]:
+    """The axes along which ``node`` picks rows, not features, each with the places that it picks there."""
+    if op_name(node) in ("gather", "index_select"):
+        pairs = [(int(node.args[1]), node.args[2])]  # type: ignore[arg-type]
+    elif op_name(node) == "index":
+        pairs = list(enumerate(node.args[1]))  # type: ignore[arg-type]
+    else:
+        return
+    rank = len(node.all_input_nodes[0].meta["shape"])
+    yield from ((axis, p) for axis, p in pairs if isinstance(p, fx.Node) and axis % rank < rank - 1)
+
+
+def _joined(pick: fx.Node) -> bool:
+    """Whether what is picked from was put together of several parts, such as the results of experts."""
+    node = pick.all_input_nodes[0]
+    while moves_rows(node) and node.all_input_nodes:
+        if op_name(node) in ("cat", "stack"):
+            return True
+        node = node.all_input_nodes[0]
+    return is_matmul(node)
+
+
+def _dim_of(choice: fx.Node) -> int:
+    names = [a.name for a in choice.target._schema.arguments]  # type: ignore[union-attr]
+    at = names.index("dim")
+    dim: Any = choice.args[at] if len(choice.args) > at else choice.kwargs.get("dim", -1)
+    return int(dim)
 
 
 def _unmoved(node: FxArg) -> fx.Node:

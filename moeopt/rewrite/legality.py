@@ -141,10 +141,7 @@ def check_skipped(path: str, module: nn.Module) -> None:
         raise Declined(reason)
     for kind in _HOOKS:
         if getattr(module, kind, None):
-            raise Declined(
-                f"{path} has a forward or backward hook, which would no longer fire for each expert; "
-                "remove the hook or leave this block as it is"
-            )
+            raise Declined(hook_reason(path))
     if "_orig_mod" in module._modules:  # without the import of torch._dynamo, which takes seconds
         raise Declined(f"{path} is compiled by torch.compile, one expert alone; optimise first and compile the result")
     if "forward" in module.__dict__:
@@ -160,6 +157,14 @@ def check_skipped(path: str, module: nn.Module) -> None:
                 else ""
             )
         )
+
+
+def hook_reason(path: str) -> str:
+    """The reason for a hook on the module at ``path``, whose calls a rewrite would leave out."""
+    return (
+        f"{path} has a forward or backward hook, which would no longer fire for each expert; "
+        "remove the hook or leave this block as it is"
+    )
 
 
 def neutral_reason(module: nn.Module, tape: Tape, recognitions: list[Recognition], plan: KeptSteps) -> str:

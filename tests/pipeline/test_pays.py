@@ -113,3 +113,18 @@ def test_large_products_are_timed_in_proportion(monkeypatch):
     (question,) = questions
     small, rows, k, m = (int(n) for n in question.replace(",", "").split() if n.isdigit())
     assert rows * k * m <= 2 * pays.MOST and rows / small == 1 / 4
+
+
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D))
+
+    def forward(self, x):
+        return self.inner(x) + 1
+
+
+def test_a_number_that_experts_add_to_their_result_is_named():
+    """Not what kept them from the grouped op alone: by the values, tokens that no expert serves."""
+    few = block(Routed(Shifted, n=3), verify="fast")
+    assert few.reason.startswith("its experts are two matmuls with a number added, a function of a row that no grouped")

@@ -92,3 +92,15 @@ def test_a_forward_that_reads_what_its_own_hook_stores_is_told_so():
         "its forward reads what its own hook stores_factor stores before each call, and does"
     )
     assert "'Scaled' object has no attribute 'factor'" in block.reason and len(model._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("part", ["", ".w2"])
+def test_a_hook_that_makes_one_expert_another_function_is_told_as_a_hook(part):
+    """Read by values it would be a constant, or tokens that no expert serves."""
+    model = build(Block)
+    hooked = model.get_submodule(f"experts.1{part}")
+    hooked.register_forward_hook(lambda module, args, out: out + 1)
+    (block,) = [b for b in moeopt.explain(model, X, verify="fast").blocks if b.kind == "moe"]
+    assert (
+        block.reason.startswith(f"experts.1{part} has a forward or backward hook") and len(hooked._forward_hooks) == 1
+    )

@@ -231,3 +231,40 @@ class LucidrainsLike(nn.Module):
 @case(seq(16), experts=4, expect="either")
 def capacity_st_moe_mult_bias():
     return LucidrainsLike()
+
+
+class Mesh(nn.Module):
+    """Slots of each sequence in products with codes; the second expert serves where its weight is above a limit, which
+    the untrained router's always is."""
+
+    def __init__(self, slots=None, d=16, hid=24, n=4):
+        super().__init__()
+        self.gate, self.slots = nn.Linear(d, n, bias=False), slots
+        self.wi, self.wo = nn.Parameter(torch.randn(n, d, hid) * 0.2), nn.Parameter(torch.randn(n, hid, d) * 0.2)
+
+    def forward(self, x):
+        slots = self.slots or x.shape[1]
+        weights, ids = self.gate(x).softmax(-1).topk(2, -1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        serves = torch.stack((torch.ones_like(weights[..., 0]), (weights[..., 1] > 0.2).float()), -1)
+        masks = F.one_hot(ids, self.gate.out_features).float() * serves[..., None]
+        combine, taken = 0, 0
+        for k in range(2):
+            place = (masks[:, :, k].cumsum(1) - masks[:, :, k] + taken) * masks[:, :, k]
+            mask = masks[:, :, k] * (place < slots)
+            taken = taken + mask.sum(1, keepdim=True)
+            code = F.one_hot(place.sum(-1).long().clamp(max=slots - 1), slots).float()
+            combine = combine + weights[:, :, k, None, None] * mask[..., None] * code[:, :, None]
+        given = torch.einsum("bnd,bnec->becd", x, (combine > 0).to(x.dtype))
+        y = torch.einsum("bech,ehd->becd", F.gelu(torch.einsum("becd,edh->bech", given, self.wi)), self.wo)
+        return torch.einsum("becd,bnec->bnd", y, combine)
+
+
+@case(seq(16), experts=4)
+def capacity_mesh_with_a_second_above_a_limit():
+    return Mesh()
+
+
+@case(seq(16), experts=4)
+def capacity_mesh_with_few_slots():
+    return Mesh(slots=3)

@@ -75,6 +75,36 @@ def style_null_experts():
     return NullExperts()
 
 
+class TopPWithNullExperts(Routed):
+    """As many choices as hold 60 % of the probability, two of them of nothing; shared experts behind a gate of their
+    own."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.shared_gate = nn.Linear(D, N + 2, bias=False), nn.Linear(D, 2, bias=False)
+        self.shared = nn.ModuleList(ffn() for _ in range(2))
+
+    def forward(self, x):
+        t = x.reshape(-1, D)
+        probs = self.gate(t).softmax(-1)
+        ordered, order = probs.sort(-1, descending=True)
+        first = ordered.cumsum(-1) - ordered < 0.6
+        chosen = torch.zeros_like(first).scatter(-1, order, first)
+        weights = probs * chosen
+        weights, y = weights / (weights.sum(-1, keepdim=True) + 1e-9), torch.zeros_like(t)
+        for i, expert in enumerate(self.experts):
+            row = chosen[:, i].nonzero().squeeze(-1)
+            y.index_add_(0, row, expert(t[row]) * weights[row, i, None])
+        for part, expert in zip(self.shared_gate(t).softmax(-1).split(1, -1), self.shared, strict=True):
+            y = y + expert(t) * part
+        return y.view_as(x)
+
+
+@case(seq(D), experts=N)
+def style_top_p_with_null_experts():
+    return TopPWithNullExperts()
+
+
 class Thresholds(Routed):
     """As many experts as are similar enough, and their plain mean; the nearest where none is."""
 

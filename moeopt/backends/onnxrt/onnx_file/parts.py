@@ -19,7 +19,7 @@ from moeopt.onnx_in.feeds import GraphFeeds
 from moeopt.onnx_in.frozen_routing import frozen_routing
 from moeopt.onnx_in.interpreter import InterpretedGraph, unread
 from moeopt.onnx_in.read import OnnxFile
-from moeopt.onnx_in.region_module import is_combined, region_ends, region_module, with_node_names
+from moeopt.onnx_in.region_module import is_combined, one_number_each, region_ends, region_module, with_node_names
 from moeopt.onnx_in.regions import CandidateRegion
 from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
@@ -90,10 +90,19 @@ def file_parts(
         try:
             if frozen := frozen_routing(candidate, candidates):
                 raise Declined(frozen)
-            found.parts.append(_part(codes, candidate, runs))
+            part = _part(codes, candidate, runs)
+            if not _is_another_chain_of(part, found.parts):
+                found.parts.append(part)
         except Declined as err:
             found.declined[candidate.name] = candidate, err.reason
     return found
+
+
+def _is_another_chain_of(part: FilePart, parts: Sequence[FilePart]) -> bool:
+    """Whether it is the region of one of ``parts``: experts of three products or more hold several chains each."""
+    same_end = [p for p in parts if p.region.exit is part.region.exit]
+    products = {id(product.node) for product in part.candidate.chains.products}
+    return any(products <= {id(node) for node in p.region.nodes} for p in same_end)
 
 
 def _part(codes: CodedConstants, candidate: CandidateRegion, runs: Sequence[Values]) -> FilePart:
@@ -108,6 +117,8 @@ def _part(codes: CodedConstants, candidate: CandidateRegion, runs: Sequence[Valu
         )
     last: Declined | None = None
     combined = [region for region in candidate.regions if is_combined(candidate, region, runs)]
+    if one_number_each(candidate):
+        combined.sort(key=lambda region: runs[0][region.exit.name].numel())
     for region in combined[:_MOST_TRIED]:
         try:
             return _checked(codes, candidate, region, runs)
