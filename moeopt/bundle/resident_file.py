@@ -1,7 +1,7 @@
 """A mapped file of weights of which, between calls, no more than a budget is in memory: what calls used most lately.
 
 An engine of ONNX Runtime does not tell which experts it reads. What it has read, the kernel knows: a page that a call
-came to is mapped then (/proc/self/pagemap). So after each call all pages are unmapped, for the next call to show what
+came to is mapped then (``touched_pages``). So after each call all pages are unmapped, for the next call to show what
 it comes to, and what the least calls used lately is dropped from the file's cache, with what was read ahead of it. A
 page that the process has written to is its own, no page of the file, and stays.
 
@@ -18,18 +18,17 @@ import ctypes
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moeopt.bundle.resident import DECAY, DONTNEED, PAGE, Residency, in_memory, mappings, said_of
+from moeopt.bundle.touched_pages import PAGEMAP, touched_pages
 from moeopt.errors import UsageError
 
 WINDOW = 1 << 16
 """Bytes of addresses that stay or go together: those that one page fault maps at most (``fault_around_bytes``)."""
-_PAGEMAP = Path("/proc/self/pagemap")
 
 
 class ResidentFile:
@@ -43,7 +42,7 @@ class ResidentFile:
     """
 
     def __init__(self, budget: int, file: Path) -> None:
-        if not hasattr(os, "posix_fadvise") or not _PAGEMAP.exists():
+        if not hasattr(os, "posix_fadvise") or not PAGEMAP.exists():
             raise UsageError("resident= drops pages of files, which this system is not asked for here: use Linux")
         self._maps = mappings(file)
         if not self._maps:
@@ -112,16 +111,12 @@ class ResidentFile:
     def _used(self) -> Tensor:
         """In which windows this process has mapped pages; they are unmapped."""
         used = torch.zeros_like(self._here)
-        with _PAGEMAP.open("rb", buffering=0) as pagemap:
+        with PAGEMAP.open("rb", buffering=0) as pagemap:
             for (start, stop, _), first in zip(self._maps, self._first, strict=True):
-                pagemap.seek(start // PAGE * 8)
-                entries = torch.frombuffer(bytearray(pagemap.read((stop - start) // PAGE * 8)), dtype=torch.int64)
-                of_file = (entries < 0) & (entries >> 61 & 1 == 1)  # present, and no copy of the process's own
-                addresses = start + of_file.nonzero().flatten() * PAGE
-                used[first + addresses // WINDOW - start // WINDOW] = True
-                for begin, end in _runs(of_file):
-                    size = ctypes.c_size_t((end - begin) * PAGE)
-                    self._libc.madvise(ctypes.c_void_p(start + begin * PAGE), size, DONTNEED)
+                for begin, end in touched_pages(pagemap, start, stop):
+                    one, last = (first + at // WINDOW - start // WINDOW for at in (begin, end - 1))
+                    used[one : last + 1] = True
+                    self._libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), DONTNEED)
         return used
 
     def _drop(self) -> None:
@@ -145,9 +140,3 @@ def _windows(maps: list[tuple[int, int, int]]) -> tuple[list[int], Tensor, Tenso
         sizes.append(edges.diff())
         first.append(first[-1] + len(edges) - 1)
     return first[:-1], torch.cat(begins), torch.cat(sizes)
-
-
-def _runs(which: Tensor) -> Iterator[tuple[int, int]]:
-    """[first, last) of each run of true entries."""
-    edges = torch.nn.functional.pad(which.to(torch.int8), (1, 1)).diff().nonzero().flatten().tolist()
-    return zip(edges[::2], edges[1::2], strict=True)

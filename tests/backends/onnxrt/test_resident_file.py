@@ -105,6 +105,6 @@ def test_weights_that_are_not_mapped_are_refused(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(OnnxRuntimeBackend, "_open_impl", lambda *given: OfflineEngine(tmp_path, {}, "cuda"))
     with pytest.raises(UsageError, match="resident= is for engines on the CPU, and .* runs on cuda: leave it out"):
         moeopt.load(bundle, resident="1MB")
-    monkeypatch.setattr(resident_file, "_PAGEMAP", tmp_path / "absent")
+    monkeypatch.setattr(resident_file, "PAGEMAP", tmp_path / "absent")
     with pytest.raises(UsageError, match="which this system is not asked for here: use Linux"):
         ResidentFile(1 << 20, tmp_path / "w")
