@@ -21,11 +21,9 @@ from benchmarks.ggml_peer import GgmlExperts
 from moeopt.backends.onnxrt.lowerings import by_name
 from moeopt.backends.onnxrt.lowerings.native import Native
 from moeopt.backends.onnxrt.plan import session_of
-from moeopt.backends.onnxrt.rounded_activations import LEVEL, products
 from moeopt.backends.onnxrt.session import Session
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_format import INT4_BLOCK32, INT8_BLOCK32, INT8_CHANNEL, WeightFormat
-from moeopt.lower.onnx.assemble import one_op
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.ops import experts
 from moeopt.ops.quantize import quantize
@@ -35,7 +33,8 @@ Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 BLOCK = 32
 FORMATS = {"int8": INT8_BLOCK32, "int4": INT4_BLOCK32}
 _OWN = "moeopt, rows of 8 bits"
-_ROUNDED = (_OWN, "ggml", "ggml repacked", "ORT MatMulNBits level 4", "ORT QMoE level 4")
+_OPERATOR = "ORT native, rows of 8 bits"
+_ROUNDED = (_OWN, _OPERATOR, "ggml", "ggml repacked", "ORT MatMulNBits level 4", "ORT QMoE level 4")
 ACTIVATIONS = {**dict.fromkeys(_ROUNDED, "int8, blocks of 32"), "fbgemm": "int8, one scale a call"}
 """Of the peers that round them; those of the others are float32."""
 
@@ -71,15 +70,21 @@ def peers(module: Any, K: int, dtype: str, only: list[str] | None) -> dict[str, 
         _OWN: lambda: _op(bank.reading("int8")),
         "moeopt, a scale a row": lambda: _op(coded(module, INT8_CHANNEL)),
         "ORT native": lambda: _session(session_of(site, native)),
+        _OPERATOR: lambda: _session(session_of(site, native, rounds=True)),
         "ORT MatMulNBits": lambda: _session(session_of(site, by_name(codes))),
         "OpenVINO": lambda: _openvino(module, bank, dtype),
         "ggml": lambda: GgmlExperts(module.gate_up_proj.data, module.down_proj.data, K, _ggml(dtype)),
         "ggml repacked": lambda: GgmlExperts(module.gate_up_proj.data, module.down_proj.data, K, "Q4_0", repacked=True),
-        "ORT MatMulNBits level 4": lambda: _session(_rounded(site, codes)),
+        "ORT MatMulNBits level 4": lambda: _session(session_of(site, by_name(codes), rounds=True)),
         "ORT QMoE level 4": lambda: _qmoe(bank, K, 8 if dtype == "int8" else 4),
         "fbgemm": lambda: _fbgemm(module),
     }
-    for name, of in (("moeopt, a scale a row", "int8"), ("fbgemm", "int8"), ("ggml repacked", "int4")):
+    for name, of in {
+        "moeopt, a scale a row": "int8",
+        "fbgemm": "int8",
+        "ggml repacked": "int4",
+        _OPERATOR: "int4",
+    }.items():
         if dtype != of:
             del makers[name]
     found = {}
@@ -110,16 +115,6 @@ def _op(bank: QuantizedExpertWeights) -> Call:
 
 def _session(session: Session) -> Call:
     return lambda x, ids, weights: session.run({"x": x, "ids": ids, "weights": weights})[0]
-
-
-def _rounded(site: ExpertsNode, lowering: str) -> Session:
-    """The graph of ``lowering`` whose products round activations, as ``QuantPlan(activations="int8")`` makes it."""
-    import onnx_ir as ir
-
-    proto = ir.to_proto(one_op(site, by_name(lowering)))
-    for node in products(proto):
-        next(a for a in node.attribute if a.name == "accuracy_level").i = LEVEL
-    return Session(proto.SerializeToString())
 
 
 def _qmoe(bank: QuantizedExpertWeights, K: int, bits: int) -> Call:

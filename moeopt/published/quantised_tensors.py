@@ -6,6 +6,7 @@
     X.weight_packed i32 + X.weight_scale         compressed-tensors pack-quantized, 4 and 8 bits
     X_blocks u8 + X_scales u8                    MXFP4 as GPT-OSS has it, (E, N, K / 32, 16)
     X.qweight i32 + X.qzeros + X.scales          GPTQ, or AWQ, whichever ``quant_method`` says
+    X.weight u8 + X.weight.quant_state...        bitsandbytes, 4 bits: see ``normal_floats``
 
 Sizes are read here, and zero points of GPTQ and AWQ; a matrix is read when it is asked for. Blocks at the edges may be
 partial, and have whole scales. Sources: ``Fp8Dequantize`` and ``mxfp4`` of transformers 5.23 for the first and fourth,
@@ -25,6 +26,7 @@ import torch
 from moeopt.errors import CheckpointError
 from moeopt.ir.weight_format import Block, WeightFormat
 from moeopt.published.integer_packings import UnreadLayout, awq, gptq, pack_quantized, weights_of
+from moeopt.published.normal_floats import STATE, normal_floats
 from moeopt.published.stored_matrix import CodeTensors, StoredMatrix
 from moeopt.published.tensor_files import TensorFiles
 
@@ -66,7 +68,9 @@ def quantised_tensors(files: TensorFiles, config: Mapping[str, Any]) -> Quantise
         module, _, last = name.rpartition(".")
         scale = next((f"{name}{end}" for end in ("_scale_inv", "_scale") if f"{name}{end}" in files), None)
         try:
-            if scale is not None and (last == "weight" or files.dtype(name) in _CODES):
+            if f"{name}{STATE}nf4" in files or f"{name}{STATE}fp4" in files:
+                made = [normal_floats(files, name)]
+            elif scale is not None and (last == "weight" or files.dtype(name) in _CODES):
                 made = _scaled(files, module if last == "weight" else name, name, scale, config)
             elif _lacks_a_scale(files, name, config):
                 if last == "weight" and (other := scales.get(module)):

@@ -34,6 +34,10 @@ KINDS = {
     "int4": (lambda n, N, K, seed: layouts.pack_quantized(n, N, K, 4, 32, seed=seed), INT4),
     "gptq": (lambda n, N, K, seed: layouts.gptq(n, N, K, 4, 32, seed=seed), GPTQ),
     "awq": (lambda n, N, K, seed: layouts.awq(n, N, K, 32, seed=seed), AWQ),
+    "nf4": (
+        lambda n, N, K, seed: layouts.nf4(n, N, K, nested=256, seed=seed),
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    ),
 }
 INPUTS = {"input_ids": torch.arange(12).reshape(2, 6)}
 

@@ -6,6 +6,8 @@ stand for, (N out, K in).
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import torch
 
@@ -14,6 +16,13 @@ E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
 
 def _rng(seed):
     return np.random.default_rng(seed)
+
+
+NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
 
 
 def fp8_value(byte):
@@ -129,3 +138,33 @@ def awq(name, N, K, group, seed=0):
     of_row = np.arange(K) // group
     exact = ((q - z[of_row]) * scales.double().numpy()[of_row]).T
     return {f"{name}.qweight": packed(q), f"{name}.qzeros": packed(z), f"{name}.scales": scales}, exact
+
+
+def nf4(name, N, K, block=64, nested=0, seed=0):
+    """bitsandbytes' 4 bits; nested: how many scales share one, 0 where scales are floats."""
+    rng = _rng(seed)
+    codes = rng.integers(0, 16, (N, K))
+    scales = rng.uniform(0.01, 0.05, N * K // block).astype(np.float32)
+    state = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": [N, K]}
+    tensors = {f"{name}.weight.absmax": torch.from_numpy(scales)}
+    if nested:
+        of_codes = rng.integers(0, 256, len(scales)).astype(np.uint8)
+        table = np.linspace(-1, 1, 256).astype(np.float32)
+        wide = rng.uniform(0.01, 0.02, -(-len(scales) // nested)).astype(np.float32)
+        state |= {"nested_blocksize": nested, "nested_dtype": "float32", "nested_offset": 0.0302734375}
+        scales = table[of_codes] * np.repeat(wide, nested)[: len(scales)] + np.float32(0.0302734375)
+        tensors = {
+            f"{name}.weight.absmax": torch.from_numpy(of_codes),
+            f"{name}.weight.nested_absmax": torch.from_numpy(wide),
+            f"{name}.weight.nested_quant_map": torch.from_numpy(table),
+        }
+    flat = codes.reshape(-1, 2)
+    tensors |= {
+        f"{name}.weight": torch.from_numpy((flat[:, :1] << 4 | flat[:, 1:]).astype(np.uint8)),
+        f"{name}.weight.quant_map": torch.tensor(NF4),
+        f"{name}.weight.quant_state.bitsandbytes__nf4": torch.tensor(
+            list(json.dumps(state).encode()), dtype=torch.uint8
+        ),
+    }
+    exact = np.array(NF4, np.float32).astype(np.float64)[codes]
+    return tensors, exact * scales.astype(np.float64).repeat(block).reshape(N, K)

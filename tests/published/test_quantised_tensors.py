@@ -49,6 +49,11 @@ LAYOUTS = {
         GPTQ | {"group_size": 32, "checkpoint_format": "gptq_v2"}, "int4-group32",
     ),
     "awq": (layouts.awq("x", 24, 64, 32), AWQ | {"group_size": 32}, "int4-group32"),
+    "nf4": (layouts.nf4("x", 10, 128), {"quant_method": "bitsandbytes"}, "nf4-block64"),
+    "nf4, scales of scales": (
+        layouts.nf4("x", 150, 128, nested=256), {"quant_method": "bitsandbytes"}, "nf4-block64",
+    ),
+    "nf4, longer blocks": (layouts.nf4("x", 6, 256, 128, nested=4), {"quant_method": "bitsandbytes"}, "nf4-block128"),
     "fp8, one scale": (
         layouts.fp8_block("x", 200, 150, block=(200, 150)), FP8 | {"weight_block_size": None}, "fp8-tensor"
     ),
@@ -114,6 +119,16 @@ def test_scales_as_powers_of_two(tmp_path):
     weight = found_in(tmp_path, tensors, FP8).matrices["x"].read()
     wide = torch.exp2(bytes_.double() - 127).repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :130]
     assert torch.equal(weight.dequantize(torch.float64), tensors["x.weight"].double() * wide)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_nf4_is_what_bitsandbytes_makes_of_its_own_files(tmp_path, nested):
+    functional = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").functional
+    weight = torch.randn(300, 128, generator=torch.Generator().manual_seed(0))
+    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=nested)
+    tensors = {f"x.weight.{name}": t for name, t in state.as_dict(packed=True).items()} | {"x.weight": codes}
+    (matrix,) = found_in(tmp_path, tensors, {"quant_method": "bitsandbytes"}).matrices.values()
+    assert torch.equal(matrix.read().dequantize(), functional.dequantize_4bit(codes, state))
 
 
 def test_floats_and_biases_are_left(tmp_path):

@@ -14,6 +14,15 @@ from moeopt.published.tensor_files import SafetensorsDirectory
 from tests.published import layouts
 from tests.published.test_quantised_tensors import AWQ, CT, FP8, GPTQ, found_in, grouped
 
+BNB = {"quant_method": "bitsandbytes"}
+
+
+def said_of(**other):
+    """The state of ``layouts.nf4("x", 8, 64)``, but for some of it."""
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [8, 64]} | other
+    return {"x.weight.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
+
+
 UNREAD = {
     "a packing of nobody we know": (
         layouts.gptq("x", 8, 64, 4, 32)[0], GPTQ | {"quant_method": "auto-round"},
@@ -44,6 +53,21 @@ UNREAD = {
         {"x.weight": torch.zeros(4, 8).to(torch.float8_e5m2), "x.weight_scale": torch.ones(4, 1)}, CT,
         "x.weight is torch.float8_e5m2; 8-bit weights are read as",
     ),
+    "fp4": (
+        {n.replace("nf4", "fp4"): t for n, t in layouts.nf4("x", 8, 64)[0].items()}, BNB,
+        "x.weight has codes of fp4; of bitsandbytes' two tables nf4 is read",
+    ),
+    "nf4 whose blocks go on in the next row": (
+        layouts.nf4("x", 8, 96)[0], BNB, "the blocks of 64 of x.weight go over the ends of its rows of 96",
+    ),
+    "nf4 by another table": (
+        layouts.nf4("x", 8, 64)[0] | {"x.weight.quant_map": torch.linspace(-1, 1, 16)}, BNB,
+        "x.weight.quant_map is another table than nf4's",
+    ),
+    "a stack in nf4": (
+        layouts.nf4("x", 8, 64)[0] | said_of(shape=[2, 4, 64]), BNB, "x.weight is of [2, 4, 64] in blocks of 64; matr",
+    ),
+    "nf4 of no size": (layouts.nf4("x", 8, 64)[0] | said_of(shape=["8", 64]), BNB, "x.weight is of ['8', 64] in"),
     "other mxfp4": (
         {"x_blocks": torch.zeros(2, 4, 16, dtype=torch.uint8), "x_scales": torch.zeros(2, 4, dtype=torch.uint8)},
         {}, "MXFP4 is read as uint8 (experts, out, in / 32, 16)",
@@ -157,3 +181,32 @@ def test_a_file_that_is_cut_off(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(data[:-9])
     with pytest.raises(CheckpointError, match="model.safetensors is damaged"):
         SafetensorsDirectory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("nested", "other", "text"),
+    [
+        (
+            0,
+            said_of(shape=[16, 64]),
+            r"x.weight has 256 numbers, and x.weight of 16 x 64 in blocks of 64 needs 512: a f",
+        ),
+        (0, {"x.weight.absmax": torch.ones(7)}, r"x.weight.absmax has 7 numbers, and x.weight of 8 x 64 .* needs 8"),
+        (0, said_of(nested_blocksize=4, nested_offset=0.5), r"x.weight.nested_absmax has 0 numbers, and .* needs 2"),
+        (0, said_of(nested_blocksize=4), r"nf4 has no sizes of scales of scales"),
+        (0, said_of(nested_blocksize=0, nested_offset=0.5), r"nf4 has no sizes of scales of scales"),
+        (4, said_of(), r"x.weight.absmax is torch.uint8, which .*nf4 says nothing of: fetch both again"),
+        (4, {"x.weight.nested_absmax": torch.ones(3)}, r"x.weight.nested_absmax has 3 numbers, and .* needs 2"),
+        (4, {"x.weight.absmax": torch.ones(8)}, r"x.weight.absmax is torch.float32, which .*nf4 says nothing of"),
+        (0, {"x.weight.quant_state.bitsandbytes__nf4": torch.tensor([123], dtype=torch.uint8)}, r"nf4 is no JSON"),
+        (
+            0,
+            {"x.weight.quant_state.bitsandbytes__nf4": torch.tensor([49], dtype=torch.uint8)},
+            r"nf4 says 1, and not w",
+        ),
+    ],
+)
+def test_nf4_whose_parts_do_not_fit(tmp_path, nested, other, text):
+    with pytest.raises(CheckpointError, match=text):
+        for matrix in found_in(tmp_path, layouts.nf4("x", 8, 64, nested=nested)[0] | other, BNB).matrices.values():
+            matrix.read()

@@ -28,7 +28,7 @@ from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.process_variables import check_variables_of
 from moeopt.backends.onnxrt.providers import PROVIDERS, available, provider_named, runtime
-from moeopt.backends.onnxrt.rounded_activations import KEY, with_float_activations
+from moeopt.backends.onnxrt.rounded_activations import KEY, RoundingDeclined, check_operator, with_float_activations
 from moeopt.backends.onnxrt.selftest import SelfTestResult, load_probes, self_test, wrong_answers
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE, PORTABLE, data_of
 from moeopt.backends.onnxrt.trial import check_calls, within_limits
@@ -114,7 +114,7 @@ def holds_native(data: Mapping[str, Any]) -> bool:
 
 def _native_or_plain(manifest: Manifest, load: Load, native: PyObject, plain: PyObject) -> OnnxEngine:
     """The engine with moeopt's own operator where that is there and right, else of plain ONNX Runtime, with a note."""
-    if reason := why_not():
+    if reason := why_not() or _rounds_wrongly(manifest):
         engine = load(GRAPH, plain)
         engine.notes.append(f"{GRAPH} runs, not {NATIVE}: {reason}")
         return engine
@@ -130,6 +130,17 @@ def _native_or_plain(manifest: Manifest, load: Load, native: PyObject, plain: Py
         return engine
     engine.notes.append(native_note(manifest.data["native"]))
     return engine
+
+
+def _rounds_wrongly(manifest: Manifest) -> str:
+    """Why moeopt's operator does not round rows here as the bundle says; "" where it does, or nothing is rounded."""
+    if not says_int8(manifest.data):
+        return ""
+    try:
+        check_operator(manifest.directory)
+    except RoundingDeclined as err:
+        return str(err)
+    return ""
 
 
 def native_note(native: Mapping[str, Any]) -> str:

@@ -68,7 +68,7 @@ _WORDS, _WHOLE, _NUMBERS = 3, 2, 1
 _ATTRIBUTES = {
     **dict.fromkeys(("rows", "activation", "w_in", "w_out"), _WORDS),
     **dict.fromkeys(("experts", "stacked", "b_in", "b_out", "norm"), _WHOLE),
-    **dict.fromkeys(("codes", "block", "hidden", "inner"), _WHOLE),
+    **dict.fromkeys(("codes", "block", "hidden", "inner", "rounds"), _WHOLE),
     **dict.fromkeys(("weight_on_input", "identity_beyond", "by_expert"), _WHOLE),
     **dict.fromkeys(("gate_min", "gate_max", "up_min", "up_max", "act_min", "act_max"), _NUMBERS),
     **dict.fromkeys(("alpha", "up_offset", "norm_eps"), _NUMBERS),
@@ -103,6 +103,9 @@ def check_graph(
             raise BundleError(f"{path}: it holds sparse weights, and moeopt writes none")
         for node in graph.node:
             _check_node(path, node, allowed, constants)
+            if node.op_type == ON_CODES and rounds is not any(a.name == "rounds" and a.i for a in node.attribute):
+                reads = "floats, and the bundle says that activations become int8" if rounds else "rows rounded to int8"
+                raise BundleError(f"{path}: node {node.name!r} reads {reads}")
             if node.op_type == OF_CODES and (reason := refuses_node(node, sizes, rounds, given=of_file)):
                 raise BundleError(f"{path}: node {node.name!r} {reason}")
         for tensor in _tensors(graph):

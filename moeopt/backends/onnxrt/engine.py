@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 
 from moeopt.backends.onnxrt.accuracy import version_notes
 from moeopt.backends.onnxrt.custom_op import native_library, register
-from moeopt.backends.onnxrt.session import GRAPH, NATIVE, VERIFIED, Session, data_of, no_change
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE, VERIFIED, VERIFIED_NATIVE, Session, data_of, no_change
 from moeopt.backends.registry import open_bundle
 from moeopt.bundle import values
 from moeopt.bundle.binding import Binding
@@ -149,7 +149,7 @@ class OnnxEngine(GraphEngine):
         device = "cpu" if provider == "cpu" else "cuda"
 
         def open_session() -> Session:
-            prepare = register if graph == NATIVE else no_change
+            prepare = register if graph in (NATIVE, VERIFIED_NATIVE) else no_change
             return Session(Path(directory) / graph, provider, session_options, prepare=prepare)
 
         super().__init__(directory, signature, open_session, device, keep, manifest)
@@ -179,7 +179,7 @@ class OnnxEngine(GraphEngine):
 
     def verified_form(self) -> OnnxEngine:
         """The engine as it was verified, before its products of codes rounded their activations."""
-        return OnnxEngine(self.directory, self.signature, graph=VERIFIED)
+        return OnnxEngine(self.directory, self.signature, graph=VERIFIED_NATIVE if self.graph == NATIVE else VERIFIED)
 
     def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
         allowed: contextlib.AbstractContextManager[None] = self.session.within(seconds)

@@ -144,8 +144,8 @@ class GraphBackend(Backend):
                 runner, executed = self.runner(engine)
         activations: dict[str, float] = {}
         if rounding is not None:
-            open_again = functools.partial(self._opened_impl, built, plan, options)
-            engine, activations = rounded_engine(engine, form.directory, rounding, open_again, self.comparable, call)
+            again = functools.partial(self._native_impl if form.native else self._opened_impl, built, plan, options)
+            engine, activations = rounded_engine(engine, form.directory, rounding, again, self.comparable, call)
             runner = engine
         certificate = self._certificate(source, twin, engine, runner, executed, form, call, outcome, end, plan, notes)
         certificate.products, certificate.activations, certificate.level = products.formats, activations, options.verify

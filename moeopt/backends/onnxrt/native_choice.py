@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moeopt.backends.onnxrt.custom_op import native_library
 from moeopt.backends.onnxrt.lowerings.native import Native
+from moeopt.backends.onnxrt.lowerings.quantized import UnrolledCodes
 from moeopt.backends.onnxrt.measured_sites import MeasuredRun, measured_calls
 from moeopt.backends.onnxrt.providers import runtime
 from moeopt.ir.row_function import RowFunction
@@ -23,6 +24,7 @@ from moeopt.lower.onnx.plan import LoweringChoice, Runnable
 from moeopt.ops.measured import Way, fastest
 from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.ops.reference import experts_reference
+from moeopt.ops.rounded_rows import ROW_BLOCK
 from moeopt.options import measuring
 from moeopt.verification.distance import as_rows, finite_rows, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
@@ -34,18 +36,21 @@ OpenSession = Callable[[ExpertsNode, Lowering], Runnable]
 
 
 def native_choice(
-    site: ExpertsNode, base: LoweringChoice, counts: tuple[int, ...], open_session: OpenSession
+    site: ExpertsNode, base: LoweringChoice, counts: tuple[int, ...], open_session: OpenSession, rounds: bool = False
 ) -> LoweringChoice | None:
     """The native lowering on the weights that ``base`` stores, unless that is the faster on this machine; else None.
 
     Where both are as fast the native one is taken: its weights stay where the file is mapped, and ONNX Runtime's own
     products keep a second, packed copy of each.
+
+    Args:
+        rounds: whether products of codes round what they read, and do so in the sessions that are opened.
     """
     plain = base.lowering
     if plain is None or isinstance(site.spec, RowFunction) or not measuring():
         return None
     native = Native(plain)
-    if native.refuses(site, "cpu"):
+    if native.refuses(site, "cpu") or (rounds and not _rounds_alike(site, plain)):
         return None
     library = native_library()
     if library is None:
@@ -56,6 +61,8 @@ def native_choice(
     question = (
         f"experts of an ONNX graph: {site.spec.encode()}, E {site.bank.num_experts}, K {site.top_k}, {shapes}, "
         f"whole blocks of T {list(counts)}, {base.name} of onnxruntime {runtime().__version__}, {library.isa}"
+        + ", rows of 8 bits"
+        * rounds
     )
 
     def ways() -> Mapping[str, Way]:
@@ -67,6 +74,15 @@ def native_choice(
     if fastest(question, ways, native.name, advantage=1.03) != native.name:
         return None
     return LoweringChoice(native.name, native, f"measured no slower than {base.name} here", base.seconds)
+
+
+def _rounds_alike(site: ExpertsNode, plain: Lowering) -> bool:
+    """Whether both forms of a block read rows of 8 bits where products of codes do, or both read floats."""
+    if not isinstance(site.bank, QuantizedExpertWeights):
+        return True
+    blocks = [(m.matrix.format.block[1], m.matrix.shape[1]) for m in (*site.bank.w_in_q, site.bank.w_out_q)]
+    whole = all(block is None or block >= columns or block % ROW_BLOCK == 0 for block, columns in blocks)
+    return plain.name == UnrolledCodes.name and whole
 
 
 def _runs(calls: list[list[MeasuredRun]], sessions: Mapping[int, Runnable]) -> Way:

@@ -9,6 +9,7 @@ from moeopt.backends.onnxrt.custom_op import register
 from moeopt.backends.onnxrt.lowerings import NOT_PORTABLE
 from moeopt.backends.onnxrt.lowerings.native import Native
 from moeopt.backends.onnxrt.native_choice import BothForms, native_choice
+from moeopt.backends.onnxrt.rounded_nodes import let_round
 from moeopt.backends.onnxrt.select import TOKENS, ranked
 from moeopt.backends.onnxrt.session import Session, no_change
 from moeopt.lower.onnx.assemble import one_op
@@ -47,7 +48,6 @@ class OrtPlan(BlockPlan):
         super().__init__(provider, tokens)
         self.remarks += version_notes(provider)
         self.tune, self.portable, self.mapped, self.rounds = tune, portable, mapped, rounds
-        self.native = type(self).native and not rounds  # its kernel does not round activations
 
     def rank(self, site: ExpertsNode) -> list[LoweringChoice]:
         measured = functools.partial(session_of, provider=self.provider) if self.tune else None
@@ -55,7 +55,8 @@ class OrtPlan(BlockPlan):
         choices = ranked(site, self.provider, self.tokens, measured, without, self.mapped, self.rounds)
         if not self.native or self.portable or self.provider != "cpu":
             return choices
-        own = native_choice(site, choices[0], self.tokens or TOKENS, session_of)
+        opened = functools.partial(session_of, rounds=self.rounds)
+        own = native_choice(site, choices[0], self.tokens or TOKENS, opened, self.rounds)
         return choices if own is None else [own, *choices]
 
     def written(self, site: ExpertsNode) -> LoweringChoice:
@@ -78,17 +79,22 @@ _MOST = 1 << 30
 """Above this a protobuf message does not hold them."""
 
 
-def session_of(site: ExpertsNode, lowering: Lowering, provider: str = "cpu") -> Session:
+def session_of(site: ExpertsNode, lowering: Lowering, provider: str = "cpu", rounds: bool = False) -> Session:
     """A session of one op, its weights in the model's own bytes or, past ``HELD``, in a file that is gone at once.
 
     Inside of a model they would be there four times: in the message, in its bytes, in what ONNX Runtime reads of them
     and in what its kernels pack. Of a file only the last is memory, and moeopt's own operator packs nothing.
+
+    Args:
+        rounds: whether its products of codes round what they read.
     """
     import tempfile
 
     import onnx_ir as ir
 
     model = one_op(site, lowering)
+    if rounds:
+        let_round(model)
     prepare = register if isinstance(lowering, Native) else no_change
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     if size >= HELD:

@@ -3,24 +3,35 @@
     MatMulNBits(x, codes, scales) at accuracy_level 4
       = product of q * s and the weight            s = max |x| of a block / 127      q = round(x / s)
 
-A block is the weight's block of ``block_size`` inputs. The graph is written and verified with float activations first;
-only then do its products get level 4. Each kind of them is shown to compute just the line above, on rows of its own
-with no number near the middle between two steps, where float32 decides which it is.
+A block is the weight's block of ``block_size`` inputs; moeopt's own operator, in the graph that has it, rounds in
+blocks of 32. Graphs are written and verified with float activations first; only then are their products let round.
+Each kind of them is shown to compute just the line above, on rows of its own with no number near the middle between
+two steps, where float32 decides which it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeopt.backends.onnxrt.check_bytes import graphs_of
 from moeopt.backends.onnxrt.check_quantized import LEVEL, OP
-from moeopt.backends.onnxrt.lowerings.quantized import ACCURACY_LEVELS
-from moeopt.backends.onnxrt.session import GRAPH, VERIFIED, Session
+from moeopt.backends.onnxrt.lowerings import by_name
+from moeopt.backends.onnxrt.lowerings.native import Native
+from moeopt.backends.onnxrt.lowerings.quantized import ACCURACY_LEVELS, UnrolledCodes
+from moeopt.backends.onnxrt.plan import session_of
+from moeopt.backends.onnxrt.rounded_nodes import count_of, products, set_rounding
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE, VERIFIED, VERIFIED_NATIVE, Session
+from moeopt.ir.bank_format import BankFormat, MatrixFormat
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ir.weight_format import WeightFormat
+from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.ops.native.rounded_check import error_of
+from moeopt.ops.quantized_bank import QuantizedExpertWeights
 from moeopt.ops.rounded_rows import STEPS, rounded_rows
 from moeopt.value_types import OnnxModel, OnnxNode, PyObject
 from moeopt.verification.model import run_plain
@@ -30,7 +41,8 @@ KEY = "activations"
 """Of the manifest: "int8" where products of codes round their activations."""
 _NEAR = 0.01
 """Of a step: what is so near to the middle between two is moved."""
-
+_SCALES = {1: "float32", 10: "float16", 16: "bfloat16"}
+"""Of scales, by ONNX's number of a dtype."""
 
 Comparable = Callable[[Any, Any], Any]
 """An engine and a call -> the call without what no figure is measured on, like a cache."""
@@ -42,6 +54,8 @@ class RoundingDeclined(Exception):
 
 def check_rounding(directory: Path) -> RoundedKernels:
     """One product of each kind of a written graph, asked for a single row and for several with rounded activations.
+
+    So are moeopt's own nodes of codes in the graph that stands beside it, if one does.
 
     Raises:
         RoundingDeclined: they compute something else, or there are none.
@@ -71,7 +85,61 @@ def check_rounding(directory: Path) -> RoundedKernels:
                 raise RoundingDeclined(
                     f"a product of {K} x {N} in {bits} bits is {here:.3g} eps from what rounding to int8 gives"
                 )
-    return RoundedKernels(len(nodes), len(kinds), error, moved)
+    native = check_operator(directory)
+    error, moved = max([error, *(here for here, _ in native)]), max([moved, *(by for _, by in native)])
+    return RoundedKernels(len(nodes), len(kinds) + len(native), error, moved)
+
+
+def check_operator(directory: Path) -> list[tuple[float, float]]:
+    """Each kind of moeopt's own nodes of codes in a written graph, on this machine: what ``error_of`` says.
+
+    Raises:
+        RoundingDeclined: they compute something else.
+    """
+    found = []
+    for format in _native_kinds(directory):
+        found.append(error_of(_ask_operator, format))
+        if found[-1][0] > ALLOWED:
+            raise RoundingDeclined(
+                f"moeopt's operator on experts of {_sizes(format)} is {found[-1][0]:.3g} eps from what rounding to "
+                "int8 gives"
+            )
+    return found
+
+
+def _native_kinds(directory: Path) -> list[BankFormat]:
+    """Those of the nodes of moeopt's operator that read codes, in the graph beside ``GRAPH``."""
+    import onnx
+
+    if not (directory / NATIVE).is_file():
+        return []
+    proto = onnx.load(directory / NATIVE, load_external_data=False)
+    held = {tensor.name: tensor for tensor in proto.graph.initializer}
+    return list(dict.fromkeys(_format(node, held) for node in products(proto) if node.op_type != OP))
+
+
+def _format(node: OnnxNode, held: Mapping[str, OnnxModel]) -> BankFormat:
+    """Of one expert of such a node. ``held``: the graph's constants, by name."""
+    values = {a.name: a for a in node.attribute}
+    parts, E = 2 if values["rows"].s == b"separate" else 1, int(values["experts"].i)
+
+    def matrix(at: int, columns: int) -> MatrixFormat:
+        codes, scales = (held[name] for name in node.input[3 + 2 * at : 5 + 2 * at])
+        format = WeightFormat("codes", "uint4", (1, int(values["block"].i) or None), _SCALES[scales.data_type])
+        return MatrixFormat(format, (int(codes.dims[0]), columns), False)
+
+    w_in = tuple(matrix(part, int(values["hidden"].i)) for part in range(parts))
+    return BankFormat(1, w_in, matrix(parts * E, int(values["inner"].i)))
+
+
+def _sizes(format: BankFormat) -> str:
+    return " and ".join(" x ".join(str(n) for n in reversed(m.shape)) for m in (*format.w_in, format.w_out))
+
+
+def _ask_operator(x: Tensor, ids: Tensor, weights: Tensor, bank: QuantizedExpertWeights, spec: ExpertsSpec) -> Tensor:
+    site = ExpertsNode("block", bank, spec, torch.float32, ids.shape[1], torch.float32)
+    session = session_of(site, Native(by_name(UnrolledCodes.name)), rounds=True)
+    return session.run({"x": x, "ids": ids, "weights": weights})[0]
 
 
 def rounded_engine(
@@ -88,6 +156,7 @@ def rounded_engine(
     round_activations(directory)
     rounded = open_again()
     after = run_plain(called_plainly(rounded, comparable), *call)
+    found = dataclasses.replace(found, products=_multiplied(directory / rounded.graph))
     return rounded, found.stated(distance_between(before, after))
 
 
@@ -104,15 +173,25 @@ def called_plainly(engine: PyObject, comparable: Comparable) -> Callable[..., An
 def round_activations(directory: Path) -> None:
     """Let the products of codes of a written engine round their activations.
 
-    The graph as it was lies beside it then, as ``VERIFIED``.
+    The graphs as they were lie beside them then, as ``VERIFIED`` and ``VERIFIED_NATIVE``.
     """
     import onnx
 
-    (directory / VERIFIED).write_bytes((directory / GRAPH).read_bytes())
-    proto = onnx.load(directory / GRAPH, load_external_data=False)
-    for node in products(proto):
-        _level(node).i = LEVEL
-    onnx.save(proto, directory / GRAPH)
+    for graph, before in ((GRAPH, VERIFIED), (NATIVE, VERIFIED_NATIVE)):
+        if not (directory / graph).is_file():
+            continue
+        (directory / before).write_bytes((directory / graph).read_bytes())
+        proto = onnx.load(directory / graph, load_external_data=False)
+        for node in products(proto):
+            set_rounding(node, True)
+        onnx.save(proto, directory / graph)
+
+
+def _multiplied(graph: Path) -> int:
+    """How many matrices of codes a written graph multiplies with."""
+    import onnx
+
+    return sum(count_of(node) for node in products(onnx.load(graph, load_external_data=False)))
 
 
 def with_float_activations(proto: OnnxModel) -> OnnxModel:
@@ -122,17 +201,8 @@ def with_float_activations(proto: OnnxModel) -> OnnxModel:
     other = onnx.ModelProto()
     other.CopyFrom(proto)
     for node in products(other):
-        _level(node).i = ACCURACY_LEVELS[next(a.i for a in node.attribute if a.name == "bits")]
+        set_rounding(node, False)
     return other
-
-
-def products(proto: OnnxModel) -> Iterator[OnnxNode]:
-    """The nodes of an ``onnx.ModelProto`` that compute on codes, subgraphs included."""
-    yield from (node for graph in graphs_of(proto.graph) for node in graph.node if node.op_type == OP)
-
-
-def _level(node: OnnxNode) -> PyObject:
-    return next(a for a in node.attribute if a.name == "accuracy_level")
 
 
 def _rows(rows: int, K: int, block: int) -> Tensor:

@@ -52,6 +52,10 @@ VERIFIED = "verified.onnx"
 """Beside an engine's graph, and in no bundle: the graph with float activations, over the same weights."""
 
 
+VERIFIED_NATIVE = "verified.native.onnx"
+"""The same beside ``NATIVE``."""
+
+
 _NO_COPIES = "session.disable_prepacking"
 """The entry with which kernels read weights where they are, and make no copy in a layout of their own."""
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from moeopt.ir.bank_format import BankFormat
 from moeopt.ir.specs import ExpertsSpec
@@ -18,8 +22,22 @@ MOST_INPUTS = 4096
 _TERMS = 32
 """Numbers of a row beside the largest of each block: with so few, sums of whole numbers are exact in float32."""
 
+Ask = Callable[[Tensor, Tensor, Tensor, QuantizedExpertWeights, ExpertsSpec], Tensor]
+"""x (T, H), ids (T, K), weights (T, K), the codes and the experts' function -> what a kernel gives, (T, D)."""
+
 
 def rounded_error(run: NativeRun, isa: int, format: BankFormat) -> tuple[float, float]:
+    """:func:`error_of` the kernel ``run``."""
+    return error_of(functools.partial(_called, run, isa), format)
+
+
+def _called(
+    run: NativeRun, isa: int, x: Tensor, ids: Tensor, weights: Tensor, bank: QuantizedExpertWeights, spec: ExpertsSpec
+) -> Tensor:
+    return call(run, x, ids, weights, bank, spec, isa)
+
+
+def error_of(ask: Ask, format: BankFormat) -> tuple[float, float]:
     """Of codes and rows made up here, of the formats and sizes of ``format``.
 
     What is rounded inside is exact before, so that no number lies between two steps, where float32 decides which it is.
@@ -43,7 +61,7 @@ def rounded_error(run: NativeRun, isa: int, format: BankFormat) -> tuple[float, 
         x[:, ::ROW_BLOCK] = STEPS
         args = x / 32, torch.zeros(T, 1, dtype=torch.int64), torch.ones(T, 1)
         want = experts_reference(*args, bank, spec).double()
-        far = (call(run, *args, bank, spec, isa).double() - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-30)
+        far = (ask(*args, bank, spec).double() - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-30)
         error = max(error, float(far.max()) / torch.finfo(torch.float32).eps)
         row = torch.randn(T, H, generator=rng)
         exact = row.double() @ w_IH.T

@@ -6,6 +6,7 @@
 //
 // moeopt::ExpertsOnCodes takes quantised weights: each matrix is two constants, codes (out, ...) of `codes` bits, whose row
 // is one of `hidden` or `inner` weights and what fills its last byte or block, and scales (out, blocks of `block` weights).
+// With `rounds` its products read rows rounded to 8 bits (rounded.h).
 #include <algorithm>
 #include <cstdlib>
 #include <map>
@@ -49,6 +50,8 @@ struct Node {
     const bool stacked = read.whole("stacked", 0), norm = read.whole("norm", 0);
     const bool b_in = read.whole("b_in", 0), b_out = read.whole("b_out", 0);
     const int64_t bits = read.whole("codes", 0);
+    spec.rounds = read.whole("rounds", 0) != 0;
+    if (spec.rounds && !bits) throw Bad{"rows are rounded to 8 bits for codes, and its weights are floats"};
     const bool separate = spec.rows == SEPARATE;
     if (separate && !bits) throw Bad{"gate and up in weights of their own are not what a graph of floats holds"};
     const size_t matrices = bits ? (separate ? 6 : 4) * (size_t)E : stacked ? 2 : 2 * (size_t)E;
@@ -107,6 +110,7 @@ struct Node {
     if (codes.sizes.size() < 2 || scales.sizes.size() < 2) throw Bad{"codes or scales are no matrix"};
     const int64_t a_row = codes.after_first() * (8 / bits), b = block ? block : in, blocks = (in + b - 1) / b;
     if (a_row < in || scales.sizes[0] != codes.sizes[0] || scales.after_first() != blocks) throw Bad{"codes and scales do not fit one another"};
+    if (spec.rounds && b % 32 && b < in) throw Bad{"rows are rounded in blocks of 32, which its scales cut"};
     to.data = codes.data, to.dtype = bits == 8 ? MOEOPT_I8 : MOEOPT_U4;
     to.out = codes.sizes[0], to.in = in, to.stride_out = a_row, to.stride_in = 1;
     to.scales = scales.data, to.scale_stride = blocks, to.block = b;
