@@ -59,8 +59,9 @@ def distribute(
             ``{block: list}``. A list has for each expert the ranks that hold it, several for copies.
         tokens: whether each rank calls the model on tokens of its own ("split", of any number, also none), or all ranks
             on the same tokens ("replicated").
-        exact: sum each token's terms in the order of one process: the same bits, and more bytes. Otherwise partial sums
-            travel: the fewest bytes, and sums in another order.
+        exact: sum each token's terms in the order of one process: the same bits, and more bytes, wherever the kernel
+            gives a row the same bits beside other rows (PyTorch's products in float64 do not: a last bit may differ).
+            Otherwise partial sums travel: the fewest bytes, and sums in another order.
         timeout: seconds after which a rank that does not answer is lost, one that comes later to this call included:
             call ``torch.distributed.barrier()`` before it where ranks load or optimise for different times. Ranks that
             read a directory wait for each other, however long that takes, as long as all of them live.

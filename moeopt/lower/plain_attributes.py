@@ -119,6 +119,14 @@ def _table(module: nn.Module) -> dict[str, Any]:
     return found
 
 
+class _Untold:
+    """The first base of a class that is made for a trace: Python tells this one of it, and none of the user's, as
+    transformers' layers would be, which wrap the ``forward`` of a class that is made of them."""
+
+    def __init_subclass__(cls) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def watched(
     layer: nn.Module,
@@ -134,7 +142,7 @@ def watched(
     Each module that holds one has a class of its own meanwhile.
 
     Raises:
-        NotStampable: a module's class would notice.
+        NotStampable: a module's class has a metaclass, which would notice.
     """
     of_layer = type(layer)
     by_path: dict[str, list[str]] = {}
@@ -145,12 +153,12 @@ def watched(
         for path, own in by_path.items():
             module = layer.get_submodule(path)
             kind = type(module)
-            if type(kind) is not type or any("__init_subclass__" in vars(c) for c in kind.__mro__[:-1]):
+            if type(kind) is not type:
                 raise NotStampable(of_layer, "its class would notice a class that is made of it")
             asked: dict[str, Any] = {name: _asking((path, name), read) for name in own}
             asked["__dict__"] = _noting(path, frozenset(own), reads)
             asked |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-            module.__class__ = type(kind.__name__, (kind,), asked)
+            module.__class__ = type(kind.__name__, (_Untold, kind), asked)
             classes[module] = kind
         yield
     finally:

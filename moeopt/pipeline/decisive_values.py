@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ast
 import builtins
+import collections
 import contextlib
+import itertools
 import math
 import operator
 import types
@@ -30,7 +32,7 @@ Decisive = tuple[ast.expr, Any]
 
 _BUILTINS = "len int float bool set frozenset list tuple dict sorted max min sum any all abs range str round".split()
 _PURE = tuple(getattr(builtins, name) for name in _BUILTINS)
-_CONTAINERS = (list, tuple, set, frozenset, dict, range, str, int, float, bool, torch.Size)
+CONTAINERS = (list, tuple, set, frozenset, dict, range, str, int, float, bool, torch.Size)
 _MODULES = (torch, torch.nn.functional, np, math)
 _HELD = frozenset("count index keys values items get union intersection difference isdisjoint issubset".split())
 _EFFECTS = (
@@ -48,6 +50,9 @@ _EFFECTS = (
 )
 _OF_TYPES = frozenset("isinstance issubclass hasattr callable type is_tensor id".split())
 """Their answers do not depend on values."""
+_FIELDS = (types.MemberDescriptorType, types.GetSetDescriptorType, type(collections.namedtuple("_", "a").a))  # type: ignore[attr-defined]
+"""Of slots, of Python's own classes and of named tuples: no code of the user's gives these attributes."""
+_METHODS = (types.FunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, staticmethod, classmethod)
 _LARGEST = 1 << 16
 _DEPTH = 12
 _OPERATORS: Mapping[type[ast.AST], Callable[..., Any]] = {
@@ -122,7 +127,7 @@ class Scope:
 
     def _of_call(self, node: ast.Call) -> Iterator[ast.expr]:
         """What decides the result of a call; nothing of a call of the user's, whose own tests are watched."""
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        name = called(node)
         if name in _OF_TYPES or (name.startswith("is_") and name != "is_nonzero"):
             return
         try:
@@ -150,9 +155,15 @@ class Scope:
             return _attribute(self.value(node.value), node.attr)
         if isinstance(node, ast.Subscript):
             return self._item(self.value(node.value), node.slice)
+        if isinstance(node, ast.Starred):
+            many = self.value(node.value)
+            if not isinstance(many, (Tensor, np.ndarray)) and type(many) not in CONTAINERS:
+                raise Unknown
+            return many
         if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
             made = {ast.Tuple: tuple, ast.List: list, ast.Set: set}[type(node)]
-            return made(map(self.value, node.elts))
+            parts = [self.value(one) if isinstance(one, ast.Starred) else [self.value(one)] for one in node.elts]
+            return made(itertools.chain(*parts))
         return self._computed(node)
 
     def _computed(self, node: ast.expr) -> PyObject:
@@ -178,17 +189,20 @@ class Scope:
         raise Unknown
 
     def _item(self, held: PyObject, at: ast.expr) -> PyObject:
-        if isinstance(at, ast.Slice):
-            bounds = (None if part is None else self.value(part) for part in (at.lower, at.upper, at.step))
-            key: PyObject = slice(*bounds)
-        else:
-            key = self.value(at)
-        if not isinstance(held, (Tensor, np.ndarray)) and type(held) not in _CONTAINERS:
+        key = self._key(at)
+        if not isinstance(held, (Tensor, np.ndarray)) and type(held) not in CONTAINERS:
             raise Unknown
         return held[key]
 
+    def _key(self, at: ast.expr) -> PyObject:
+        if isinstance(at, ast.Slice):
+            return slice(*(None if part is None else self.value(part) for part in (at.lower, at.upper, at.step)))
+        if isinstance(at, ast.Tuple) and not any(isinstance(part, ast.Starred) for part in at.elts):
+            return tuple(map(self._key, at.elts))
+        return self.value(at)
+
     def _operation(self, op: ast.AST, *values: PyObject) -> PyObject:
-        plain = (*_CONTAINERS, np.generic, np.ndarray, Tensor, torch.dtype, torch.device, torch.Size, type(None))
+        plain = (*CONTAINERS, np.generic, np.ndarray, Tensor, torch.dtype, torch.device, torch.Size, type(None))
         if type(op) not in _OPERATORS or not all(isinstance(v, plain) for v in values):
             raise Unknown
         return _OPERATORS[type(op)](*values)
@@ -204,7 +218,7 @@ class Scope:
             raise Unknown
         of = self.value(node.value)
         array = isinstance(of, (Tensor, np.ndarray, np.generic)) or any(of is module for module in _MODULES)
-        if not array and not (type(of) in _CONTAINERS and node.attr in _HELD):
+        if not array and not (type(of) in CONTAINERS and node.attr in _HELD):
             raise Unknown
         return getattr(of, node.attr)  # type: ignore[no-any-return]
 
@@ -212,6 +226,11 @@ class Scope:
 def position(node: ast.AST) -> Position:
     """As that of a test or a call."""
     return (node.lineno, node.col_offset, node.end_lineno, node.end_col_offset)  # type: ignore[attr-defined]
+
+
+def called(node: ast.Call) -> str:
+    """The name of what is called; "" where it has none."""
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
 
 def _has_effects(name: str) -> bool:
@@ -233,8 +252,10 @@ def _attribute(of: PyObject, name: str) -> PyObject:
         tables += [of._buffers, of._parameters, of._modules]
     tables += [vars(c) for c in type(of).__mro__]
     found = next((table[name] for table in tables if name in table), Unknown)
-    if found is Unknown or isinstance(found, property):
-        raise Unknown
+    if type(found) in _FIELDS:
+        return getattr(of, name)
+    if found is Unknown or (hasattr(type(found), "__get__") and not isinstance(found, _METHODS)):
+        raise Unknown  # a property, or what else of the user's code runs to tell
     return found
 
 

@@ -19,13 +19,16 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from moeopt.pipeline.size_uses import Item, Use, called
-from moeopt.pipeline.size_values import UNKNOWN, SizeValues
+from moeopt.pipeline.decisive_values import called
+from moeopt.pipeline.operand_values import is_unknown
+from moeopt.pipeline.size_uses import Item, Use, parts_of
+from moeopt.pipeline.size_values import SizeValues
 from moeopt.rewrite.known_sizes import SizeUses
 from moeopt.value_types import PyObject
 
 _LARGEST = 1 << 12
 """The largest divisor whose remainders are told apart."""
+_NAMELESS: dict[type, str] = {ast.GeneratorExp: "<genexpr>", ast.ListComp: "<listcomp>", ast.Lambda: "<lambda>"}
 _SEVERAL = 4
 """Values of an operand in one call, at most, that are followed each."""
 
@@ -102,8 +105,10 @@ class SizeClasses:
     def _of_compare(self, use: Use, sized: list[int]) -> bool:
         node: ast.Compare = use.node  # type: ignore[assignment]
         for n, op in enumerate(node.ops):
-            if not {n, n + 1} & {*sized} or isinstance(op, (ast.Is, ast.IsNot)):
+            if not {n, n + 1} & {*sized}:
                 continue
+            if isinstance(op, (ast.Is, ast.IsNot)):
+                return self._constant(use, n + 1) is None  # with None, and as a number it depends on Python
             within = isinstance(op, (ast.In, ast.NotIn))
             side = {ast.Gt: 1, ast.LtE: 1, ast.Lt: -1, ast.GtE: -1}.get(type(op), 0)
             if not (self._of_members(use, n) if within else self._crosses(use, n, n + 1, side)):
@@ -135,11 +140,11 @@ class SizeClasses:
 
     def _of_truth(self, use: Use, sized: list[int]) -> bool:
         held = next(iter(self._calls[0].seen.values.get((use, 0), {None})))
-        return (isinstance(held, tuple) and not _is_unknown(held)) or self._limit(self._numbers(use, 0), 0)
+        return (isinstance(held, tuple) and not is_unknown(held)) or self._limit(self._numbers(use, 0), 0)
 
     def _of_call(self, use: Use, sized: list[int]) -> bool:
         name = called(use.node)  # type: ignore[arg-type]
-        if name in ("min", "max"):
+        if name in ("min", "max", "sym_min", "sym_max"):
             count = len(use.operands)
             return all(self._crosses(use, a, b, 1) for a in range(count) for b in range(a) if {a, b} & {*sized})
         if name == "range":  # the same in each turn
@@ -158,7 +163,10 @@ class SizeClasses:
     def _of_lookup(self, use: Use, sized: list[int]) -> bool:
         return False
 
-    _of_text = _of_lookup
+    _of_text = _of_error = _of_lookup
+
+    def _of_shapes(self, use: Use, sized: list[int]) -> bool:
+        return self._alike(use, 0, 1)
 
     def _of_match(self, use: Use, sized: list[int]) -> bool:
         node: ast.Match = use.node  # type: ignore[assignment]
@@ -177,8 +185,8 @@ class SizeClasses:
     def _is_size(self, use: Use, n: int, depth: int = 4) -> bool:
         """Whether an operand depends on the sizes, and on nothing else."""
         held = [call.seen.values.get((use, n), set()) for call in self._calls]
-        if depth and any(_is_unknown(value) for values in held for value in values):
-            if any(self._makes_size(part, depth - 1) for part in _parts_of(use.operands[n], use.assigned)):
+        if depth and any(is_unknown(value) for values in held for value in values):
+            if any(self._makes_size(part, depth - 1) for part in parts_of(use.operands[n], use.assigned)):
                 return True
         orders = [call.seen.orders.get((use, n)) for call in self._calls]
         by_data = any(orders[a] != orders[b] and len(held[a]) > 1 for a, b in self._pairs)
@@ -186,7 +194,7 @@ class SizeClasses:
 
     def _makes_size(self, part: ast.AST, depth: int) -> bool:
         """Whether a part of an operand that cannot be looked up is computed of sizes."""
-        name = called(part) if isinstance(part, ast.Call) else part.attr if isinstance(part, ast.Attribute) else ""
+        name = called(part) if isinstance(part, ast.Call) else getattr(part, "attr", _NAMELESS.get(type(part), ""))
         if self._returns_size(name) or (isinstance(part, ast.Attribute) and name in self._stored):
             return True
         known = self._by_node.get(part)
@@ -285,15 +293,3 @@ class SizeClasses:
 
 def _place(use: Use) -> tuple[int, int]:
     return (use.node.lineno, use.node.col_offset)  # type: ignore[attr-defined]
-
-
-def _is_unknown(value: PyObject) -> bool:
-    return isinstance(value, tuple) and value[:1] == (UNKNOWN,)
-
-
-def _parts_of(node: ast.AST, assigned: dict[str, ast.expr], depth: int = 4) -> Iterator[ast.AST]:
-    """The expressions in ``node``, and in what its names are assigned."""
-    for part in ast.walk(node):
-        yield part
-        if isinstance(part, ast.Name) and depth and part.id in assigned:
-            yield from _parts_of(assigned[part.id], assigned, depth - 1)

@@ -10,10 +10,14 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import itertools
 import linecache
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moeopt.pipeline.caught_errors import caught, caught_of_tensors, only_errs
+from moeopt.pipeline.decisive_values import called
 from moeopt.pipeline.untried_tests import assigned_once
 
 _DIVIDES = (ast.Mod, ast.FloorDiv)
@@ -22,12 +26,18 @@ _TRUTHS = (ast.Compare, ast.BoolOp, ast.Constant)
 """Truths themselves, made of what is read by itself."""
 _WITHIN = " \t#)]}@"
 """What a line begins with that goes on with a statement, or stands before it."""
-_FOLLOWED = frozenset((
+FOLLOWED = frozenset((
     "float", "len", "list", "tuple", "slice", "isinstance", "issubclass", "hasattr", "callable", "type", "id",
     "print", "enumerate", "zip", "reversed", "setattr", "super", "warn", "debug", "info", "warning", "error", "log",
     "exception", "append",
 ))  # fmt: skip
 """Functions that give numbers as they are, or tell something."""
+_NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_COMPREHENSIONS: dict[type, str] = {ast.GeneratorExp: "<genexpr>", ast.Lambda: "<lambda>"}
+if sys.version_info < (3, 12):  # later they are part of the code around them
+    _COMPREHENSIONS |= {ast.ListComp: "<listcomp>", ast.SetComp: "<setcomp>", ast.DictComp: "<dictcomp>"}
+_OF_SHAPES = ("equal", "is_same_size", "array_equal")
+"""Functions that tell whether shapes are the same."""
 
 
 class Item(ast.expr):
@@ -40,34 +50,54 @@ class Item(ast.expr):
         self.value = value
 
 
+class SizesOf(Item):
+    """The sizes of the tensor ``value``, which code may ask for without a word of them."""
+
+
 @dataclass(frozen=True, eq=False)
 class Use:
     """One such expression.
 
     Attributes:
-        kind: "compare", "divide", "bits", "truth", "call", "lookup", "clip", "text", "match" or "store".
+        kind: "compare", "divide", "bits", "truth", "call", "lookup", "clip", "text", "match", "shapes", "error" or
+            "store".
         node: the whole of it.
         operands: what may be a size.
         assigned: expressions of names that are assigned once in its function.
+        erring: whether it decides whether there is an error, and no more.
+        owner: the name of the code that it is in: other code of its lines has other names in its frames.
     """
 
     kind: str
     node: ast.AST
     operands: tuple[ast.expr, ...]
     assigned: dict[str, ast.expr]
+    erring: bool = False
+    owner: str = ""
 
 
 def uses_in(file: str, line: int) -> dict[int, list[Use]] | None:
     """The expressions by their lines in the class or function of a file that ``line`` is in, whatever else it is in;
     None where its source is not to be had."""
+    found = _read(file, line)
+    return None if found is None else found.uses
+
+
+def lines_that_catch(file: str, line: int) -> frozenset[int]:
+    """The lines behind whose errors the same class or function goes on."""
+    found = _read(file, line)
+    return frozenset() if found is None else found.catching
+
+
+def _read(file: str, line: int) -> _SourceUses | None:
     lines = linecache.getlines(file)
     if not lines:
         return None
     begin, end = _outermost(lines, line - 1)
     found = _uses("".join(lines[begin:end]), begin)
-    if found is None or line not in found[1]:
+    if found is None or line not in found.lines:
         found = _uses("".join(lines), 0)
-    return None if found is None else found[0]
+    return found
 
 
 def _outermost(lines: list[str], at: int) -> tuple[int, int]:
@@ -96,36 +126,66 @@ def parsed_once() -> Iterator[None]:
         _uses.cache_clear()
 
 
+@dataclass(frozen=True)
+class _SourceUses:
+    """What is found in a source: its expressions by their lines, the lines on which others than texts begin, and those
+    behind whose errors it goes on."""
+
+    uses: dict[int, list[Use]]
+    lines: frozenset[int]
+    catching: frozenset[int]
+
+
 @functools.lru_cache(maxsize=64)
-def _uses(source: str, begin: int) -> tuple[dict[int, list[Use]], set[int]] | None:
-    """The expressions of a source that begins behind line ``begin``, and the lines on which others than texts begin."""
+def _uses(source: str, begin: int) -> _SourceUses | None:
+    """The expressions of a source that begins behind line ``begin``."""
     try:
         tree = ast.increment_lineno(ast.parse(source), begin)
     except (SyntaxError, ValueError):
         return None
     found: dict[int, list[Use]] = {}
-    pending: list[tuple[ast.AST, dict[str, ast.expr]]] = [(tree, {})]
+    around: dict[ast.AST, str] = {}
+    pending: list[tuple[ast.AST, dict[str, ast.expr], bool, str]] = [(tree, {}, False, "<module>")]
     while pending:
-        node, assigned = pending.pop()
+        node, assigned, erring, owner = pending.pop()
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             assigned = assigned_once(node)
+        errs = erring or only_errs(node)
         for kind, at, operands in _of(node):
-            found.setdefault(getattr(at, "lineno", 0), []).append(Use(kind, at, tuple(operands), assigned))
-        pending += [(child, assigned) for child in _inside(node)]
-    code = (node for node in ast.walk(tree) if not isinstance(node, ast.Constant))
-    return found, {node.lineno for node in code if hasattr(node, "lineno")}
+            found.setdefault(getattr(at, "lineno", 0), []).append(Use(kind, at, tuple(operands), assigned, errs, owner))
+        around |= {part: owner for part in _around(node)}
+        own = _COMPREHENSIONS.get(type(node)) or (node.name if isinstance(node, _NAMED) else owner)
+        for child, child_errs in _inside(node):
+            pending.append((child, assigned, child_errs or erring, around.get(child, own)))
+    nodes = [*ast.walk(tree)]
+    tried = [part for node in nodes for part in caught(node)]
+    catching = {line for part in tried for line in range(part.lineno, (part.end_lineno or part.lineno) + 1)}
+    for statement in itertools.chain.from_iterable(map(caught_of_tensors, nodes)):
+        names = (part for part in ast.walk(statement) if isinstance(part, (ast.Name, ast.Attribute)))
+        loaded = tuple(SizesOf(part) for part in names if isinstance(part.ctx, ast.Load))
+        found.setdefault(statement.lineno, []).append(Use("error", statement, loaded, {}))
+    lines = (node.lineno for node in nodes if not isinstance(node, ast.Constant) and hasattr(node, "lineno"))
+    return _SourceUses(found, frozenset(lines), frozenset(catching))
 
 
-def _inside(node: ast.AST) -> Iterator[ast.AST]:
-    """The children of ``node`` that may decide numbers: neither errors, nor what only leads to one, nor messages."""
-    if isinstance(node, (ast.Raise, ast.Assert)):
+def _around(node: ast.AST) -> list[ast.AST]:
+    """What of a function or a comprehension runs in the code around it."""
+    if type(node) in _COMPREHENSIONS and not isinstance(node, ast.Lambda):
+        return [node.generators[0].iter]  # type: ignore[attr-defined]
+    return [node.args, *getattr(node, "decorator_list", ())] if isinstance(node, (*_NAMED[:2], ast.Lambda)) else []
+
+
+def _inside(node: ast.AST) -> Iterator[tuple[ast.AST, bool]]:
+    """The children of ``node`` that may decide numbers, and whether they decide no more than an error."""
+    if isinstance(node, ast.Raise):
         return
-    if isinstance(node, ast.Call) and called(node) in _FOLLOWED and any(_is_text(arg) for arg in node.args):
-        return
-    if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise):
-        yield from node.orelse
-        return
-    yield from ast.iter_child_nodes(node)
+    if isinstance(node, ast.Assert):
+        yield node.test, True
+    elif isinstance(node, ast.Call) and called(node) in FOLLOWED and any(_is_text(arg) for arg in node.args):
+        return  # a message
+    else:
+        rest = node.orelse if isinstance(node, ast.If) else []
+        yield from ((child, only_errs(node) and child not in rest) for child in ast.iter_child_nodes(node))
 
 
 def _of(node: ast.AST) -> Iterator[tuple[str, ast.AST, list[ast.expr]]]:
@@ -140,15 +200,7 @@ def _of(node: ast.AST) -> Iterator[tuple[str, ast.AST, list[ast.expr]]]:
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
         yield "bits", node, [node.operand]
     elif isinstance(node, ast.Call):
-        if called(node) == "int" and node.args:
-            at = node.args[0]
-            if isinstance(at, ast.BinOp) and isinstance(at.op, ast.Div):
-                yield "divide", node, [Item(at.left), Item(at.right)]
-            else:
-                yield "call", node, [Item(at)]
-        elif called(node) not in _FOLLOWED:
-            held = [node.func.value] if isinstance(node.func, ast.Attribute) else []
-            yield "call", node, [*held, *node.args, *(k.value for k in node.keywords)]
+        yield from _of_call(node)
     else:
         yield from _of_places(node)
     for test in _tested(node):
@@ -161,15 +213,34 @@ def _of(node: ast.AST) -> Iterator[tuple[str, ast.AST, list[ast.expr]]]:
             yield "truth", one, [Item(one)]
 
 
+def _of_call(node: ast.Call) -> Iterator[tuple[str, ast.AST, list[ast.expr]]]:
+    if called(node) == "int" and node.args:
+        at = node.args[0]
+        if isinstance(at, ast.BinOp) and isinstance(at.op, ast.Div):
+            yield "divide", node, [Item(at.left), Item(at.right)]
+        else:
+            yield "call", node, [Item(at)]
+    elif called(node) in _OF_SHAPES:
+        held = [node.func.value] if isinstance(node.func, ast.Attribute) else []
+        yield "shapes", node, [*map(SizesOf, [*held, *node.args][-2:])]
+    elif called(node) not in FOLLOWED:
+        held = [node.func.value] if isinstance(node.func, ast.Attribute) else []
+        yield "call", node, [*held, *node.args, *(k.value for k in node.keywords)]
+
+
 def _of_places(node: ast.AST) -> Iterator[tuple[str, ast.AST, list[ast.expr]]]:
     """Of what is looked up, matched, written into text or stored."""
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
         yield "lookup", node, _keys(node.slice)
+    if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Store):
         yield from (("clip", node, [size, bound]) for size, bound in _clipped(node))
     elif isinstance(node, ast.JoinedStr):  # whose parts have lines of their own from Python 3.12 on only
         yield "text", node, [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
     elif isinstance(node, ast.Match):
         yield "match", node, [node.subject]
+        named = (part for case in node.cases for part in ast.walk(case.pattern) if isinstance(part, ast.MatchClass))
+        names = [name for part in named for name in (*part.kwd_attrs, "__dict__")]
+        yield "lookup", node, [ast.copy_location(ast.Attribute(node.subject, name), node.subject) for name in names]
     elif isinstance(node, ast.Assign):
         pairs = [pair for target in node.targets for pair in _assigned(target, node.value)]
         yield from (("store", target, [value]) for target, value in pairs if isinstance(target, ast.Attribute))
@@ -181,8 +252,8 @@ def _tested(node: ast.AST) -> list[ast.expr]:
         return [node.operand]
     if isinstance(node, ast.BoolOp):
         return node.values
-    if isinstance(node, (ast.If, ast.While, ast.IfExp)):
-        return [] if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise) else [node.test]
+    if isinstance(node, (ast.If, ast.While, ast.IfExp, ast.Assert)):
+        return [node.test]
     if isinstance(node, ast.match_case) and node.guard is not None:
         return [node.guard]
     if isinstance(node, ast.Call) and called(node) == "bool":
@@ -205,7 +276,8 @@ def _clipped(node: ast.Subscript) -> Iterator[tuple[ast.expr, ast.expr]]:
     for dim, part in enumerate(node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]):
         if not isinstance(part, ast.Slice) and not (isinstance(part, ast.Constant) and type(part.value) is int):
             return
-        size = ast.Subscript(ast.Attribute(node.value, "shape", ast.Load()), ast.Constant(dim), ast.Load())
+        size: ast.expr = ast.Subscript(ast.Attribute(node.value, "shape", ast.Load()), ast.Constant(dim), ast.Load())
+        size = size if dim else ast.Call(ast.Name("len", ast.Load()), [node.value], [])  # of lists too
         bounds = [part.lower, part.upper] if isinstance(part, ast.Slice) else []
         yield from ((size, bound) for bound in bounds if bound is not None)
 
@@ -216,9 +288,12 @@ def _keys(index: ast.expr) -> list[ast.expr]:
     return [key for part in index.elts for key in _keys(part)] if isinstance(index, ast.Tuple) else [index]
 
 
-def called(node: ast.Call) -> str:
-    """The name of what is called; "" where it has none."""
-    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+def parts_of(node: ast.AST, assigned: dict[str, ast.expr], depth: int = 4) -> Iterator[ast.AST]:
+    """The expressions in ``node``, and in what its names are assigned."""
+    for part in ast.walk(node):
+        yield part
+        if isinstance(part, ast.Name) and depth and part.id in assigned:
+            yield from parts_of(assigned[part.id], assigned, depth - 1)
 
 
 def _is_text(node: ast.expr) -> bool:

@@ -1,81 +1,37 @@
 """What the operands of a model's Python were in one call: numbers, text and tuples of them, by the expression.
 
 The lines of the model's code are watched with ``sys.settrace``; before a line runs, the operands in it are looked up in
-the frame, or computed again where that has no effect. No tensor is computed again but for its shape.
+the frame, or computed again where that has no effect (:mod:`moeopt.pipeline.operand_values`). Those that take what the
+line's calls return are looked up again behind it.
 """
 
 from __future__ import annotations
 
 import ast
-import contextlib
 import dis
+import functools
 import itertools
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from moeopt.capture.held_contents import foreign
-from moeopt.pipeline.decisive_values import Scope, Unknown
-from moeopt.pipeline.size_uses import Item, Use, called, uses_in
+from moeopt.pipeline.decisive_values import Unknown, called, position
+from moeopt.pipeline.operand_values import SizeScope, is_own, is_torch, is_unknown, operand_value, plain
+from moeopt.pipeline.size_uses import Use, lines_that_catch, uses_in
+from moeopt.pipeline.tests_taken import Position
 from moeopt.value_types import PyObject
 
-UNKNOWN = "?"
-"""Begins what is known of an operand that cannot be looked up: the parts of it that can."""
-
 _LIBRARIES = ("/numpy/", "/einops/")
-_SIZES = frozenset("size numel nelement dim ndimension stride item tolist".split())
-_SHAPES = frozenset("shape ndim".split())
 _SCRIPTS = (torch.jit.ScriptFunction, torch.jit.ScriptModule)
-_MOST = 64
-"""Numbers of a tuple that are compared."""
+_SIZED = {"shape", "size", "numel", "nelement", "len", "__len__", "nbytes", "itemsize", "stride", "untyped_storage"}
 _ASKS = ("COMPARE_OP", "CONTAINS_OP", "BINARY_OP", "BINARY_MODULO", "BINARY_FLOOR_DIVIDE", "BINARY_AND")
 _ASSERTS = {"torch", "_assert", "size", "shape", "numel"}
-
-
-class _IsTensor(Exception):
-    """An expression that is a tensor: what is made of it is on the tape."""
-
-
-class _SizeScope(Scope):
-    """Names as a frame holds them; what is a tensor is not computed."""
-
-    def value(self, node: ast.expr) -> PyObject:
-        if isinstance(node, ast.Name) and node.id not in self.local and node.id in self.assigned:
-            return self.value(self.assigned[node.id])
-        if isinstance(node, ast.Attribute) and node.attr in _SHAPES:
-            return self.whole().value(node)
-        return super().value(node)
-
-    def _computed(self, node: ast.expr) -> PyObject:
-        if isinstance(node, ast.Call):
-            if called(node) == "len" or called(node) in _SIZES:
-                return self.whole().value(node)
-            function = self._function(node.func)
-            if function is torch.Size:
-                return torch.Size(self.value(node.args[0]))
-            of = getattr(function, "__self__", None)
-            if isinstance(of, Tensor) or str(getattr(function, "__module__", None) or "torch").startswith("torch"):
-                raise _IsTensor
-        return super()._computed(node)
-
-    def _item(self, held: PyObject, at: ast.expr) -> PyObject:
-        if isinstance(held, Tensor):
-            raise _IsTensor
-        return super()._item(held, at)
-
-    def _operation(self, op: ast.AST, *values: PyObject) -> PyObject:
-        if any(isinstance(v, Tensor) for v in values):
-            raise _IsTensor
-        return super()._operation(op, *values)
-
-    def whole(self) -> Scope:
-        """The same, by which tensors are computed as well."""
-        return Scope(self.local, self.world, self.assigned, self.returned)
 
 
 class SizeValues:
@@ -111,7 +67,10 @@ class SizeValues:
     def _enter(self, frame: types.FrameType, event: str, _: object) -> Callable[..., Any] | None:
         code = frame.f_code
         if foreign(str(frame.f_globals.get("__name__"))) or any(part in code.co_filename for part in _LIBRARIES):
-            return None
+            if _watched(frame.f_back) is None:
+                return None
+            frame.f_trace_lines = False
+            return _Returns()
         self.ran.add(code.co_name)
         place = code.co_filename, code.co_firstlineno
         if place not in self._uses:
@@ -119,30 +78,20 @@ class SizeValues:
         uses = self._uses[place]
         if uses is None and _may_ask(code):
             self.unread.add(f"{code.co_filename}:{code.co_firstlineno}")
+        return _FrameOperands(self, uses or {})
 
-        def inside(frame: types.FrameType, event: str, arg: PyObject) -> Callable[..., Any]:
-            if event == "line" and uses is not None:
-                for use in uses.get(frame.f_lineno, ()):
-                    try:
-                        self._look(use, frame)
-                    except Exception:  # noqa: BLE001  it would end the user's own call, and the watching with it
-                        self.unread.add(f"{code.co_filename}:{frame.f_lineno}")
-            elif event == "return" and (value := _plain(arg)) is not None:
-                self.returned.setdefault(code.co_name, set()).add(value)
-            return inside
-
-        return inside
-
-    def _look(self, use: Use, frame: types.FrameType) -> None:
-        scope = _SizeScope(frame.f_locals, frame.f_globals, use.assigned, lambda _: None)
-        values = [_value_of(scope, operand) for operand in use.operands]
-        function = _resolved(scope, use.node.func) if isinstance(use.node, ast.Call) else None
+    def look(self, use: Use, scope: SizeScope, place: str, again: bool) -> bool:
+        """Enter the operands of ``use``; False where the line's calls may tell more of them, unless it is ``again``."""
+        values = [operand_value(scope, operand) for operand in use.operands]
+        function = scope.resolved(use.node.func) if isinstance(use.node, ast.Call) else None
+        if not again and (function is Unknown or any(map(is_unknown, values))):
+            return False
         if isinstance(function, _SCRIPTS) and "prim::If" in str(function.graph):
-            self.unread.add(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+            self.unread.add(place)
         if any(value is Tensor for value in values) or _followed(use, scope, function):
-            return
+            return True
         if function is int and use.kind == "call" and all(isinstance(value, int) for value in values):
-            return  # it stays as it is
+            return True  # it stays as it is
         if function is Unknown:
             self.unresolved.add(use)
         for number, value in enumerate(values):
@@ -150,99 +99,104 @@ class SizeValues:
                 key = (use, number)
                 self.values.setdefault(key, set()).add(value)
                 self.orders[key] = hash((self.orders.get(key), value))
+        return True
 
 
-def _value_of(scope: _SizeScope, node: ast.expr) -> PyObject:
-    """What an operand is; ``Tensor`` for a tensor, None for what is no number, text or tuple of these."""
-    if isinstance(node, ast.Constant):
-        return _plain(node.value)
-    if isinstance(node, Item):
-        with contextlib.suppress(Exception):
-            held = scope.whole().value(node.value)
-            held = _plain(held.item() if isinstance(held, Tensor) and not held.dim() else held)
-            return None if held is Tensor else held
-        return None
-    try:
-        return _plain(scope.value(node))
-    except _IsTensor:
-        return Tensor
-    except Unknown:
-        parts = [part for child in ast.iter_child_nodes(node) for part in _parts(scope, child)]
-        return (UNKNOWN, *parts[:_MOST])
-    except Exception:  # of the user's numbers too: a name that is not assigned yet
-        return None
+class _Returns:
+    """The trace function of a frame that is not the model's, called by one that is."""
+
+    def __call__(self, frame: types.FrameType, event: str, arg: PyObject) -> _Returns:
+        caller = _watched(frame.f_back)
+        name = frame.f_code.co_name
+        ended = arg is None and name == "<genexpr>"
+        if event == "return" and caller is not None and frame.f_back is not None and not ended:
+            at = _places(frame.f_back.f_code).get(frame.f_back.f_lasti, ())
+            caller.came_back[at] = name, arg
+        return self
 
 
-def _parts(scope: _SizeScope, node: ast.AST) -> Iterator[Any]:
-    """What can be looked up of a part of an operand: numbers, text, and how often a tensor is gone through."""
-    if isinstance(node, ast.comprehension):
-        with contextlib.suppress(Exception):
-            yield len(scope.whole().value(node.iter))
-    if isinstance(node, ast.expr):
-        value = _value_of(scope, node)
-        if value is not None and value is not Tensor:
-            yield value
-    else:
-        for child in ast.iter_child_nodes(node):
-            yield from _parts(scope, child)
+class _FrameOperands(_Returns):
+    """That of a frame of the model's."""
+
+    def __init__(self, into: SizeValues, uses: dict[int, list[Use]]) -> None:
+        self._into, self._uses = into, uses
+        self._again: list[tuple[Use, SizeScope, str]] = []
+        self.came_back: dict[Position, tuple[str, Any]] = {}
+
+    def __call__(self, frame: types.FrameType, event: str, arg: PyObject) -> _FrameOperands:
+        if event in ("line", "return"):
+            for use, scope, place in self._again:
+                self._look(use, scope, place, True)
+            self._again = []
+        if event == "line":
+            place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            for use in self._uses.get(frame.f_lineno, ()):
+                if use.owner in ("", frame.f_code.co_name) and (not use.erring or _is_caught(frame)):
+                    scope = SizeScope(
+                        frame.f_locals, frame.f_globals, use.assigned, lambda _: None, self.came_back
+                    )  # fmt: skip
+                    if not self._look(use, scope, place, False):
+                        kept = replace(scope, local=dict(frame.f_locals))
+                        self._again.append((use, kept, place))
+        elif event == "return":
+            if (value := plain(arg)) is not None:
+                self._into.returned.setdefault(frame.f_code.co_name, set()).add(value)
+            super().__call__(frame, event, arg)
+        return self
+
+    def _look(self, use: Use, scope: SizeScope, place: str, again: bool) -> bool:
+        try:
+            return self._into.look(use, scope, place, again)
+        except Exception:  # noqa: BLE001  it would end the user's own call, and the watching with it
+            self._into.unread.add(place)
+            return True
 
 
-def _plain(value: PyObject) -> PyObject:
-    if isinstance(value, Tensor):
-        return Tensor
-    if isinstance(value, (bool, np.bool_)):
-        return None
-    if isinstance(value, (int, float, str)):
-        return value
-    if isinstance(value, np.number):
-        return value.item()
-    if isinstance(value, range):
-        return value
-    if isinstance(value, (list, tuple, set, frozenset, Mapping)) and len(value) <= _MOST:
-        parts = [_plain(part) for part in value]
-        if any(part is None or part is Tensor for part in parts):
-            return None
-        return tuple(sorted(parts, key=repr)) if isinstance(value, (set, frozenset)) else tuple(parts)
-    return None
+@functools.lru_cache(maxsize=1024)
+def _places(code: types.CodeType) -> dict[int, Position]:
+    """Where each word of ``code`` stands in its source: while a function of Python's runs, its caller is at the last
+    word of the instruction that calls it, which has several. Before Python 3.11, which keeps no columns, none is known.
+    """
+    words = enumerate(getattr(code, "co_positions", tuple)())
+    return {2 * at: (line, begin, last, end) for at, (line, last, begin, end) in words if None not in (line, begin)}
 
 
-def _followed(use: Use, scope: _SizeScope, function: PyObject) -> bool:
+def _watched(frame: types.FrameType | None) -> _FrameOperands | None:
+    inside = frame.f_trace if frame is not None else None
+    return inside if isinstance(inside, _FrameOperands) else None
+
+
+def _is_caught(frame: types.FrameType) -> bool:
+    """Whether the model's code goes on behind an error in ``frame``."""
+    at: types.FrameType | None = frame
+    while at is not None:
+        if _watched(at) is not None and at.f_lineno in lines_that_catch(
+            at.f_code.co_filename, at.f_code.co_firstlineno
+        ):
+            return True
+        at = at.f_back
+    return False
+
+
+def _followed(use: Use, scope: SizeScope, function: PyObject) -> bool:
     """Whether what takes the operands is PyTorch's, and so on the tape, or the user's, and so looked at itself."""
-    if use.kind == "clip":  # of a tuple (x.shape[:-1]) there are as many in every call
-        return _resolved(scope, use.node.value) is not Tensor  # type: ignore[attr-defined]
     if use.kind == "lookup" and isinstance(use.node, ast.Subscript):
-        held = _resolved(scope, use.node.value)
+        held = scope.resolved(use.node.value)
         return held is Tensor or (held is Unknown and isinstance(use.node.slice, (ast.Slice, ast.Tuple)))
-    if not isinstance(use.node, ast.Call):
+    if not isinstance(use.node, ast.Call) or use.kind == "shapes":
         return False
+    if isinstance(scope.came_back.get(position(use.node), ("", None))[1], Tensor):  # as sum of many
+        return True
     name = called(use.node)
     if function is Tensor or (function is Unknown and isinstance(use.node.func, ast.Attribute)):
         return hasattr(Tensor, name)
-    own = isinstance(function, (type, types.FunctionType, types.MethodType)) and not foreign(function.__module__ or "")
-    if own or isinstance(function, nn.Module):
-        return True
-    return str(getattr(function, "__module__", None) or "").startswith("torch") or any(
-        getattr(module, name, None) is function for module in (torch, nn.functional)
-    )
-
-
-def _resolved(scope: _SizeScope, node: ast.expr) -> PyObject:
-    """What ``node`` is; ``Tensor`` for a tensor or a method of one, ``Unknown`` for what is not known."""
-    try:
-        value = scope.value(node)
-    except _IsTensor:
-        return Tensor
-    except Exception:
-        if isinstance(node, ast.Attribute) and _resolved(scope, node.value) is Tensor:
-            return Tensor
-        return Unknown
-    of = getattr(value, "__self__", None)
-    return Tensor if isinstance(value, Tensor) or isinstance(of, Tensor) else value
+    asks = name.startswith("sym_")  # as min and max of sizes
+    return is_own(function) or isinstance(function, nn.Module) or is_torch(function) and not asks
 
 
 def _may_ask(code: types.CodeType) -> bool:
     """Whether code asks for sizes and computes with anything, for all that its names and instructions tell."""
-    if not {"shape", "size", "numel", "nelement", "len"} & {*code.co_names}:
+    if not _SIZED & {*code.co_names}:
         return False
     steps = [*dis.get_instructions(code)]
     return any(step.opname in _ASKS for step in steps) and not _only_asserts(code, steps)

@@ -443,13 +443,23 @@ def test_calls_with_values_and_calls_of_other_threads_run_the_layers_own_code():
     assert stamps.kinds == {} and stamps.layers == []
 
 
-def test_layers_of_a_class_that_would_notice_a_subclass_are_traced_each():
-    class Final(Layer):
+class Noticing(type):
+    def __new__(meta, name, bases, table):
+        made_of_it.append(name)
+        return super().__new__(meta, name, bases, table)
+
+
+made_of_it = []
+
+
+@pytest.mark.parametrize(("metaclass", "count"), [(type, 2), (Noticing, 4)], ids=["init_subclass", "metaclass"])
+def test_no_class_of_the_user_s_is_told_of_one_that_is_made_for_a_trace(metaclass, count):
+    class Final(Layer, metaclass=metaclass):
         def __init_subclass__(cls):
             made_of_it.append(cls)
 
-    made_of_it = []
+    made_of_it.clear()
     model, x = made(tower(Final)())
     program = export_functional(model, (x,), {})
-    assert TRACED == [0, 1, 2, 3] and made_of_it == []
+    assert made_of_it == [] and len(TRACED) == count
     assert_same(program.module()(x), model(x), exact=True)

@@ -1,9 +1,12 @@
 """Python that computes with sizes is found in every way of writing it, and its sizes are verified or left to it."""
 
 import ast
+import collections
 import functools
+import linecache
 import math
 import operator
+import textwrap
 import warnings
 
 import numpy as np
@@ -34,6 +37,35 @@ class Holder:
     @property
     def size(self):
         return self.x.shape[0]
+
+    @functools.cached_property
+    def rows(self):
+        return self.x.shape[0]
+
+    def __getattr__(self, name):
+        return self.x.shape[0]
+
+    def __getitem__(self, dim):
+        return self.x.shape[dim]
+
+    def __len__(self):
+        return self.x.shape[0]
+
+
+Pair = collections.namedtuple("Pair", ["rows", "columns"])
+SIZE = functools.partial(torch.Tensor.size)
+
+
+def rows_of(x):
+    return x.shape[0]
+
+
+ROWS_OF = rows_of
+
+
+def below(n, limit):
+    if n > limit:
+        raise ValueError(n)
 
 
 @functools.lru_cache(None)
@@ -146,10 +178,10 @@ FOUND = {
     "a made shape": (lambda x: x * 2 if torch.Size([33, H]) == x.shape else x, EXACT),
     "a list": (lambda x: x * 2 if [x.shape[0]] == [33] else x, EXACT),
     "a dict": (lambda x: x * 2 if {"n": len(x)}["n"] == 33 else x, EXACT),
-    "a function": (lambda x: x * 2 if twice(len(x)) == 66 else x, EXACT),
+    "a function": (lambda x: x * 2 if twice(len(x)) == 66 else x, ((32.5, 33.5), ())),
     "a memo": (lambda x: x * 2 if cached(len(x)) else x, EXACT),
     "an attribute": (lambda x: x * 2 if Holder(x).n == 33 else x, EXACT),
-    "a property": (lambda x: x * 2 if Holder(x).size == 33 else x, EXACT),
+    "a property": (lambda x: x * 2 if Holder(x).size == 33 else x, ((32.5, 33.5), ())),
     "a lambda": (lambda x: x * 2 if (lambda n: n % 40)(len(x)) == 33 else x, EXACT),
     "reduce": (lambda x: x * 2 if functools.reduce(operator.add, [len(x), 1]) == 34 else x, EXACT),
     "a comprehension": (lambda x: x * 2 if any(len(x) == n for n in (33, 35)) else x, EXACT),
@@ -157,6 +189,67 @@ FOUND = {
     "NumPy": (lambda x: x * float(np.where(np.int64(len(x)) == 33, 1.5, 1.0)), EXACT),
     "bytes": (lambda x: x * 2 if x.nbytes == 33 * H * 4 else x, ((32.5, 33.5), ())),
     "a view": (lambda x: x * 2 if x.view(-1, 2).shape[0] == 33 * H // 2 else x, ((32.5, 33.5), ())),
+}
+WINDOW = ((22.5, 149.5), (4,))
+SPELT = {  # where a size is asked for: a window of sizes and a remainder are found in each, or no class is known
+    "x.__len__()": WINDOW,
+    "torch.Tensor.size(x, 0)": WINDOW,
+    "torch.Tensor.__len__(x)": WINDOW,
+    "type(x).size(x, 0)": WINDOW,
+    "getattr(x, 'shape')[0]": WINDOW,
+    "getattr(x, 'size')(0)": WINDOW,
+    "SIZE(x, 0)": EXACT,
+    "ROWS_OF(x)": EXACT,
+    "torch.ops.aten.sym_size.int(x, 0)": EXACT,
+    "x.untyped_storage().nbytes() // 32": ((1.5, 11.5, 74.5), (4, 32)),
+    "len(x.untyped_storage()) // 32": ((1.5, 11.5, 74.5), (4, 32)),
+    "x.T.contiguous().stride(0)": WINDOW,
+    "torch.broadcast_shapes(x.shape, (1, H))[0]": WINDOW,
+    "torch.sym_max(len(x), 1)": EXACT,
+    "operator.length_hint(x)": EXACT,
+    "operator.attrgetter('shape')(x)[0]": EXACT,
+    "operator.methodcaller('size', 0)(x)": EXACT,
+    "functools.partial(len, x)()": EXACT,
+    "[*x.shape][0]": WINDOW,
+    "x[:, 0].shape[0]": WINDOW,
+    "len([*x])": WINDOW,
+    "len(list(itertools.islice(iter(x), 999)))": EXACT,
+    "memoryview(x.numpy()).shape[0]": EXACT,
+    "torch.empty_like(x, device='meta').shape[0]": EXACT,
+    "int(torch.arange(len(x))[-1]) + 1": WINDOW,
+    "torch.ones_like(x[:, 0]).sum()": WINDOW,
+    "Holder(x).rows": EXACT,
+    "Holder(x).anything": EXACT,
+    "Holder(x)[0]": EXACT,
+    "len(Holder(x))": EXACT,
+    "Pair(*x.shape).rows": EXACT,
+    "math.prod(x.shape) // 8": EXACT,
+    "dict(n=len(x)).get('n')": EXACT,
+    "x.numpy().shape.__getitem__(0)": EXACT,
+    "x.shape.numel() // 8": EXACT,
+}
+FAILING = {  # errors that code goes on behind
+    "of a function": ("try:\n    below(len(x), 33)\nexcept ValueError:\n    x = x * 2", EXACT),
+    "of its own": ("try:\n    if len(x) > 33: raise ValueError\nexcept ValueError:\n    x = x * 2", ((33.5,), ())),
+    "asserted": ("try:\n    assert len(x) % 4\nexcept (OSError, AssertionError):\n    x = x * 2", ((), (4,))),
+    "suppressed": ("with contextlib.suppress(ValueError):\n    below(len(x), 33)\n    x = x * 2", EXACT),
+    "of a tensor": ("try:\n    x = x * x[33, 0]\nexcept IndexError:\n    pass", EXACT),
+    "raised on": ("try:\n    x = x * x[3, 0]\nexcept IndexError as error:\n    raise ValueError from error", ((), ())),
+    "of an import": ("try:\n    import nothing\n    x = nothing(x)\nexcept ImportError:\n    pass", ((), ())),
+    "of no size": ("try:\n    x = x * 2\nexcept TypeError:\n    if len(x) > 33: raise", ((), ())),
+    "not caught": ("below(len(x), 99)", ((), ())),
+}
+LOOKED_AT = {
+    "a class pattern": ("match x:\n    case torch.Tensor(shape=(33, _)):\n        x = x * 2", EXACT),
+    "a pattern of fields": ("match Pair(*x.shape):\n    case Pair(33, _):\n        x = x * 2", EXACT),
+    "a guarded pattern": ("match x.shape:\n    case (n, _) if n > 33:\n        x = x * 2", EXACT),
+    "a pattern of a dict": ("held = {'n': len(x)}\nmatch held:\n    case {'n': 33}:\n        x = x * 2", EXACT),
+    "identity": ("if len(x) is BIG: x = x * 2", EXACT),
+    "no number": ("if len(x) is None: x = x * 2", ((), ())),
+    "shapes": ("if x.is_same_size(torch.empty(33, H)): x = x * 2", EXACT),
+    "equal tensors": ("if torch.equal(torch.ones(len(x)), torch.ones(33)): x = x * 2", EXACT),
+    "equal shapes": ("if torch.equal(torch.ones(len(x)), torch.ones_like(x[:, 0])): x = x * 2", ((), ())),
+    "a list cut": ("rows = list(range(len(x)))\ndel rows[:40]\nif rows: x = x * 2", ((40.5,), ())),
 }
 LEFT = {
     "shapes": lambda x: torch.zeros(x.shape[0], 3).new_zeros(len(x), 2).view(-1).narrow(0, 0, x.shape[0]),
@@ -171,6 +264,8 @@ LEFT = {
     "rows in turn": in_turn,
     "places in a list": listed,
     "its own rows": lambda x: x * 2 if x[x[:, 0] > 0].shape[0] % 5 == 1 else x,
+    "tensors summed": lambda x: sum(twice(row) * at for at, row in enumerate(x.unbind(1))),
+    "a sum of tensors": lambda x: sum(v.var() / (v.mean() ** 2 + 1) for v in (x, x * 2)) + x,
     "a default": lambda x, held=(1, 2): x * 2 if len(held) % 2 else x,
 }
 
@@ -192,6 +287,35 @@ def test_what_code_does_with_a_size_is_found(name):
         assert uses.exact, uses
     else:
         assert (uses.limits, uses.divisors, uses.exact) == (*known, False)
+
+
+def written(name, lines):
+    """A function of ``x`` of these lines, whose source can be had."""
+    source = f"import contextlib, functools, itertools\ndef f(x):\n{textwrap.indent(lines, '    ')}\n    return x\n"
+    file = f"<{name} of {__name__}>"
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+    names = dict(globals())
+    exec(compile(source, file, "exec"), names)
+    return names["f"]
+
+
+def told(name, lines):
+    (uses,) = classes(written(name, lines)).uses
+    return EXACT if uses.exact else (uses.limits, uses.divisors)
+
+
+def test_a_size_is_found_however_it_is_asked_for():
+    window = "if 23 <= {0} < 150 and {0} % 4 == 1:\n    x = x * 2"
+    assert {text: told(text, window.format(f"({text})")) for text in SPELT} == SPELT
+    table = "x = x * TABLE.get(int({}), 1.0)"
+    assert {told(f"{text} in a table", table.format(text)) for text in SPELT} == {EXACT}
+
+
+def test_a_size_decides_by_an_error_that_is_caught_and_by_what_names_no_number():
+    cases = FAILING | LOOKED_AT
+    assert {name: told(name, lines) for name, (lines, _) in cases.items()} == {
+        name: want for name, (_, want) in cases.items()
+    }
 
 
 @pytest.mark.parametrize("name", LEFT)
@@ -280,9 +404,16 @@ def test_a_branch_behind_another_is_found_by_the_calls_that_reach_it():
     assert block.status == "declined" and "(x.shape[1] > 100, x.shape[1] % 8)" in block.reason
 
 
-def test_sizes_of_no_known_class_run_the_own_code_and_the_report_says_so(monkeypatch):
-    monkeypatch.setenv("MOEOPT_MEASURE", "off")
-    model, opt = build(WiderThanLong), moeopt.optimize(build(WiderThanLong), seeded(2, 5, H), verify="fast")
+@pytest.fixture(scope="module")
+def bound():
+    """A block that is bound to the sizes of its cases, and what was given."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEOPT_MEASURE", "off")
+        return build(WiderThanLong), moeopt.optimize(build(WiderThanLong), seeded(2, 5, H), verify="fast")
+
+
+def test_sizes_of_no_known_class_run_the_own_code_and_the_report_says_so(bound):
+    model, opt = bound
     assert [b.status for b in opt.report.blocks] == ["rewritten"]
     (note,) = [n for n in opt.report.notes if "computes with sizes of its input (x.shape[0] > x.shape[1] > 9)" in n]
     assert "calls of others run the block's own code" in note
@@ -291,6 +422,21 @@ def test_sizes_of_no_known_class_run_the_own_code_and_the_report_says_so(monkeyp
         close(opt(seeded(2, 5, H)), model(seeded(2, 5, H)))
     with torch.no_grad(), pytest.warns(StaleModelWarning, match="size 40 and 11, and its code computes with sizes"):
         assert torch.equal(opt(seeded(40, 11, H)), model(seeded(40, 11, H)))
+
+
+def test_compiled_calls_of_other_sizes_are_not_compiled_each(bound):
+    model, opt = bound
+    graphs, known = [], 0
+    torch._dynamo.reset()
+    compiled = torch.compile(opt.model, backend=lambda graph, _: graphs.append(graph) or graph)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", StaleModelWarning)
+        for count, rows in enumerate((5, 81, 85, 87, 91)):
+            close(compiled(seeded(2, rows, H)), model(seeded(2, rows, H)))
+            if count == 2:
+                known = len(graphs)
+    torch._dynamo.reset()
+    assert graphs and len(graphs) == known
 
 
 def test_a_block_that_was_verified_for_every_class_is_bound_to_none():
@@ -366,7 +512,7 @@ def test_an_error_while_the_code_is_watched_is_not_the_code_s(monkeypatch):
     def broken(*args):
         raise RuntimeError("of the watching")
 
-    monkeypatch.setattr(size_values, "_value_of", broken)
+    monkeypatch.setattr(size_values, "operand_value", broken)
     seen = SizeValues()
     assert seen.watching(asked, 3) is False
     assert [place.rpartition("/")[2].partition(":")[0] for place in seen.unread] == ["test_size_sweep.py"]
