@@ -38,6 +38,7 @@ from moeopt.lower.onnx.assemble import replace_sites
 from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
 from moeopt.lower.onnx.export import emitting, export_with_sites, own_outputs, to_onnx
 from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.lower.onnx.names import name_by_module
 from moeopt.lower.onnx.narrow_numbers import cast_narrow
 from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.lower.onnx.simplify import simplify
@@ -235,6 +236,7 @@ def write_graph(
     import onnx_ir as ir
 
     say(f"lowering {len(sites)} expert blocks")
+    name_by_module(model, [site.name for site in sites])  # what passes make of a node begins with its name
     products = take_products(model)
     if plan.provider == "cpu":
         upcast_and_tell(model, sites, plan.remarks)
@@ -274,8 +276,7 @@ def write_graph(
     built.sites, built.probes, built.float64 = records, probes, float64
     built.reasons, built.products = {site.name: plan.why(site) for site in sites}, lowered
     size = float(sum(p.stat().st_size for p in built.directory.glob(f"{graph}*")))
-    seconds = time.perf_counter() - started
-    built.facts = {"nodes": float(len(model.graph)), "bytes": size, "export_seconds": seconds}
+    built.facts = {"nodes": float(len(model.graph)), "bytes": size, "export_seconds": time.perf_counter() - started}
     return built
 
 

@@ -57,6 +57,11 @@ def test_names_are_unique_and_say_the_block(onnx_pristine):
                 assert node.name.startswith(f"{prop.value}/")
                 blocks[prop.value] = blocks.get(prop.value, 0) + 1
     assert set(blocks) == {"layers.0", "layers.1"} and len(set(blocks.values())) == 1
+    assert len([name for name in names if name.startswith(tuple(f"{block}/" for block in blocks))]) == sum(
+        blocks.values()
+    ), "only a block's nodes begin with its name"
+    assert {"layers.0.forward", "layers.1.forward"} <= {name.partition("/")[0] for name in names}
+    assert not [name for name in names if name.startswith("node_")]
     assert {p.key for p in proto.metadata_props} == {"moeopt.version"} and proto.producer_name == "moeopt"
 
 
