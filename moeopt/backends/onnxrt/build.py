@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from moeopt.backends.onnxrt.accuracy import coarse
+from moeopt.backends.onnxrt.fallback_graph import FALLBACK
 from moeopt.backends.onnxrt.id_guards import name_id_guards
 from moeopt.backends.onnxrt.label_nodes import deduplicate, describe_sites, label_nodes
 from moeopt.backends.onnxrt.missing_kernels import lines_of_float64
@@ -24,7 +25,7 @@ from moeopt.backends.onnxrt.portable import check_portable
 from moeopt.backends.onnxrt.product_nodes import lower_products, take_products
 from moeopt.backends.onnxrt.providers import available, provider_named, runtime
 from moeopt.backends.onnxrt.replay import ReplayPlan, check_emitted
-from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, data_of
+from moeopt.backends.onnxrt.session import GRAPH, data_of
 from moeopt.backends.onnxrt.size_guards import guard_sizes
 from moeopt.bundle.io_names import name_ends
 from moeopt.bundle.temp_folder import TemporaryFolder
@@ -269,7 +270,7 @@ def write_graph(
     adapt(model)
     if plan.portable:
         check_portable(model)
-    folder, graph = (TemporaryFolder(), GRAPH) if beside is None else (beside, PORTABLE)
+    folder, graph = (TemporaryFolder(), GRAPH) if beside is None else (beside, FALLBACK)
     say("writing the engine")
     ir.save(model, f"{folder.name}/{graph}", external_data=data_of(graph))
     built = BuiltGraph(folder, signature, dict(zip([s.name for s in sites], names, strict=True)))

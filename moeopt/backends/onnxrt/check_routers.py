@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from moeopt.backends.onnxrt.build import BuiltGraph, trace, write_graph
 from moeopt.backends.onnxrt.engine import OnnxEngine
+from moeopt.backends.onnxrt.fallback_graph import FALLBACK
 from moeopt.backends.onnxrt.plan import OrtPlan
-from moeopt.backends.onnxrt.session import GRAPH, PORTABLE
+from moeopt.backends.onnxrt.session import GRAPH
 from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import NotEquivalentError
@@ -99,7 +100,7 @@ def alone(
 
 def itself(built: BuiltGraph, plan: OrtPlan) -> RoutedBlock:
     """The same of an engine whose model is one block."""
-    graph, form = (GRAPH, built) if built.cpu_fallback is None else (PORTABLE, built.cpu_fallback)
+    graph, form = (GRAPH, built) if built.cpu_fallback is None else (FALLBACK, built.cpu_fallback)
     return RoutedBlock(built.directory, graph, form.signature, form.sites, plan)
 
 
