@@ -28,7 +28,7 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import NotEquivalentError
 from moeopt.ir.row_function import RowFunction
 from moeopt.rewrite.install import rewritten_forward
-from moeopt.value_types import PyObject
+from moeopt.value_types import FxTarget, PyObject
 from moeopt.verification.model import run_plain
 from moeopt.verification.results import BlockCheck
 from moeopt.verification.row_calls import Unpinned
@@ -162,7 +162,7 @@ def _rewritten(module: nn.Module) -> PyObject:
         return None
     program, steps = forward.program, []
     for node in program.block.graph.nodes:
-        told: Any = node.target
+        told: FxTarget = node.target
         if node.op == "get_attr":
             told = _describe_tensor(operator.attrgetter(str(node.target))(module))
         steps.append((node.op, str(told), str(node.args), str(node.kwargs)))
