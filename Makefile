@@ -86,7 +86,7 @@ build/optimum/.ready:
 		|| echo 'optimum-onnx could not be installed: its test is skipped'
 	@touch $@
 
-demo: $(READY)  ## two models, for PyTorch and as engines, and a table of what it gained: a few minutes
+demo: $(READY)  ## two models, for PyTorch and as engines, and a table of what it gained: 1 to 2 minutes, and a few for the set-up
 	PYTHONPATH=. $(PY) examples/demo.py $(ARGS)
 
 examples: $(READY)  ## the shorter examples: a home-made block, and a dense FFN in groups

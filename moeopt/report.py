@@ -127,7 +127,7 @@ class Report:
     seconds: float = 0.0
     notes: tuple[str, ...] = field(default=())
     graph: dict[str, Any] | None = None
-    certificate: Any = field(default=None, repr=False, compare=False)
+    certificate: PyObject = field(default=None, repr=False, compare=False)
     passes: tuple[PassRecord, ...] = ()
     print_passes: bool | tuple[str, ...] = False
 

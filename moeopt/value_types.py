@@ -1,7 +1,7 @@
 """Names for values that have no Python type here: of libraries that load lazily or have no types, and of users' code.
 
 Each name is ``Any`` to the type checker and says to the reader what stands there. No other file writes a bare ``Any``
-as the type of a parameter or as a result (``tests/test_types.py``).
+as the type of a parameter, a result, a field or a variable (``tests/test_types.py``).
 """
 
 from typing import Any, TypeAlias
@@ -32,6 +32,15 @@ FxArg: TypeAlias = Any
 
 FxTarget: TypeAlias = Any
 """The target of an ``fx.Node``: an overload of ATen, a Python function, or a name."""
+
+TritonDtype: TypeAlias = Any
+"""A dtype of ``triton.language``, or None where the kernel has no such value."""
+
+ExpertFunction: TypeAlias = Any
+"""What each expert computes: an ``ExpertsSpec``, or a ``RowFunction`` where it fits none."""
+
+ExpertBank: TypeAlias = Any
+"""The weights of a block's experts: ``ExpertWeights``, or a ``SlotBank`` for a ``RowFunction``."""
 
 JsonValue: TypeAlias = Any
 """What ``json`` reads: None, a bool, a number, a string, a list or a dict of such."""

@@ -28,6 +28,27 @@ def test_every_design_note_is_listed():
     assert listed == {p.name for p in folder.glob("*.md")} - {"README.md"}
 
 
+def test_every_folder_of_the_package_is_told():
+    told = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "how-it-works.md").read_text().partition("## The folders")[2]))
+    folders = {path.parent.name for path in (ROOT / "moeopt").glob("*/__init__.py")}
+    assert folders <= told, sorted(folders - told)
+    assert {word for word in told if word.islower()} - {"optimize", "load", "verify"} == folders, "of a folder that was"
+
+
+def test_the_first_page_has_the_figures_of_the_readme():
+    rows = re.findall(
+        r"^(?:home-made|Qwen3).*?x +([\d.]+)x.* (\d+ of \d+|\S+ off)$", (ROOT / "README.md").read_text(), re.M
+    )
+    text = " ".join((ROOT / "docs" / "index.md").read_text().split())
+    told = re.search(
+        r"is ([\d.]+) times as fast for 16 tokens in PyTorch, ([\d.]+) times as an ONNX engine; .* "
+        r"([\d.]+) and ([\d.]+) times, with (\d+ of \d+) greedy",
+        text,
+    )
+    assert told is not None and len(rows) == 4
+    assert list(told.groups()) == [*(few for few, _ in rows), rows[2][1]] and rows[2][1] == rows[3][1]
+
+
 def test_readme_code_runs(tmp_path, monkeypatch):
     from examples.quickstart import TwoOfEight
 

@@ -1,5 +1,6 @@
 """What a release is made of: metadata, a README that holds outside the repository, archives, and what GitHub reads."""
 
+import json
 import os
 import re
 import subprocess
@@ -40,6 +41,16 @@ def test_the_source_archive_holds_what_its_pages_tell_to_run(tmp_path):
     wanted = {"benchmarks/onnx_models.py", "examples/demo.py", "tests/test_publishing.py", ".ci/run", "CITATION.cff"}
     assert wanted <= names
     assert not [n for n in names if n.endswith((".whl", ".so", ".pyc")) or n.startswith((".venv", "build/"))]
+
+
+def test_the_pythons_of_the_index_are_those_that_are_promised():
+    project = (ROOT / "pyproject.toml").read_text()
+    told = re.findall(r"Python :: (3\.\d+)", project)
+    run = {row["python"].rpartition(".")[0] for row in json.loads((ROOT / "tests/matrix/results.json").read_text())}
+    assert told[0] == re.search(r'requires-python = ">=(3\.\d+)"', project)[1] and run <= set(told)
+    assert [int(version[2:]) for version in told] == list(range(int(told[0][2:]), int(told[-1][2:]) + 1))
+    pages = (ROOT / "docs" / "start.md").read_text()
+    assert all(version in run or f"Python {version} " in pages for version in told), "run, or said what is known of it"
 
 
 def test_nothing_built_or_downloaded_is_in_the_repository():

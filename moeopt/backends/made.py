@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -25,11 +24,11 @@ class Made:
         built: the backend's own record of an engine; None where ``model`` is the user's own module.
     """
 
-    model: Any
+    model: PyObject
     report: Report
     certificate: Certificate
     source: dict[str, str] | None = None
-    built: Any = None
+    built: PyObject = None
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Opened:
         notes: sentences for the certificate.
     """
 
-    engine: Any
+    engine: PyObject
     executed: bool
     device: str
     notes: Sequence[str] = ()

@@ -4,6 +4,11 @@
     returns {"logits": .., "rest": (.., ..)} logits, rest.0, rest.1;  a lone tensor is "output"
 
 A name that is taken already, by an input say, gets "_out" or a number behind it; so every name is unique.
+
+Free sizes are called by the end and the axis where they stand first, so that equal ones have one name; the two of a
+tokenizer's ids are batch and sequence:
+
+    x (x_0, x_1, 64), mask (x_0, x_1)        input_ids (batch, sequence)
 """
 
 from __future__ import annotations
@@ -18,6 +23,10 @@ from moeopt.value_types import PyObject
 KEY = "causal_lm"
 """Where the signature of a causal language model keeps how its caller is called."""
 _OTHER = re.compile(r"[^A-Za-z0-9_.]")
+_SIZE = re.compile(r"[A-Za-z_]\w*")
+_MADE_UP = re.compile(r"[su]\d+")
+"""What torch calls a size that nobody named."""
+_KNOWN = {"input_ids": ("batch", "sequence"), "inputs_embeds": ("batch", "sequence"), "pixel_values": ("batch",)}
 
 
 def input_names(signature: Mapping[str, Any]) -> list[str]:
@@ -35,7 +44,7 @@ def output_names(signature: Mapping[str, Any], taken: Iterable[str]) -> list[str
 
 
 def name_ends(graph: PyObject, signature: dict[str, Any]) -> None:
-    """Rename the ends of an ``onnx_ir`` graph, and write the names into ``signature``.
+    """Rename the ends of an ``onnx_ir`` graph and their free sizes, and write the names into ``signature``.
 
     An input entry gets ``"onnx"`` if it is a tensor of the graph, an output entry always.
     """
@@ -65,6 +74,70 @@ def name_ends(graph: PyObject, signature: dict[str, Any]) -> None:
             by_name[entry["name"]].name = entry["onnx"]
     for number, name in tensors:
         graph.outputs[number].name = name
+    if KEY not in signature:  # whose sizes have names
+        _name_free_sizes(graph, signature)
+
+
+def name_sizes(graph: PyObject, names: Mapping[str, str]) -> None:
+    """Rename free sizes wherever a shape of ``graph`` names them, alone or in an expression (``s70 + s44``)."""
+    import onnx_ir as ir
+
+    def renamed(dim: PyObject) -> int | ir.SymbolicDim:
+        word = getattr(dim, "value", dim)
+        return ir.SymbolicDim(_SIZE.sub(lambda m: names.get(m[0], m[0]), word)) if isinstance(word, str) else dim
+
+    inner = [value for node in graph.all_nodes() for value in node.outputs]
+    for value in (*graph.inputs, *graph.outputs, *inner):
+        if value.shape is not None:
+            value.shape = ir.Shape([renamed(dim) for dim in value.shape])  # a shape may be frozen
+
+
+def _name_free_sizes(graph: PyObject, signature: dict[str, Any]) -> None:
+    """Names for sizes that have none yet; another graph of the same ends may have given them to ``signature``."""
+    entries = [entry for entry in signature["inputs"] if "onnx" in entry]
+    stated = [size for entry in entries for size in entry["shape"] if isinstance(size, str)]
+    names = _SizeNames({size for size in stated if not _MADE_UP.fullmatch(size)})
+    for entry in entries:
+        sizes = list(enumerate(entry["shape"]))
+        entry["shape"] = [names.give(n, entry["onnx"], axis) if isinstance(n, str) else n for axis, n in sizes]
+    signature["sizes"] = {names.get(size, size): bounds for size, bounds in signature["sizes"].items()}
+    shapes = {entry["onnx"]: entry["shape"] for entry in entries}
+    for value in graph.inputs:
+        told = zip(_words(value), shapes.get(value.name, ()), strict=False)
+        names.update({size: name for size, name in told if size is not None and isinstance(name, str)})
+    for value in graph.outputs:
+        for axis, size in enumerate(_words(value)):
+            if size is not None:
+                names.give(size, value.name, axis)
+    name_sizes(graph, names)
+
+
+class _SizeNames(dict[str, str]):
+    """What free sizes are called, by what torch called them. ``used``: names that others have."""
+
+    def __init__(self, used: set[str]) -> None:
+        super().__init__()
+        self._used = used
+
+    def give(self, size: str, end: str, axis: int) -> str:
+        """The name of ``size``, which stands at ``axis`` of ``end``; one that a person gave stays."""
+        if size in self or not _MADE_UP.fullmatch(size):
+            return self.get(size, size)
+        known = _KNOWN.get(end, ())
+        name = known[axis] if axis < len(known) else ""
+        if not name or name in self._used:
+            name = f"{end}_{axis}".replace(".", "_")
+        while name in self._used:
+            name += "_"
+        self._used.add(name)
+        self[size] = name
+        return name
+
+
+def _words(value: PyObject) -> list[str | None]:
+    """Of each size of a value: its name, None for a number or an expression."""
+    words = [getattr(dim, "value", dim) for dim in value.shape or ()]
+    return [word if isinstance(word, str) and word.isidentifier() else None for word in words]
 
 
 def inputs_of(graph: PyObject, signature: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from moeopt.value_types import JsonValue
+
 Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 Text = Annotated[str, Meta(max_length=1 << 20)]
 Name = Annotated[str, Meta(max_length=4096)]
@@ -24,7 +26,7 @@ class Input(Struct):
     device: Name | UnsetType = UNSET
     shape: list[int | Name | None] | UnsetType = UNSET
     number: Literal["int", "float", "bool"] | UnsetType = UNSET
-    constant: Any = None
+    constant: JsonValue = None
 
 
 class Signature(Struct):
@@ -32,8 +34,8 @@ class Signature(Struct):
 
     parameters: list[Name] = []
     inputs: list[Input] = []
-    in_tree: Any = None
-    out_tree: Any = None
+    in_tree: JsonValue = None
+    out_tree: JsonValue = None
 
 
 class BlockRecord(Struct):
@@ -109,8 +111,8 @@ class PlanRecord(Struct):
     cuda: Count | None = None
     flags: list[Name] = []
     profiles: list[dict[str, list[list[Count]]]] = []
-    inputs: Any = None
-    outputs: Any = None
+    inputs: JsonValue = None
+    outputs: JsonValue = None
     layers: dict[str, Count] = {}
     activation_bytes: Count = 0
     weights_bytes: Count = 0
@@ -120,7 +122,7 @@ class GoldenRecord(Struct):
     """``distance`` has a reader of its own: ``golden.read_distance``."""
 
     runs: Count = 0
-    distance: Any = None
+    distance: JsonValue = None
     why: Text = ""
 
 
@@ -135,17 +137,17 @@ class ManifestFile(Form):
     dynamic: dict[str, Annotated[list[int | None], Meta(min_length=2, max_length=2)]] = {}
     blocks: list[BlockRecord] = []
     golden: GoldenRecord | None = None
-    portable: Any = None
+    portable: JsonValue = None
     native: NativeRecord | None = None
     activations: Name | None = None
     variables: dict[str, Text] = {}
-    tensorrt: Any = None
+    tensorrt: JsonValue = None
 
 
 class GraphNode(Struct):
     """One call of a torch graph."""
 
-    op: Any
+    op: JsonValue
     args: list[Any]
     out: Name
     kwargs: dict[str, Any] = {}
@@ -155,20 +157,20 @@ class GraphFile(Struct):
     """``graph.json``."""
 
     parameters: list[Name]
-    in_tree: Any
-    out_tree: Any
+    in_tree: JsonValue
+    out_tree: JsonValue
     inputs: list[Input]
     weights: dict[str, Name]
     nodes: list[GraphNode]
     outputs: list[Any]
     write_back: list[dict[str, Name]]
-    sizes: Any
+    sizes: JsonValue
 
 
 class Output(Struct):
     onnx: Name | UnsetType = UNSET
     tensor: Count | UnsetType = UNSET
-    constant: Any = None
+    constant: JsonValue = None
 
 
 class CausalInput(Struct):
@@ -206,7 +208,7 @@ class Causal(Struct):
     model_type: Name = ""
     own_class: bool = False
     own_generation: list[Name] = []
-    conditions: Any = []
+    conditions: JsonValue = []
     condition_leaves: dict[Annotated[str, Meta(pattern="^[0-9]{1,9}$")], Name] = {}
 
 
@@ -214,10 +216,10 @@ class SignatureFile(Struct):
     """``signature.json``."""
 
     parameters: list[Name]
-    in_tree: Any
-    out_tree: Any
+    in_tree: JsonValue
+    out_tree: JsonValue
     inputs: list[Input]
     outputs: list[Output]
-    sizes: Any
-    conditions: Any = []
+    sizes: JsonValue
+    conditions: JsonValue = []
     causal_lm: Causal | None = None

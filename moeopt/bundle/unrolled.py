@@ -37,7 +37,7 @@ def unrolled(node: fx.Node, name: ValueName) -> list[dict[str, Any]]:
     x, ids, weights, slots, text = node.args
     spec, call = RowFunction.decode(str(text)), _Calls(node.name, name)
     body, each = spec.body, len(spec.body.slots)
-    rows: Any = x.meta["val"].dtype  # type: ignore[union-attr]
+    rows: PyObject = x.meta["val"].dtype  # type: ignore[union-attr]
     top_k = int(ids.meta["val"].shape[1])  # type: ignore[union-attr]
     out = getattr(torch, spec.out_dtype) if spec.out_dtype else rows
     accum = getattr(torch, spec.accum_dtype) if spec.accum_dtype else out

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -122,7 +121,7 @@ def is_assertion(run: Callable[[TorchDispatchMode], object], line: str) -> bool:
 
 def raised_in(err: BaseException, code: CodeType | None) -> bool:
     """Whether a ``raise`` or an ``assert`` of the function of ``code`` raised it."""
-    where: Any = err.__traceback__
+    where: PyObject = err.__traceback__
     while where is not None and where.tb_next is not None:
         where = where.tb_next
     if where is None or where.tb_frame.f_code is not code:

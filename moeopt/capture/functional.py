@@ -65,7 +65,7 @@ def may_write(func: FxTarget) -> bool:
 class Twin:
     """``func(*args, **kwargs)`` computes what the in-place call writes; ``after`` shapes it to fit."""
 
-    func: Any
+    func: PyObject
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     after: Callable[[fx.Node, fx.Node], list[tuple[Any, tuple[Any, ...]]]]

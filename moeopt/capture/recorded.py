@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from moeopt.capture.tree import leaves_of
-from moeopt.value_types import PyObject
+from moeopt.value_types import FxArg, PyObject
 
 
 @dataclass(eq=False)
@@ -27,7 +27,7 @@ class Call:
     last: int = -1
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-    output: Any = None
+    output: FxArg = None
     autocast: bool = False
     mode: str = ""
 
@@ -48,7 +48,7 @@ class Tape:
     calls: list[Call]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: Any
+    output: FxArg
     mutations: dict[fx.Node, fx.Node]
     attributes: dict[tuple[str, str], Any]
     in_place: set[tuple[str, str]]

@@ -52,7 +52,7 @@ class Recorder(MemoryNodes):
     ) -> None:
         super().__init__(state, keep_values)
         self.steer, self.lenient = steer, lenient
-        self._ran: Any = _NOT_RUN
+        self._ran: PyObject = _NOT_RUN
         self.root, self.state = root, state
         self.calls: list[Call] = []
         self.reads: list[Read] = []

@@ -17,7 +17,7 @@ from torch import fx
 
 from moeopt.capture.op_kinds import is_pointwise, moves_rows, op_name
 from moeopt.capture.tape import Tape
-from moeopt.value_types import PyObject
+from moeopt.value_types import FxArg, PyObject
 
 aten = torch.ops.aten
 CONFLICT, UNTRACKED = -2, -1
@@ -80,7 +80,7 @@ def replay(
         for node in nodes:
             if node in given:
                 continue
-            looked: Any = fx.map_arg((node.args, node.kwargs), look)
+            looked: FxArg = fx.map_arg((node.args, node.kwargs), look)
             args, kwargs = looked
             if dtype is not None:
                 kwargs = {k: _wide(v, dtype) if k == "dtype" else v for k, v in kwargs.items()}
@@ -162,7 +162,7 @@ def _move(tape: Tape, node: fx.Node, labels: dict[fx.Node, torch.Tensor]) -> PyO
             return value
         return torch.full(value.shape, UNTRACKED, dtype=torch.long)
 
-    looked: Any = fx.map_arg((node.args, node.kwargs), look)
+    looked: FxArg = fx.map_arg((node.args, node.kwargs), look)
     args, kwargs = looked
     name = op_name(node)
     if node.target is operator.getitem:

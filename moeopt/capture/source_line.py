@@ -6,16 +6,17 @@ import sys
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
+
+from moeopt.value_types import PyObject
 
 _NOT_THE_USERS = (torch.__path__[0], str(Path(__file__).parents[1]))
 
 
 def user_line() -> str:
     """``file:line`` of the innermost frame that is neither torch's nor ours."""
-    frame: Any = sys._getframe(1)
+    frame: PyObject = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith(_NOT_THE_USERS) and not name.startswith("<"):  # for every call on a tape: no call here

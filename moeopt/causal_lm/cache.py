@@ -39,7 +39,7 @@ def read_cache(cache: PyObject, layers: Sequence[Mapping[str, Any]], rows: int, 
         for name, at in layer.items():
             wanted = tuple(_shape(at, rows, length))
             part = parts.get(name)
-            given: Any = tuple(part.shape) if isinstance(part, Tensor) else "nothing"
+            given: PyObject = tuple(part.shape) if isinstance(part, Tensor) else "nothing"
             if isinstance(part, Tensor) and str(part.dtype) != f"torch.{at['dtype']}":
                 raise UsageError(
                     f"past_key_values: layer {number} has {name} in {str(part.dtype).removeprefix('torch.')}, and the "

@@ -10,13 +10,11 @@ N counts the layers of the cache, those without keys too. Other states keep thei
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
-from moeopt.value_types import OnnxGraph, PyObject
+from moeopt.value_types import OnnxGraph
 
 _WORDS = {"keys": "key", "values": "value"}
-_SIZE = re.compile(r"[A-Za-z_]\w*")
 
 
 def past_name(layer: int, part: str) -> str:
@@ -47,20 +45,6 @@ def rename_ends(graph: OnnxGraph, names: Mapping[str, str]) -> None:
             used.add(value.name)
     for value in ends.values():
         value.name = names.get(value.name, value.name)
-
-
-def name_sizes(graph: OnnxGraph, names: Mapping[str, str]) -> None:
-    """Rename free sizes wherever a shape of ``graph`` names them, alone or in an expression (``s70 + s44``)."""
-    import onnx_ir as ir
-
-    def renamed(dim: PyObject) -> int | ir.SymbolicDim:
-        word = getattr(dim, "value", dim)
-        return ir.SymbolicDim(_SIZE.sub(lambda m: names.get(m[0], m[0]), word)) if isinstance(word, str) else dim
-
-    inner = [value for node in graph.all_nodes() for value in node.outputs]
-    for value in (*graph.inputs, *graph.outputs, *inner):
-        if value.shape is not None:
-            value.shape = ir.Shape([renamed(dim) for dim in value.shape])  # a shape may be frozen
 
 
 def free_sizes(graph: OnnxGraph, past: Iterable[str]) -> dict[str, str]:

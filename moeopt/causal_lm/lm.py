@@ -49,7 +49,7 @@ from moeopt.lower.onnx.sites import Sites
 from moeopt.lower.stamps import Stamps
 from moeopt.lower.written_state import written_by
 from moeopt.patches import no_results_kept, one_trace, quicker_export, quiet
-from moeopt.value_types import PyObject
+from moeopt.value_types import OnnxModel, PyObject
 from moeopt.verification.model import run_plain
 from moeopt.verification.state import RestoreState
 
@@ -68,10 +68,10 @@ class CausalLMExport:
         program: the ``ExportedProgram`` that ``model`` was made of; it knows what the trace took for granted.
     """
 
-    model: Any
+    model: OnnxModel
     sites: list[ExpertsNode]
     signature: dict[str, Any]
-    program: Any
+    program: PyObject
 
 
 def is_causal_lm(model: nn.Module) -> bool:

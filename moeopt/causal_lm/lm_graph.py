@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from moeopt.bundle.io_names import name_sizes
 from moeopt.cache_names import cache_parameter, field_named
-from moeopt.causal_lm.end_names import free_sizes, name_sizes, past_name, present_name, rename_ends
+from moeopt.causal_lm.end_names import free_sizes, past_name, present_name, rename_ends
 from moeopt.causal_lm.layers import ATTENTION, parts_of
 from moeopt.errors import Declined
 from moeopt.value_types import OnnxGraph, PyObject

@@ -41,11 +41,11 @@ class Mixer:
     name: str
     module: nn.Module
     leaves: list[Any]
-    form: Any
+    form: PyObject
     tokens: list[int]
     cache: int
     ends: list[Any]
-    result: Any
+    result: PyObject
     layer: int
     states: list[str]
 

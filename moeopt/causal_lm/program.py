@@ -74,7 +74,7 @@ def traced(mixer: Mixer, size: int) -> torch.export.ExportedProgram:
     of_tokens: list[dict[int, Any]] = [{0: auto} for _ in tokens]
     if size > 1:
         of_tokens = [axes | {1: auto} for axes in of_tokens]
-    free: Any = ([{} for _ in weights], of_tokens, [{0: auto} for _ in states])
+    free: PyObject = ([{} for _ in weights], of_tokens, [{0: auto} for _ in states])
     with one_trace, torch.no_grad(), quiet():
         call = (weights, sized(tokens, size), states)
         return torch.export.export(_MixerModule(MixerProgram(mixer)), call, dynamic_shapes=free, strict=False)

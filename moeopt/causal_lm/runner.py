@@ -68,7 +68,7 @@ class CausalLM:
         check: Callable[[Mapping[str, Tensor]], None] = lambda feeds: None,
     ) -> None:
         self.session, self.signature, self._check = session, signature, check
-        self._shell: Any = None
+        self._shell: PyObject = None
 
     @property
     def device(self) -> torch.device:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -107,5 +106,5 @@ class _Shape(Deferred):
     def __getitem__(self, index: PyObject) -> torch.Tensor:
         self.read.note(self._name)
         with self._without_values:
-            made: Any = torch.empty(self.shape, dtype=self.dtype)
+            made: PyObject = torch.empty(self.shape, dtype=self.dtype)
             return made[index]  # type: ignore[no-any-return]

@@ -19,7 +19,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -89,7 +88,7 @@ class StreamedModel:
         scratch: the floats of a quantised checkpoint, where no bundle was asked for.
     """
 
-    model: Any
+    model: PyObject
     layers: tuple[str, ...]
     notes: list[str]
     options: Options

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from moeopt.checkpoint.tasks import auto_class, check_task
 from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Structure:
         rest_bytes: of the largest Parameter outside the layers.
     """
 
-    model: Any
+    model: PyObject
     layers: tuple[str, ...]
     bytes: int
     layer_bytes: int

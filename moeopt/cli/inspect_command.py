@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,6 +11,7 @@ from moeopt.cli.hugging_face import cached_directory
 from moeopt.cli.target import load_target
 from moeopt.cli.words import Trust
 from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
 
 FORMS = (
     "a Hugging Face directory, a config.json, a cached model's name, an .onnx file, module:factory or file.py:factory"
@@ -31,7 +32,7 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout, and nothing else")] = False,
 ) -> None:
     """Count a model's experts and parameters, and say what it needs; reads no weight."""
-    subject: Any = target
+    subject: PyObject = target
     if not Path(target).exists() and cached_directory(target) is None:
         if ":" not in target:
             raise UsageError(f"{target} does not exist: give {FORMS}")

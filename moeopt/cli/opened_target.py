@@ -24,8 +24,8 @@ class OpenedTarget:
     ``fields`` are the options that are left for ``moeopt.optimize``, ``notes`` sentences for the report.
     """
 
-    model: Any
-    inputs: Any
+    model: PyObject
+    inputs: PyObject
     fields: dict[str, Any]
     streamed: PyObject = None
     notes: tuple[str, ...] = ()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from moeopt.cli.inspect_command import FORMS
 from moeopt.cli.target import load_target
 from moeopt.cli.words import Trust
+from moeopt.value_types import PyObject
 
 
 def plan_command(
@@ -25,7 +26,7 @@ def plan_command(
     """Place a model's experts on a cluster: what fits, what is sent, where expert parallelism pays. Reads no weight."""
     from moeopt.planning import plan
 
-    subject: Any = target
+    subject: PyObject = target
     if ":" in target and not Path(target).exists():
         subject, _ = load_target(target)
     found = plan(

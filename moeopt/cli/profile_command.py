@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ from moeopt.cli.words import Trust
 from moeopt.errors import UsageError
 from moeopt.html import check_target
 from moeopt.untrusted import shown
+from moeopt.value_types import PyObject
 
 DATA = "module:function or file.py:function that returns batches (an iterable of inputs), or one call's inputs"
 
@@ -43,7 +44,7 @@ def profile_command(
     model, inputs = load_target(source, trust_remote_code=trust_remote_code, seed=seed)
     from moeopt.profiling import profile  # needs torch, which the target has brought by now
 
-    given: Any = inputs if data is None else load_data(data)
+    given: PyObject = inputs if data is None else load_data(data)
     say = None if quiet else lambda line: print(line, file=sys.stderr, flush=True)
     found = profile(model, given, measure=measure, seed=seed, progress=say)
     told = [random] if random else []

@@ -10,7 +10,6 @@ A choice counts if the run goes on with it. Between the product and the choice s
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import fx
@@ -19,6 +18,7 @@ from moeopt.capture.op_kinds import is_matmul, is_pointwise, moves_rows, op_name
 from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.recognise.gemm_site import is_computed_weight, is_weight
+from moeopt.value_types import FxArg
 
 _IDS = {"argmax", "argmin", "argsort", "multinomial", "bucketize", "searchsorted"}
 _VALUES_AND_IDS = {"topk", "sort", "max", "min", "kthvalue", "mode"}
@@ -138,7 +138,7 @@ def _picks(node: fx.Node, mask: fx.Node) -> bool:
     if name in ("nonzero", "masked_select", "gather", "scatter", "_local_scalar_dense", *_GROUPED):
         return True
     if name in ("index", "index_put"):
-        places: Any = node.args[1]
+        places: FxArg = node.args[1]
         return mask in leaves_of(fx.Node, [places])
     grows = is_pointwise(node) or name in ("expand", "repeat")
     return is_matmul(node) or (grows and _count(node) > _count(mask) > 0)

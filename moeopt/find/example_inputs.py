@@ -49,7 +49,7 @@ def without_cache(model: nn.Module, call: ArgsKwargs) -> ArgsKwargs:
     nothing (a classifier): its cache is a result as others are.
     """
     args, kwargs = call
-    unwrap: Any = getattr(model, "get_base_model", None)  # of peft, whose own forward hands **kwargs on
+    unwrap: PyObject = getattr(model, "get_base_model", None)  # of peft, whose own forward hands **kwargs on
     wrapped = model if unwrap is None else unwrap()
     if not hasattr(model, "main_input_name") or not _takes_use_cache(wrapped):
         return call
@@ -71,7 +71,7 @@ def _takes_use_cache(model: nn.Module) -> bool:
     parameters = inspect.signature(model.forward).parameters
     if "use_cache" in parameters:
         return True
-    generates: Any = getattr(model, "can_generate", None)
+    generates: PyObject = getattr(model, "can_generate", None)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return open_ended and generates is not None and bool(generates())
 

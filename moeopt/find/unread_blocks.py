@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -19,6 +18,7 @@ from moeopt.find.module_lists import alike_lists, feed_forward_lists, gate_width
 from moeopt.find.parallel_lists import are_layers, called_by_layers, one_mixture
 from moeopt.find.row_branches import weighed_branches
 from moeopt.recognise.gemm_site import is_weight
+from moeopt.value_types import FxArg
 
 _IDLE = (
     "none of its {} experts ran on the example inputs: no row was sent to one, so what they compute was not seen; give "
@@ -218,7 +218,7 @@ class UnreadBlocks:
         lookups: dict[fx.Node, list[fx.Node]] = {}
         matrices = set[fx.Node]()  # choices that look up matrices too: their rows are these matrices' biases
         for node in self.tape.nodes:
-            table: Any = node.args[0] if op_name(node).removesuffix("_forward_only") in _LOOKUPS else None
+            table: FxArg = node.args[0] if op_name(node).removesuffix("_forward_only") in _LOOKUPS else None
             if not isinstance(table, fx.Node) or table.op != "get_attr" or len(node.all_input_nodes) < 2:
                 continue
             choice = made_by(node.all_input_nodes[1], ("topk", "sort"))

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
 from moeopt.inspection.shapes import FFN, ffn_of
 from moeopt.inspection.structure import MoEBlock
 from moeopt.inspection.tree import Tree, parent, within
+from moeopt.value_types import PyObject
 
 
 @dataclass
@@ -148,7 +148,7 @@ def _ends(tree: Tree, roles: Roles) -> None:
 
 def _text_paths(tree: Tree) -> list[str]:
     """Modules of the text part of a model with several parts (vision, audio); none where there is one part."""
-    config: Any = getattr(tree.root, "config", None)
+    config: PyObject = getattr(tree.root, "config", None)
     get = getattr(config, "get_text_config", None)
     text = get() if callable(get) else config
     if text is config or text is None:

@@ -70,13 +70,13 @@ class Kind:
     path: str
     layer: nn.Module
     cls: type
-    call: Any
+    call: PyObject
     sizes: int
     around: list[Any]
     number: int = field(default_factory=_numbers.__next__)
     outputs: list[Tensor] = field(default_factory=list)
     returned: int = 0
-    result: Any = None
+    result: PyObject = None
     read: set[AttributePlace] = field(default_factory=set)
     slot: SlotCall | None = None
 

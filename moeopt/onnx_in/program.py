@@ -59,7 +59,7 @@ class SizeTerm:
 
     def of(self, inputs: Sequence[Tensor]) -> PyObject:
         """Its value for these inputs."""
-        product: Any = None if self.dims and self.factor == 1 else self.factor
+        product: PyObject = None if self.dims and self.factor == 1 else self.factor
         for number, dim in self.dims:
             size = inputs[number].shape[dim]
             product = size if product is None else product * size

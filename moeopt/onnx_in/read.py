@@ -41,7 +41,7 @@ class OnnxFile:
     proto: OnnxModel
     directory: Path | None = None
     path: Path | None = None
-    _model: Any = field(default=None, repr=False)
+    _model: OnnxModel = field(default=None, repr=False)
 
     @property
     def opset(self) -> int:

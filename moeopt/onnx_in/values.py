@@ -27,7 +27,7 @@ class SizeValue:
     """
 
     def __init__(self, array: PyObject, dtype: torch.dtype = torch.int64, constant: Tensor | None = None) -> None:
-        self.array: Any = np.asarray(array, dtype=object)
+        self.array: PyObject = np.asarray(array, dtype=object)
         self.dtype, self.constant = dtype, constant
 
     @property

@@ -7,11 +7,12 @@ Shape legend: E experts, O rows of W (2I when gated, I when plain), H hidden, I 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from moeopt.errors import UsageError
+from moeopt.value_types import PyObject
 
 Biases = Sequence[Tensor | None]
 
@@ -75,7 +76,7 @@ class StackedExpertWeights:
         self.b_out_s = b_out
         self.norm_s = norm
         self.num_experts: int = w_out.shape[0]
-        self.known: Any = None  # what a kernel worked out of these tensors, and how they lay then
+        self.known: PyObject = None  # what a kernel worked out of these tensors, and how they lay then
         _one_each("StackedExpertWeights", self.w_in_s, self.b_in_s)
         _same_length("StackedExpertWeights", self.num_experts, [*self.w_in_s, *self.b_in_s, b_out, norm])
 

@@ -148,7 +148,7 @@ def check_device(device: torch.device | None) -> None:
 
 
 def as_dtype(value: PyObject) -> torch.dtype | None:
-    found: Any = value
+    found: PyObject = value
     if isinstance(value, str):
         word = value.removeprefix("torch.").lower()
         found = getattr(torch, _SHORT_DTYPES.get(word, word), None)

@@ -91,8 +91,8 @@ class Options:
             needed to measure a loss, and one that is also in ``data`` makes the loss look smaller than it is.
     """
 
-    device: Any = None
-    dtype: Any = None
+    device: PyObject = None
+    dtype: PyObject = None
     verify: Verify = field(
         default_factory=lambda: cast(Verify, from_variable("MOEOPT_VERIFY", "strict", str, "a level"))
     )
@@ -100,15 +100,15 @@ class Options:
     tokens: tuple[int, ...] | None = None
     dense: DenseMode = "leave"
     experts: int | None = None
-    groups: Any = field(default=None, hash=False)
+    groups: PyObject = field(default=None, hash=False)
     target: str | None = None
-    profile: Any = field(default=None, hash=False)
+    profile: PyObject = field(default=None, hash=False)
     portable: bool = False
     tf32: bool = False
     timing_cache: str | None = None
     build_seconds: float = 3600.0
     build_gigabytes: float | None = None
-    session_options: Any = field(default=None, hash=False)
+    session_options: PyObject = field(default=None, hash=False)
     mapped: bool = False
     inplace: bool = False
     hints: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -126,10 +126,10 @@ class Options:
     )
     only_passes: tuple[str, ...] = ()
     print_passes: bool | tuple[str, ...] = field(default_factory=passes_to_print)
-    quantize: Any = None
+    quantize: PyObject = None
     limit: Mapping[str, float] | None = field(default=None, hash=False)
-    data: Any = field(default=None, hash=False, compare=False, repr=False)
-    calibration: Any = field(default=None, hash=False, compare=False, repr=False)
+    data: PyObject = field(default=None, hash=False, compare=False, repr=False)
+    calibration: PyObject = field(default=None, hash=False, compare=False, repr=False)
 
     def __new__(cls, **given: PyObject) -> Options:
         """Remember which fields were given, so that ``from_fields`` can tell one that is given twice."""

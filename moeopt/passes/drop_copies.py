@@ -25,9 +25,9 @@ from torch import fx
 
 from moeopt.capture.op_kinds import op_name
 from moeopt.passes.base import Level
-from moeopt.passes.view_chains import farthest_source, read_once, unchanged_source
 from moeopt.rewrite.block_graph import EXPERTS, BlockGraph
 from moeopt.rewrite.check import viewed
+from moeopt.rewrite.view_chains import farthest_source, read_once, unchanged_source
 
 _VIEWS = ("reshape", "view", "_unsafe_view", "expand", "slice", "permute")
 _SIZES = (torch.ops.aten.sym_size.int, operator.mul, operator.add, operator.floordiv)

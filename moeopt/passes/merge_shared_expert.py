@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -92,7 +91,7 @@ def added_modules(block: BlockGraph) -> Iterator[Added]:
         for here, other in (total.args, total.args[::-1]):
             experts, routed = _back(here)
             end, shared = _back(other)
-            gate: Any = None
+            gate: FxArg = None
             if op_name(end) == "mul" and len(end.args) == 2 and len(end.users) == 1:
                 for factor, rest in (end.args, end.args[::-1]):
                     source, moves = _back(factor)

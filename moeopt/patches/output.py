@@ -7,7 +7,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 from moeopt.patches.patch import Mine, Patch, Undo
 from moeopt.value_types import PyObject
@@ -66,7 +65,7 @@ def _hush() -> Undo:
     levels_back = _set_levels(_LOUD, logging.ERROR)
     stream, output = sys.stdout, _Output(sys.stdout)
     sys.stdout = output
-    entry: Any = ("ignore", _IfHushed(), Warning, None, 0)
+    entry: PyObject = ("ignore", _IfHushed(), Warning, None, 0)
     warnings.filters.insert(0, entry)  # type: ignore[attr-defined]
     _filters_changed()
 

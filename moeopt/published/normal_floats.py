@@ -25,6 +25,7 @@ from moeopt.ir.weight_format import NIBBLES, WeightFormat
 from moeopt.published.integer_packings import UnreadLayout
 from moeopt.published.stored_matrix import CodeTensors, StoredMatrix
 from moeopt.published.tensor_files import TensorFiles
+from moeopt.value_types import JsonValue
 
 STATE = ".quant_state.bitsandbytes__"
 """What the name of a matrix goes on with in the name of its state; "nf4" or "fp4" follows."""
@@ -39,8 +40,8 @@ def normal_floats(files: TensorFiles, weight: str) -> StoredMatrix:
         CheckpointError: what its state says does not fit the tensors beside it.
     """
     state = _state(files, weight)
-    shape: Any = state.get("shape")
-    block: Any = state.get("blocksize")
+    shape: JsonValue = state.get("shape")
+    block: JsonValue = state.get("blocksize")
     if not isinstance(shape, list) or len(shape) != 2 or any(type(n) is not int or n < 1 for n in [*shape, block]):
         raise UnreadLayout(f"{weight} is of {shape} in blocks of {block}; matrices are read")
     N, K = shape

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moeopt.errors import CheckpointError
 from moeopt.published.headers import files_of
+from moeopt.value_types import PyObject
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -69,7 +70,7 @@ class SafetensorsDirectory:
         files, where = files_of(path)
         for file in files:
             try:
-                opened: Any = safe_open(file, framework="pt")
+                opened: PyObject = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as err:
                 raise CheckpointError(f"{file} is damaged ({err}): fetch the file again") from err
             for name in opened.keys():  # noqa: SIM118  it is no mapping

@@ -11,6 +11,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.recognise.combine import Combine
 from moeopt.recognise.routing_types import Routing
 from moeopt.recognise.token_rows import Tokens
+from moeopt.value_types import ExpertFunction
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Recognition:
     combine: Combine
     base: fx.Node | None
     experts: list[Any]
-    spec: Any
+    spec: ExpertFunction
     interior: set[fx.Node]
     source: str
     functions: dict[object, tuple[ExpertsSpec, bool]]

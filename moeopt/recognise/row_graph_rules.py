@@ -101,7 +101,7 @@ def _reduce(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
         raise graph.refused(node, "works across rows")
     every = [graph.feature_dim(node, held, d) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
     args, kwargs = list(graph.words(node.args)), graph.kwargs(node)
-    settled: Any = every if isinstance(dims, (list, tuple)) else every[0]
+    settled: PyObject = every if isinstance(dims, (list, tuple)) else every[0]
     if at < len(args):
         args[at] = settled
     else:

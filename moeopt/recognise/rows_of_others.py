@@ -12,7 +12,6 @@ Looked for only to say why a block is left alone.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
 
 from torch import fx, nn
 
@@ -178,7 +177,7 @@ def _joined(pick: fx.Node) -> bool:
 def _dim_of(choice: fx.Node) -> int:
     names = [a.name for a in choice.target._schema.arguments]  # type: ignore[union-attr]
     at = names.index("dim")
-    dim: Any = choice.args[at] if len(choice.args) > at else choice.kwargs.get("dim", -1)
+    dim: FxArg = choice.args[at] if len(choice.args) > at else choice.kwargs.get("dim", -1)
     return int(dim)
 
 

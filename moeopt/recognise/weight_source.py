@@ -17,6 +17,7 @@ from torch import fx
 from moeopt.capture.op_kinds import is_times_one, op_name
 from moeopt.capture.tape import Tape
 from moeopt.ir.weight_refs import Index, MatrixRef, PartRef, VectorRef
+from moeopt.value_types import FxArg
 
 aten = torch.ops.aten
 
@@ -121,8 +122,8 @@ def _contiguous(tape: Tape, node: fx.Node) -> bool:
 
 
 def _from_getitem(node: fx.Node, index: Index) -> tuple[fx.Node, Index] | None:
-    source: Any = node.args[0]
-    item: Any = node.args[1]
+    source: FxArg = node.args[0]
+    item: FxArg = node.args[1]
     name, args = op_name(source), source.args
     base = args[0] if args else None
     if not isinstance(base, fx.Node):

@@ -36,7 +36,7 @@ from moeopt.rewrite.bindings import code_of
 from moeopt.rewrite.call_guard import CallGuard
 from moeopt.rewrite.graph_words import graph_from_words, graph_to_words
 from moeopt.rewrite.kept_steps import KeptSteps
-from moeopt.value_types import PyObject
+from moeopt.value_types import FxArg, PyObject
 
 
 class ExpertWeightRefs(NamedTuple):
@@ -118,7 +118,7 @@ class BlockGraph:
     routers: list[RouterSpec | None] = field(default_factory=list)
     guard: CallGuard | None = None
     constants: list[torch.Tensor] = field(default_factory=list)
-    output: Any = None
+    output: FxArg = None
     mutations: list[tuple[Slot, Slot]] = field(default_factory=list)
     attributes: dict[tuple[str, str], Any] = field(default_factory=dict)
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)

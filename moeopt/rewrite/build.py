@@ -86,7 +86,7 @@ class _GraphBuilder:
 
     def _size(self, expr: Size) -> PyObject:
         if expr not in self._sizes:
-            total: Any = None
+            total: PyObject = None
             for index, dim in expr.dims:
                 part = self.graph.call_function(aten.sym_size.int, (self._inputs[index], dim))
                 total = part if total is None else self.graph.call_function(operator.mul, (total, part))

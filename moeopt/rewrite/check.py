@@ -23,6 +23,7 @@ from moeopt.errors import MoeoptError
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.weight_refs import MatrixRef, PartRef, VectorRef, parts_of, tensor_at
 from moeopt.rewrite.block_graph import CONSTANT, EXPERTS, BlockGraph, ExpertWeightRefs, Slot
+from moeopt.value_types import PyObject
 
 _ARITHMETIC = {operator.mul, operator.floordiv, operator.add, operator.sub, operator.truediv, operator.getitem, getattr}
 
@@ -85,7 +86,7 @@ def _missing(root: nn.Module | None, path: str, kind: type) -> str:
     if root is None:
         return ""
     try:
-        found: Any = root.get_submodule(path) if kind is nn.Module else tensor_at(root, path)
+        found: PyObject = root.get_submodule(path) if kind is nn.Module else tensor_at(root, path)
     except AttributeError:
         found = None
     return "" if isinstance(found, kind) else f"the module has no {kind.__name__} at {path}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moeopt.value_types import FxTarget, PyObject
+from moeopt.value_types import FxArg, FxTarget, PyObject
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class KeptStep:
     """
 
     kind: str
-    target: Any
+    target: FxTarget
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     source: str = ""
@@ -42,7 +42,7 @@ class KeptSteps:
     """
 
     steps: list[KeptStep]
-    output: Any
+    output: FxArg
     mutations: list[tuple[StepRef, StepRef]]
     attributes: dict[tuple[str, str], Any]
     kept_modules: list[str]

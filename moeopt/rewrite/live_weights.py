@@ -119,7 +119,7 @@ class LiveExpertWeights:
         self._all = None if made_anew else AllPlaces(self._places.values())
         self._lay = None if made_anew else AsItLay(list(self._places.values()), self.num_experts, check, arm)
         self._each: dict[int, AllPlaces] = {}
-        self.known: Any = None  # what a kernel worked out of these tensors, and how they lay then
+        self.known: PyObject = None  # what a kernel worked out of these tensors, and how they lay then
         self.entries: dict[int, Any] = {}  # the same of each expert alone
         w_out = experts[0].w_out
         self.w_out_kind = self._places[w_out.path].dtype, w_out.m * w_out.k  # a place of another dtype is stale

@@ -160,7 +160,7 @@ _INSIDE = (
 class OriginalRuns:
     """Outputs of the original: as it is, and under rounding noise with the same choices of experts."""
 
-    want: Any
+    want: PyObject
     noisy: list[Any]
     log: RoutingLog
 

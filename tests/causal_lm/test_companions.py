@@ -56,6 +56,17 @@ def test_the_graph_has_the_names_that_other_runtimes_look_for(bundle):
     assert not [word for word in used if word and word[0] == "s" and word[1:].isdigit()], "sizes of the exporter's own"
 
 
+def test_nodes_are_named_by_the_path_of_their_module(bundle):
+    import onnx_ir
+
+    names = [node.name for node in onnx_ir.load(bundle / "model.onnx").graph.all_nodes()]
+    assert not [name for name in names if name.startswith("node_") or not name]
+    assert len([name for name in names if "/" in name]) > 0.95 * len(names)
+    for layer in (f"model.layers.{n}" for n in range(2)):
+        assert f"{layer}.self_attn.o_proj/MatMul" in names and f"{layer}.mlp.gate/TopK" in names
+        assert len([name for name in names if name.startswith(f"{layer}.")]) > 30
+
+
 def test_config_tokenizer_and_licence_travel_along(bundle, source):
     assert transformers.AutoConfig.from_pretrained(bundle).model_type == "qwen3_moe"
     assert str(source) not in (bundle / "config.json").read_text()

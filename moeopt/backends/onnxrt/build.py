@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from moeopt.backends.onnxrt.accuracy import coarse
+from moeopt.backends.onnxrt.fallback_graph import FALLBACK
 from moeopt.backends.onnxrt.id_guards import name_id_guards
 from moeopt.backends.onnxrt.label_nodes import deduplicate, describe_sites, label_nodes
 from moeopt.backends.onnxrt.missing_kernels import lines_of_float64
@@ -24,7 +25,7 @@ from moeopt.backends.onnxrt.portable import check_portable
 from moeopt.backends.onnxrt.product_nodes import lower_products, take_products
 from moeopt.backends.onnxrt.providers import available, provider_named, runtime
 from moeopt.backends.onnxrt.replay import ReplayPlan, check_emitted
-from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, data_of
+from moeopt.backends.onnxrt.session import GRAPH, data_of
 from moeopt.backends.onnxrt.size_guards import guard_sizes
 from moeopt.bundle.io_names import name_ends
 from moeopt.bundle.temp_folder import TemporaryFolder
@@ -38,6 +39,7 @@ from moeopt.lower.onnx.assemble import replace_sites
 from moeopt.lower.onnx.experts_node import DOMAIN, OP, ExpertsNode
 from moeopt.lower.onnx.export import emitting, export_with_sites, own_outputs, to_onnx
 from moeopt.lower.onnx.lowerings.base import Lowering
+from moeopt.lower.onnx.names import name_by_module
 from moeopt.lower.onnx.narrow_numbers import cast_narrow
 from moeopt.lower.onnx.plan import BlockPlan
 from moeopt.lower.onnx.simplify import simplify
@@ -235,6 +237,7 @@ def write_graph(
     import onnx_ir as ir
 
     say(f"lowering {len(sites)} expert blocks")
+    name_by_module(model, [site.name for site in sites])  # what passes make of a node begins with its name
     products = take_products(model)
     if plan.provider == "cpu":
         upcast_and_tell(model, sites, plan.remarks)
@@ -267,15 +270,14 @@ def write_graph(
     adapt(model)
     if plan.portable:
         check_portable(model)
-    folder, graph = (TemporaryFolder(), GRAPH) if beside is None else (beside, PORTABLE)
+    folder, graph = (TemporaryFolder(), GRAPH) if beside is None else (beside, FALLBACK)
     say("writing the engine")
     ir.save(model, f"{folder.name}/{graph}", external_data=data_of(graph))
     built = BuiltGraph(folder, signature, dict(zip([s.name for s in sites], names, strict=True)))
     built.sites, built.probes, built.float64 = records, probes, float64
     built.reasons, built.products = {site.name: plan.why(site) for site in sites}, lowered
     size = float(sum(p.stat().st_size for p in built.directory.glob(f"{graph}*")))
-    seconds = time.perf_counter() - started
-    built.facts = {"nodes": float(len(model.graph)), "bytes": size, "export_seconds": seconds}
+    built.facts = {"nodes": float(len(model.graph)), "bytes": size, "export_seconds": time.perf_counter() - started}
     return built
 
 

@@ -5,7 +5,7 @@ model.native.onnx             the same graph with moeopt's own operator for the 
                               faster, over the same weights; it runs where the operator is there and answers rightly
 signature.json                how it is called, and which names those are
 probes.safetensors            one question, with its answer in float64, for each kind of lowered block
-portable.onnx, portable.onnx.data, portable.probes.safetensors   the same engine lowered for CPU, where it was built
+fallback.onnx, fallback.onnx.data, fallback.probes.safetensors   the same engine lowered for CPU, where it was built
                               for a provider that was not there: what was verified, and what is replayed elsewhere
 certificate.json, golden.safetensors, moeopt.json   as in every bundle
 """
@@ -25,12 +25,13 @@ from moeopt.backends.onnxrt.bundle_files import CERTIFICATE, ONNX_FILE, SIGNATUR
 from moeopt.backends.onnxrt.check_bytes import check_graph, parsed
 from moeopt.backends.onnxrt.custom_op import native_library, register, why_not
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
+from moeopt.backends.onnxrt.fallback_graph import FALLBACK, FALLBACKS, fallback_among
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.process_variables import check_variables_of
 from moeopt.backends.onnxrt.providers import PROVIDERS, available, provider_named, runtime
 from moeopt.backends.onnxrt.rounded_activations import KEY, RoundingDeclined, check_operator, with_float_activations
 from moeopt.backends.onnxrt.selftest import SelfTestResult, load_probes, self_test, wrong_answers
-from moeopt.backends.onnxrt.session import GRAPH, NATIVE, PORTABLE, data_of
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE, data_of
 from moeopt.backends.onnxrt.trial import check_calls, within_limits
 from moeopt.bundle import golden as goldens
 from moeopt.bundle.manifest import Manifest, read_manifest
@@ -84,11 +85,12 @@ def load_onnx_bundle(
     for name in (GRAPH, probes.FILE, goldens.FILE, CERTIFICATE):  # also where this process tested the same graph before
         manifest.path(name)
     signature = read_signature(manifest)
-    graph = PORTABLE if was_replayed(manifest) and provider == "cpu" else GRAPH
+    fallback = fallback_among(manifest.data["files"]) or FALLBACK
+    graph = fallback if was_replayed(manifest) and provider == "cpu" else GRAPH
     proto = _checked(manifest, graph, signature)
     check_variables_of(manifest.directory, manifest.data, proto)
     if provider not in available():
-        _checked(manifest, PORTABLE, signature)
+        _checked(manifest, fallback, signature)
         return OfflineEngine(manifest.directory, signature, provider, manifest=manifest)
     load = functools.partial(_loaded, manifest, signature, provider, session_options, limits, replay)
     if not holds_native(manifest.data):
@@ -212,9 +214,9 @@ def was_replayed(manifest: Manifest) -> bool:
 
 
 def _checked(manifest: Manifest, graph: str, signature: Mapping[str, Any]) -> PyObject:
-    if graph == PORTABLE and not isinstance(manifest.data["portable"], dict):
+    if graph in FALLBACKS and not isinstance(manifest.data["portable"], dict):
         raise BundleError(f"{manifest.directory}: the manifest does not describe {graph}")
-    if graph == PORTABLE:
+    if graph in FALLBACKS:
         checked(manifest.data["portable"], Form, f"{manifest.directory}: what the manifest says of {graph}")
     size = manifest.data["files"].get(data_of(graph), {"bytes": 0})["bytes"]
     source = manifest.data.get("source")
@@ -285,7 +287,7 @@ def _provider(manifest: Manifest, device: PyObject) -> str:
 
 
 def _probes(manifest: Manifest, graph: str) -> tuple[list[Any], list[Any]]:
-    form = manifest.data["portable"] if graph == PORTABLE else manifest.data
+    form = manifest.data["portable"] if graph in FALLBACKS else manifest.data
     records, budgets = form.get("sites"), form.get("probes")
     if not isinstance(records, list) or not isinstance(budgets, list) or not all(isinstance(r, dict) for r in records):
         raise BundleError(f"{manifest.directory}: the manifest has no records of the lowered blocks")

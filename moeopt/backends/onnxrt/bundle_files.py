@@ -7,7 +7,7 @@ from typing import Any
 
 from moeopt.backends.onnxrt import known_answer as probes
 from moeopt.backends.onnxrt.engine import GraphEngine
-from moeopt.backends.onnxrt.session import PORTABLE
+from moeopt.backends.onnxrt.fallback_graph import FALLBACKS
 from moeopt.causal_lm.flat_signature import flat_calls
 from moeopt.lower.other_sizes import other_sizes
 from moeopt.verification.language import find_ids
@@ -16,7 +16,7 @@ SIGNATURE, CERTIFICATE = "signature.json", "certificate.json"
 
 
 def probes_of(graph: str) -> str:
-    return probes.FILE if graph != PORTABLE else f"{graph.removesuffix('.onnx')}.{probes.FILE}"
+    return probes.FILE if graph not in FALLBACKS else f"{graph.removesuffix('.onnx')}.{probes.FILE}"
 
 
 def golden_calls(engine: GraphEngine, call: tuple[tuple[Any, ...], Mapping[str, Any]]) -> list[Any]:

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from moeopt.backends.onnxrt.build import BuiltGraph, trace, write_graph
 from moeopt.backends.onnxrt.engine import OnnxEngine
+from moeopt.backends.onnxrt.fallback_graph import FALLBACK
 from moeopt.backends.onnxrt.plan import OrtPlan
-from moeopt.backends.onnxrt.session import GRAPH, PORTABLE
+from moeopt.backends.onnxrt.session import GRAPH
 from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import NotEquivalentError
 from moeopt.ir.row_function import RowFunction
 from moeopt.rewrite.install import rewritten_forward
-from moeopt.value_types import PyObject
+from moeopt.value_types import FxTarget, PyObject
 from moeopt.verification.model import run_plain
 from moeopt.verification.results import BlockCheck
 from moeopt.verification.row_calls import Unpinned
@@ -99,7 +100,7 @@ def alone(
 
 def itself(built: BuiltGraph, plan: OrtPlan) -> RoutedBlock:
     """The same of an engine whose model is one block."""
-    graph, form = (GRAPH, built) if built.cpu_fallback is None else (PORTABLE, built.cpu_fallback)
+    graph, form = (GRAPH, built) if built.cpu_fallback is None else (FALLBACK, built.cpu_fallback)
     return RoutedBlock(built.directory, graph, form.signature, form.sites, plan)
 
 
@@ -161,7 +162,7 @@ def _rewritten(module: nn.Module) -> PyObject:
         return None
     program, steps = forward.program, []
     for node in program.block.graph.nodes:
-        told: Any = node.target
+        told: FxTarget = node.target
         if node.op == "get_attr":
             told = _describe_tensor(operator.attrgetter(str(node.target))(module))
         steps.append((node.op, str(told), str(node.args), str(node.kwargs)))

@@ -10,6 +10,7 @@ import torch
 from moeopt.backends.onnxrt.known_answer import BLOCK, make_probe
 from moeopt.backends.onnxrt.site_records import ENDS, describe
 from moeopt.bundle.manifest import version
+from moeopt.lower.onnx.names import name_by_module
 from moeopt.lower.onnx.plan import BlockPlan, kind
 from moeopt.value_types import PyObject
 
@@ -17,14 +18,12 @@ from moeopt.value_types import PyObject
 def label_nodes(model: PyObject, blocks: Sequence[str]) -> dict[str, list[Any]]:
     """Say in each node's metadata which block it belongs to, and what wrote the graph; the nodes of each block.
 
-    What the exporter left there, source paths of the machine that it ran on among it, is dropped.
+    Nodes outside of them are named by their modules. What the exporter left in the metadata, source paths of the
+    machine that it ran on among it, is dropped.
     """
+    name_by_module(model, blocks)
     inside: dict[str, list[Any]] = {block: [] for block in blocks}
-    taken: set[str] = set()
-    for number, node in enumerate(model.graph.all_nodes()):
-        name = node.name or f"{node.op_type}_{number}"
-        node.name = name if name not in taken else f"{name}/{number}"
-        taken.add(node.name)
+    for node in model.graph.all_nodes():
         for key in [k for k in node.metadata_props if k.startswith("pkg.")]:
             del node.metadata_props[key]
         block = node.metadata_props.get(BLOCK) or node.name.rpartition("/")[0]

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 import torch
 
 from moeopt.backends.onnxrt.engine import OnnxEngine
+from moeopt.backends.onnxrt.fallback_graph import FALLBACK, fallback_among
 from moeopt.backends.onnxrt.providers import PROVIDERS, available, runtime
-from moeopt.backends.onnxrt.session import PORTABLE
 from moeopt.backends.registry import open_bundle
 from moeopt.bundle.engine import BundledEngine
 from moeopt.bundle.io_names import KEY
@@ -55,7 +55,9 @@ class OfflineEngine(BundledEngine):
 
     def replay(self) -> OnnxEngine:
         """The engine's CPU fallback graph, on CPU."""
-        return OnnxEngine(self.directory, self.signature, keep=self._keep, graph=PORTABLE)
+        names = () if self.manifest is None else self.manifest.data["files"]
+        graph = fallback_among(names) or FALLBACK
+        return OnnxEngine(self.directory, self.signature, keep=self._keep, graph=graph)
 
     @property
     def way_there(self) -> str:

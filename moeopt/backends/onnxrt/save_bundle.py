@@ -14,13 +14,14 @@ from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.bundle_files import CERTIFICATE, SIGNATURE, golden_calls, probes_of
 from moeopt.backends.onnxrt.check_bytes import parse
 from moeopt.backends.onnxrt.engine import OnnxEngine
+from moeopt.backends.onnxrt.fallback_graph import FALLBACK
 from moeopt.backends.onnxrt.golden import budget_of, golden_runs
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
 from moeopt.backends.onnxrt.process_variables import KEY as KEY_OF_VARIABLES
 from moeopt.backends.onnxrt.process_variables import check_variables
 from moeopt.backends.onnxrt.providers import runtime
 from moeopt.backends.onnxrt.rounded_activations import KEY as ROUNDED
-from moeopt.backends.onnxrt.session import GRAPH, NATIVE, PORTABLE, data_of
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE, data_of
 from moeopt.bundle import golden as goldens
 from moeopt.bundle.holds import sentences
 from moeopt.bundle.io_names import KEY
@@ -67,7 +68,7 @@ def save_onnx_bundle(
     def write(aside: Path) -> None:
         _write_form(built, GRAPH, aside)
         if built.cpu_fallback is not None:
-            _write_form(built.cpu_fallback, PORTABLE, aside)
+            _write_form(built.cpu_fallback, FALLBACK, aside)
         if built.native:
             shutil.copyfile(built.directory / NATIVE, aside / NATIVE)
         runs_in = _for_other_runtimes(built.signature, engine.provider, aside)

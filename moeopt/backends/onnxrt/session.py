@@ -40,10 +40,6 @@ EXTERNAL_DATA = "model.onnx.data"
 GRAPH = "model.onnx"
 
 
-PORTABLE = "portable.onnx"
-"""The same engine lowered for CPU, where ``GRAPH`` is for a provider that was not there when it was built."""
-
-
 NATIVE = "model.native.onnx"
 """The same graph with moeopt's own operator for its experts, over the weights of ``GRAPH``."""
 

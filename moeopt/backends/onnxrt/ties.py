@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.expert_ids import Records, ids_of_engine
-from moeopt.backends.onnxrt.session import PORTABLE
+from moeopt.backends.onnxrt.fallback_graph import FALLBACKS
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.value_types import PyObject
@@ -49,7 +49,7 @@ class Ties:
     def of_bundle(cls, twin: nn.Module, engine: OnnxEngine, noise: Sequence[str]) -> Ties | None:
         """Those of a loaded engine; None where its manifest has no records of its blocks."""
         data = {} if engine.manifest is None else engine.manifest.data
-        form = data.get("portable") if engine.graph == PORTABLE else data
+        form = data.get("portable") if engine.graph in FALLBACKS else data
         records = form.get("sites") if isinstance(form, dict) else None
         return cls(twin, engine, engine.graph, records, noise) if records else None
 
@@ -134,4 +134,4 @@ def ties_of(twin: nn.Module, engine: GraphEngine, form: BuiltGraph, noise: list[
 
 def form_of(engine: OnnxEngine, form: BuiltGraph) -> BuiltGraph:
     """The record of the graph that ``engine`` runs."""
-    return form.cpu_fallback if engine.graph == PORTABLE and form.cpu_fallback is not None else form
+    return form.cpu_fallback if engine.graph in FALLBACKS and form.cpu_fallback is not None else form

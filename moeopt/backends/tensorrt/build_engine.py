@@ -1,7 +1,7 @@
 """From an optimised model to a directory with ``model.onnx`` and ``engine.plan``: trace, convert, lower, build.
 
 model.onnx      what TensorRT parses, in the model's own dtypes
-portable.onnx   the same graph for ONNX Runtime's CPU, where that cannot run model.onnx: 16-bit floats widened
+fallback.onnx   the same graph for ONNX Runtime's CPU, where that cannot run model.onnx: 16-bit floats widened
 engine.plan     what TensorRT made of model.onnx for the target
 """
 

@@ -3,7 +3,7 @@
 engine.plan                         what TensorRT runs, for one compute capability and one version of TensorRT
 layers.json                         its layers after all fusions, and the ONNX nodes that each computes
 model.onnx, model.onnx.data         what it was built from
-portable.onnx, portable.onnx.data   the same for ONNX Runtime's CPU, where that cannot run model.onnx
+fallback.onnx, fallback.onnx.data   the same for ONNX Runtime's CPU, where that cannot run model.onnx
 signature.json, certificate.json, golden.safetensors, moeopt.json   as in every bundle
 """
 
@@ -21,10 +21,11 @@ from moeopt.backends.onnxrt.bundle import read_signature, replay_golden
 from moeopt.backends.onnxrt.bundle_files import CERTIFICATE, SIGNATURE, golden_calls
 from moeopt.backends.onnxrt.check_bytes import check_graph
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
+from moeopt.backends.onnxrt.fallback_graph import FALLBACK, FALLBACKS
 from moeopt.backends.onnxrt.golden import budget_of, golden_runs
 from moeopt.backends.onnxrt.providers import available, provider_named, runtime
 from moeopt.backends.onnxrt.save_bundle import stated, write_evidence
-from moeopt.backends.onnxrt.session import GRAPH, PORTABLE, data_of
+from moeopt.backends.onnxrt.session import GRAPH, data_of
 from moeopt.backends.onnxrt.trial import within_limits
 from moeopt.backends.tensorrt.build_engine import BuiltEngine
 from moeopt.backends.tensorrt.engine import (
@@ -82,7 +83,7 @@ def save_trt_bundle(
     }
 
     def write(aside: Path) -> None:
-        for name in (PLAN, *(f for g in (GRAPH, PORTABLE) for f in (g, data_of(g)))):
+        for name in (PLAN, *(f for g in (GRAPH, FALLBACK) for f in (g, data_of(g)))):
             if (built.directory / name).exists():
                 shutil.copyfile(built.directory / name, aside / name)
         (aside / LAYERS).write_text(json.dumps([dataclasses.asdict(layer) for layer in built.plan.layers]))
@@ -140,7 +141,7 @@ def load_trt_bundle(
     for name in (PLAN, GRAPH, goldens.FILE, CERTIFICATE):
         manifest.path(name)
     protos = {}
-    for graph in (GRAPH, PORTABLE):
+    for graph in (GRAPH, *FALLBACKS):
         if graph in manifest.data["files"]:
             size = manifest.data["files"].get(data_of(graph), {"bytes": 0})["bytes"]
             protos[graph] = check_graph(manifest.path(graph), signature, size)
@@ -154,10 +155,10 @@ def load_trt_bundle(
         engine = TensorRTEngine(manifest.directory, signature, needs, profiles, manifest=manifest)
     else:
         if provider_named(name) == "cpu":
-            graph = onnx_form(manifest.directory)
+            graph = onnx_form(manifest.data["files"])
             within_limits(manifest, protos[graph], graph, signature, limits)
         engine = _onnx_engine(manifest, signature, name, session_options)
-    form = PLAN if isinstance(engine, TensorRTEngine) else onnx_form(manifest.directory)
+    form = PLAN if isinstance(engine, TensorRTEngine) else onnx_form(manifest.data["files"])
     if replay:
         _replay(engine, manifest, form, limits)
     return engine
@@ -189,7 +190,7 @@ def _onnx_engine(manifest: Manifest, signature: Mapping[str, Any], name: str, se
             f"provider {provider!r} is not on this machine; it has: {', '.join(there)}; a bundle for TensorRT runs on "
             f"'cuda' as it was built, and its ONNX form on 'cpu', {' or '.join(map(repr, THROUGH_ONNX))}"
         )
-    graph = onnx_form(manifest.directory) if provider == "cpu" else GRAPH
+    graph = onnx_form(manifest.data["files"]) if provider == "cpu" else GRAPH
     try:
         return OnnxEngine(manifest.directory, signature, provider, session_options, None, manifest, (), graph)
     except BundleError as err:

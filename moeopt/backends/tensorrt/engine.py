@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,8 +10,9 @@ import torch
 import torch.utils._pytree as pytree
 
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
+from moeopt.backends.onnxrt.fallback_graph import fallback_among
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
-from moeopt.backends.onnxrt.session import GRAPH, PORTABLE
+from moeopt.backends.onnxrt.session import GRAPH
 from moeopt.backends.registry import open_bundle
 from moeopt.backends.tensorrt.product import product
 from moeopt.backends.tensorrt.profiles import fits
@@ -42,9 +43,9 @@ def inside(profiles: PyObject, signature: Mapping[str, Any], call: tuple[Any, An
     return not profiles or any(not fits(profile, shapes) for profile in profiles)
 
 
-def onnx_form(directory: Path) -> str:
-    """The name of the graph that ONNX Runtime's CPU runs: ``portable.onnx`` where there is one."""
-    return PORTABLE if (directory / PORTABLE).is_file() else GRAPH
+def onnx_form(files: Collection[str]) -> str:
+    """The graph among these files that ONNX Runtime's CPU runs: the CPU fallback graph, where there is one."""
+    return fallback_among(files) or GRAPH
 
 
 class TensorRTEngine(GraphEngine):
@@ -106,7 +107,9 @@ class OfflineTensorRTEngine(OfflineEngine):
 
     def replay(self) -> OnnxEngine:
         """Its ONNX form on CPU."""
-        return OnnxEngine(self.directory, self.signature, keep=self._keep, graph=onnx_form(self.directory))
+        saved = None if self.manifest is None else self.manifest.data["files"]
+        graph = onnx_form([path.name for path in self.directory.iterdir()] if saved is None else saved)
+        return OnnxEngine(self.directory, self.signature, keep=self._keep, graph=graph)
 
     def __call__(self, *args: PyObject, **kwargs: PyObject) -> NoReturn:
         raise EngineNotExecutableError(

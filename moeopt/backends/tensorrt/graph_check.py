@@ -77,7 +77,7 @@ def _refused_op(node: OnnxNode, target: Target) -> str:
 
 
 def _where(node: OnnxNode) -> str:
-    block = node.metadata_props.get(BLOCK) or (node.name or "").rpartition("/")[0]
+    block = node.metadata_props.get(BLOCK)
     return (f"block {block}, " if block else "") + f"node {node.name or 'without a name'} ({node.op_type})"
 
 

@@ -10,9 +10,9 @@ import importlib
 import importlib.metadata
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from moeopt.errors import UsageError
+from moeopt.value_types import TrtObject
 
 RTX, REGULAR = "tensorrt_rtx", "tensorrt"
 LABELS = {RTX: "TensorRT for RTX", REGULAR: "TensorRT"}
@@ -36,7 +36,7 @@ class Product:
 
     name: str
     version: str
-    module: Any
+    module: TrtObject
     cuda: int | None = None
 
     @property

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -123,7 +122,7 @@ class EngineRunner:
         self._logger = _logger(trt, self._words)
         self._runtime = trt.Runtime(self._logger)
         self.engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
-        self._context: Any = None if self.engine is None else self.engine.create_execution_context()
+        self._context: TrtObject = None if self.engine is None else self.engine.create_execution_context()
         if self._context is None:
             raise EngineNotExecutableError(f"{plan}: {product} does not load it: {self._last_complaint()}")
         names = [self.engine.get_tensor_name(n) for n in range(self.engine.num_io_tensors)]

@@ -117,7 +117,7 @@ def _state(module: PyObject) -> tuple[Any, ...]:
 def _recognise(module: PyObject) -> Conversion:
     name = "gate_up_proj" if module.has_gate else "up_proj"
     for weight_name in (name, "down_proj"):
-        weight: Any = getattr(module, weight_name, None)
+        weight: PyObject = getattr(module, weight_name, None)
         if type(weight) not in (Tensor, nn.Parameter) or weight.dim() != 3 or weight.dtype not in _DTYPES:
             what = f"{type(weight).__name__}, dtype {getattr(weight, 'dtype', None)}"
             return None, f"its {weight_name} is not a plain stacked float tensor ({what})"

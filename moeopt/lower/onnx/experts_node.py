@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import RouterSpec
+from moeopt.value_types import ExpertBank, ExpertFunction
 
 DOMAIN = "moeopt"
 OP = "Experts"
@@ -33,8 +33,8 @@ class ExpertsNode:
     """
 
     name: str
-    bank: Any
-    spec: Any
+    bank: ExpertBank
+    spec: ExpertFunction
     dtype: torch.dtype
     top_k: int
     weights_dtype: torch.dtype

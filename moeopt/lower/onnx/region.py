@@ -17,7 +17,7 @@ from moeopt.value_types import OnnxAttribute, OnnxNode, OnnxValue
 class Region:
     """Nodes of one graph. ``rows`` is a value whose first size is the number of rows here."""
 
-    rows: Any
+    rows: OnnxValue
 
     def __init__(self, name: str, stages: Stages, place: StagePosition) -> None:
         self.name, self.stages, self.place = name, stages, place

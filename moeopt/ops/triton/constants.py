@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.unfit import Unfit
+from moeopt.value_types import TritonDtype
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -39,13 +40,13 @@ class Function(NamedTuple):
     weight_on_input: bool
     identity: bool
     by_expert: bool
-    compute: Any
-    act: Any
-    accum: Any
-    x_weight: Any
-    out_weight: Any
-    w_dtype: Any
-    bias_dtype: Any
+    compute: TritonDtype
+    act: TritonDtype
+    accum: TritonDtype
+    x_weight: TritonDtype
+    out_weight: TritonDtype
+    w_dtype: TritonDtype
+    bias_dtype: TritonDtype
     aligned: bool
     precision: str
     widen: bool

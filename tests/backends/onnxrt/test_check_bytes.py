@@ -1,5 +1,6 @@
 """The saved graph is one that others can read and run: names, checker, shapes, plain ONNX Runtime."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,9 @@ def test_the_checker_and_shape_inference_pass(onnx_pristine):
     known = {v.name: v for v in inferred.graph.value_info}
     assert len(known) > len(inferred.graph.node) // 2
     dims = [d.dim_value or d.dim_param for d in inferred.graph.output[0].type.tensor_type.shape.dim]
-    assert dims[-1] == H and all(isinstance(d, str) for d in dims[:2])
+    assert dims == ["x_0", "x_1", H]
+    used = {d.dim_param for v in inferred.graph.value_info for d in v.type.tensor_type.shape.dim}
+    assert not [word for word in used if re.search(r"\b[su]\d+\b", word)], "sizes of the exporter's own"
 
 
 def test_names_are_unique_and_say_the_block(onnx_pristine):
@@ -57,6 +60,11 @@ def test_names_are_unique_and_say_the_block(onnx_pristine):
                 assert node.name.startswith(f"{prop.value}/")
                 blocks[prop.value] = blocks.get(prop.value, 0) + 1
     assert set(blocks) == {"layers.0", "layers.1"} and len(set(blocks.values())) == 1
+    assert len([name for name in names if name.startswith(tuple(f"{block}/" for block in blocks))]) == sum(
+        blocks.values()
+    ), "only a block's nodes begin with its name"
+    assert {"layers.0.forward", "layers.1.forward"} <= {name.partition("/")[0] for name in names}
+    assert not [name for name in names if name.startswith("node_")]
     assert {p.key for p in proto.metadata_props} == {"moeopt.version"} and proto.producer_name == "moeopt"
 
 

@@ -70,7 +70,7 @@ def test_a_call_says_what_it_needs_and_the_way_out(built, pristine):
 
 def test_the_bundle_holds_both_forms(pristine):
     names = {path.name for path in pristine.iterdir()}
-    assert {"model.onnx", "model.onnx.data", "portable.onnx", "portable.onnx.data"} <= names
+    assert {"model.onnx", "model.onnx.data", "fallback.onnx", "fallback.onnx.data"} <= names
     manifest = json.loads((pristine / "moeopt.json").read_text())
     assert manifest["provider"] == "cuda" and manifest["lowerings"] == {"experts": "moe-masked-log"}
     assert set(manifest["portable"]["lowerings"]) == {"experts"}
@@ -182,7 +182,7 @@ def test_a_graph_that_onnx_itself_refuses_is_not_kept(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "portable.onnx"])
+@pytest.mark.parametrize("name", ["model.onnx", "fallback.onnx"])
 def test_either_form_is_checked_before_it_is_used(name, pristine, tmp_path):
     bundle = shutil.copytree(pristine, tmp_path / "b")
     (bundle / name).write_bytes((bundle / name).read_bytes()[:-7])
@@ -192,10 +192,31 @@ def test_either_form_is_checked_before_it_is_used(name, pristine, tmp_path):
         moeopt.load(reseal(bundle))
 
 
+def test_a_bundle_of_a_version_that_called_the_fallback_graph_portable(pristine, tmp_path):
+    import onnx
+
+    bundle = shutil.copytree(pristine, tmp_path / "b")
+    graph = onnx.load(bundle / "fallback.onnx", load_external_data=False)
+    for entry in [e for t in graph.graph.initializer for e in t.external_data if e.key == "location"]:
+        entry.value = "portable.onnx.data"
+    (bundle / "fallback.onnx").write_bytes(graph.SerializeToString())
+    for path in list(bundle.glob("fallback.*")):
+        path.rename(bundle / path.name.replace("fallback", "portable"))
+    edit(bundle / "moeopt.json", _as_it_was_called)
+    reseal(bundle)
+    assert moeopt.verify(bundle).passed
+    y = moeopt.load(bundle, device="cpu")(CALL)
+    torch.testing.assert_close(y, moeopt.load(pristine, device="cpu")(CALL), rtol=0, atol=0)
+
+
+def _as_it_was_called(data):
+    data["files"] = {name.replace("fallback", "portable"): about for name, about in data["files"].items()}
+
+
 def test_a_manifest_that_does_not_describe_the_portable_form(pristine, tmp_path):
     bundle = shutil.copytree(pristine, tmp_path / "b")
     edit(bundle / "moeopt.json", lambda data: data.update(portable=[]))
-    with pytest.raises(BundleError, match="the manifest does not describe portable.onnx"):
+    with pytest.raises(BundleError, match="the manifest does not describe fallback.onnx"):
         moeopt.verify(bundle)
 
 

@@ -164,7 +164,7 @@ def test_copies_and_pickles(built, pristine):
 
 def test_sixteen_bits_have_a_portable_form(tmp_path):
     done = engine_for("sm_120", dtype="bfloat16", verify="off")
-    assert {"portable.onnx", "portable.onnx.data"} <= {p.name for p in done.save(tmp_path / "b").iterdir()}
+    assert {"fallback.onnx", "fallback.onnx.data"} <= {p.name for p in done.save(tmp_path / "b").iterdir()}
     assert moeopt.verify(tmp_path / "b").end_to_end.passed
     y = moeopt.load(tmp_path / "b", "cpu")(CALL.bfloat16())
     assert y.dtype == torch.bfloat16 and read_manifest(tmp_path / "b").data["tensorrt"]["outputs"][0]["dtype"] == "BF16"

@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from moeopt.backends.tensorrt.graph_check import check_graph
+from moeopt.backends.tensorrt.graph_check import BLOCK, check_graph
 from moeopt.backends.tensorrt.lowerings import FUNCTION_FORMS, PORTABLE, by_name
 from moeopt.backends.tensorrt.target import parse_target
 from moeopt.ir.specs import RouterSpec
@@ -20,6 +20,8 @@ def graph_of(op, *, domain="", dtype=FLOAT, others=(), outputs=1, name="model.la
     arrays = [ir.tensor(array) for array in others]
     consts = [ir.Value(name=f"c{n}", const_value=a, type=ir.TensorType(a.dtype)) for n, a in enumerate(arrays)]
     node = ir.node(op, [x, *consts], attributes, domain=domain, num_outputs=outputs, name=name)
+    if "/" in name:
+        node.metadata_props[BLOCK] = name.partition("/")[0]
     graph = ir.Graph([x], list(node.outputs), nodes=[node], initializers=consts, opset_imports={"": 20})
     return ir.Model(graph, ir_version=10)
 
@@ -77,7 +79,7 @@ def test_dtypes_are_worked_out_where_the_graph_does_not_state_them(form):
     assert check_graph(one_op(make_site(dtype=torch.float16, **spec), form), parse_target("sm_75")) == []
     for site, word in ((make_site(dtype=torch.bfloat16), "bfloat16"), (make_site(), "matmuls in float32")):
         problems = check_graph(one_op(site, form), parse_target("sm_75"))
-        assert any(word in problem and "block layers.0.mlp" in problem for problem in problems)
+        assert any(word in problem and "node layers.0.mlp/" in problem for problem in problems)
     problems = check_graph(one_op(make_site(accum_dtype="float64"), form), parse_target("sm_89"))
     assert any("float64" in problem for problem in problems)
 

@@ -21,7 +21,7 @@ from moeopt.lower.onnx.accurate import accurate_graph
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.ops.row_function import SlotBank, function_of
-from moeopt.value_types import OnnxValue
+from moeopt.value_types import OnnxValue, PyObject
 
 ROWS = 7
 """Rows of the call that is traced; their number is free."""
@@ -143,7 +143,7 @@ def _converted(spec: RowFunction) -> OnnxValue:
     body = spec.body
     rows = torch.zeros(ROWS, body.features, dtype=body.dtype)
     slots = [torch.zeros(shape, dtype=dtype) for dtype, shape in body.slots]
-    shapes: Any = [{0: torch.export.Dim("rows", min=0)}, *[None for _ in slots]]
+    shapes: PyObject = [{0: torch.export.Dim("rows", min=0)}, *[None for _ in slots]]
     try:
         with torch.no_grad():
             program = torch.export.export(_Function(spec.graph), (rows, *slots), dynamic_shapes=(tuple(shapes),))

@@ -7,8 +7,8 @@ import torch
 from torch import fx, nn
 
 from moeopt.passes.drop_copies import DropCopies
-from moeopt.passes.view_chains import farthest_source, unchanged_source
 from moeopt.rewrite.install import run
+from moeopt.rewrite.view_chains import farthest_source, unchanged_source
 from tests.capture.tiny import rand
 from tests.passes.test_drop_copies import Views
 from tests.recognise.tiny import H, MoE, seeded, through
