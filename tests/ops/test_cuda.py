@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.gpu.counted import Launches
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import ListExpertWeights, StackedExpertWeights, experts, experts_reference
 from moeopt.ops.kernels import cuda
@@ -130,23 +130,6 @@ def test_the_loop_is_the_reference(case):
     got, want = experts_loop(*case.args), experts_reference(*case.args)
     # as in test_cpu: a few float64 roundings of the terms
     assert (got - want).abs().le(16 * coarsest_eps(case) * (naive(case)[1] + 1)).all()
-
-
-class Launches(TorchDispatchMode):
-    """Counts calls that start a kernel on a GPU (views do not), and calls for which the host waits."""
-
-    WAITS = {"aten::nonzero", "aten::_local_scalar_dense", "aten::unique_consecutive", "aten::_unique2"}
-
-    def __init__(self):
-        super().__init__()
-        self.started = self.waits = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        self.started += not views
-        self.waits += func._schema.name in self.WAITS
-        return out
 
 
 def own_loop(x, ids, weights, bank):

@@ -24,7 +24,7 @@ from moeopt.ops.triton.addresses import weights_of
 from moeopt.ops.triton.constants import function
 from moeopt.ops.triton.launch import experts_triton, launches, refused
 from moeopt.ops.triton.library import why_not
-from moeopt.ops.triton.tiles import FEW_PAIRS
+from moeopt.ops.triton.tiles import FEW_PAIRS, few_pairs
 from moeopt.ops.unfit import Unfit
 
 Path = Literal["triton", "grouped", "loop"]
@@ -47,6 +47,7 @@ def choose_cuda_path(
     no_triton: str = "",
     kernels: tuple[int, int] = (2, 4),
     copied: bool = False,
+    pairs: int = FEW_PAIRS,
 ) -> tuple[Path, str]:
     """Which path this call takes, what it starts and waits for, and why no better one.
 
@@ -58,10 +59,11 @@ def choose_cuda_path(
         no_triton: why the Triton kernels can't take the call; "" where they can.
         kernels: how many of them there are for few pairs of token and expert, and for more.
         copied: whether the weights are copied at each call before the kernels read them.
+        pairs: how many pairs are few.
     """
     if not no_triton:
         few, many = kernels
-        return "triton", f"{few} launches for up to {FEW_PAIRS} pairs of token and expert, {many} for more, " + (
+        return "triton", f"{few} launches for up to {pairs} pairs of token and expert, {many} for more, " + (
             "after copies of the experts' weights at each call, for which the host waits: no CUDA graph can hold them"
             if copied
             else "no wait for the host, fit for a CUDA graph"
@@ -172,6 +174,7 @@ def path_of(
         no_triton,
         kernels,
         copied,
+        few_pairs(bank.num_experts),
     )
     return path, why, stacked
 
