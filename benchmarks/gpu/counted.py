@@ -7,28 +7,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moeopt.ops.kernels.counted import Launches
 
-class Launches(TorchDispatchMode):
-    """Counts calls that start a kernel on a GPU (views do not), calls for which the host waits, and bytes.
 
-    ``moved`` are the bytes of all tensors that those calls take and give, each once a call.
-    """
-
-    WAITS = {"aten::nonzero", "aten::_local_scalar_dense", "aten::unique_consecutive", "aten::_unique2"}
+class Moved(Launches):
+    """Counts bytes too: ``moved`` are those of all tensors that a call with a kernel takes and gives, each once."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.started = self.waits = self.moved = 0
+        self.moved = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        self.started += not views
-        self.waits += func._schema.name in self.WAITS
-        if not views:
+        before = self.started
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.started > before:
             held = {id(t): t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
             self.moved += sum(held.values())
         return out
@@ -54,7 +48,7 @@ def counts(call: Callable[[int, int], Callable[[], Tensor]], H: int, I: int) -> 
     seen = {}
     for h, i in ((1, 1), (2, 1), (1, 2), (2, 2)):
         run = call(h * SMALL, i * SMALL)
-        with torch.no_grad(), Launches() as counted:
+        with torch.no_grad(), Moved() as counted:
             run()
         seen[h, i] = counted
     one = seen[1, 1]
