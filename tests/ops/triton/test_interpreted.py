@@ -73,18 +73,6 @@ def test_widths_around_a_tile(few):
         assert (got - want).abs().max() <= 16 * 1.2e-7 * want.abs().max()
 
 
-@pytest.mark.parametrize("few", (pytest.param(FEW, marks=pytest.mark.nightly), MANY))  # 900 programs, interpreted
-def test_experts_of_14336_neurons(few):
-    g = torch.Generator().manual_seed(0)
-    I, H = 14336, 16
-    w_in, w_out = (torch.randn(shape, generator=g) for shape in ((I, H), (H, I)))
-    bank = ListExpertWeights([[w_in] * 8, [w_in * 2] * 8], [w_out / I] * 8)  # eight experts lie on one another
-    args = torch.randn(1, H, generator=g), torch.tensor([[6]]), torch.ones(1, 1), bank, ExpertsSpec(rows="separate")
-    want = experts_reference(*args)
-    got = experts_triton(*args, few=few, tiles=Tiles(16, 512, 256, 4, 1))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)  # float32 sums of 14336 terms of size up to 100
-
-
 @pytest.mark.parametrize("few", (FEW, MANY))
 def test_512_experts(few):
     case = make(ExpertsSpec(), T=20, E=512, K=1, dtype=torch.float32)
