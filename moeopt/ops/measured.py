@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 
 from moeopt.ops.native.compile import digest_of_sources
+from moeopt.ops.stopwatch import Stopwatch
 from moeopt.options import cache_directory, cpu_limits, measuring
 
 TimedCall = Callable[[], object]
@@ -45,6 +46,8 @@ SHORT = 5e-3
 CLOSE = 1.2
 """A gain that is so near to the advantage that is asked for."""
 SCHEMA = 4
+GPU_FLUSH = 1 << 30
+"""Bytes written before a call on a GPU, or twice its L2 if that is less: in a model, other layers ran before."""
 
 _answers: dict[tuple[str, str], str] = {}
 _lock = threading.RLock()  # a way may itself ask which spelling it shall take
@@ -59,16 +62,27 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)  # another thread of the parent may have held the lock
 
 
-def fastest(question: str, ways: Callable[[], Mapping[str, Way]], default: str, advantage: float = ADVANTAGE) -> str:
+def fastest(
+    question: str,
+    ways: Callable[[], Mapping[str, Way]],
+    default: str,
+    advantage: float = ADVANTAGE,
+    device: torch.device | None = None,
+) -> str:
     """The name of the fastest of ``ways`` on this machine.
 
     Args:
         question: names what is asked, everything that may change the answer included, but for the machine.
         ways: makes the ways by name, ``default`` among them; called only if the answer is not known yet.
         default: the answer without a measurement, and if no other way is ``advantage`` times as fast.
+        device: where the ways run, if that is a GPU: its own events time them, and its name is part of the question.
     """
     if not measuring():
         return default
+    timer: Callable[[], Timer] = _on_host
+    if device is not None and device.type == "cuda":
+        question = f"{torch.cuda.get_device_name(device)}: {question}"
+        timer = functools.partial(_on_gpu, device)
     key = (machine(), question)
     found = _answers.get(key)
     if found is None:
@@ -76,7 +90,7 @@ def fastest(question: str, ways: Callable[[], Mapping[str, Way]], default: str, 
             found = _answers.get(key) or _stored(key[0]).get(question)
             if found is None:
                 with _default_device():
-                    found = _measure(ways(), default, advantage)
+                    found = _measure(ways(), default, advantage, timer())
                 _store(key[0], question, found)
             _answers[key] = found
     return found
@@ -112,9 +126,28 @@ def cpu_model() -> str:
     return f"{facts.get('model name', platform.machine())} ({' '.join(numbers)})"
 
 
-def _measure(ways: Mapping[str, Way], default: str, advantage: float) -> str:
-    """The way that in the middle of the turns gains most on the default; a way that raises is none."""
+Timer = Callable[[TimedCall], float]
+"""Makes a call and gives its seconds."""
+
+
+def _on_host() -> Timer:
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def seconds(call: TimedCall) -> float:
+        start = clock()
+        call()
+        return clock() - start
+
+    return seconds
+
+
+def _on_gpu(device: torch.device) -> Timer:
+    return Stopwatch(device, GPU_FLUSH).seconds
+
+
+def _measure(ways: Mapping[str, Way], default: str, advantage: float, seconds_of: Timer | None = None) -> str:
+    """The way that in the middle of the turns gains most on the default; a way that raises is none."""
+    seconds_of = seconds_of or _on_host()
     took: dict[str, list[list[float]]] = {}
     with torch.no_grad():
         for turn in range(TURNS + 1 + MORE_TURNS):
@@ -124,7 +157,7 @@ def _measure(ways: Mapping[str, Way], default: str, advantage: float) -> str:
                 if turn and name not in took:
                     continue
                 try:
-                    seconds = _turn([way] if callable(way) else way, clock)
+                    seconds = [seconds_of(call) for call in ([way] if callable(way) else way)]
                 except RuntimeError:  # a dtype or a layout that this CPU's library has no kernel for
                     took.pop(name, None)
                     continue
@@ -156,16 +189,6 @@ def _gain(slow: list[list[float]], quick: list[list[float]]) -> float:
 def _by_call(turns: list[list[float]]) -> list[tuple[float, ...]]:
     """The seconds of each call in every turn, of those of each turn in every call."""
     return list(zip(*turns, strict=True))
-
-
-def _turn(calls: Sequence[TimedCall], clock: Callable[[], float]) -> list[float]:
-    """The seconds of each call, made once."""
-    seconds = []
-    for call in calls:
-        start = clock()
-        call()
-        seconds.append(clock() - start)
-    return seconds
 
 
 def _mean(numbers: Sequence[float]) -> float:

@@ -9,7 +9,7 @@ not be timed, run the rewritten code.
 
 A model that runs without ``torch.no_grad()`` records every call, which costs both ways something else, so that is asked
 by itself. And a backward pass may follow or not, which no call can know: one in training mode is timed with it, one in
-evaluation mode without.
+evaluation mode without. A block on a GPU is timed by the GPU's own events.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ LARGEST = 1 << 24
 """Weights of a block from which its calls are made of products and not of what is around them: it is not timed."""
 WORK = 1 << 29
 """Multiply-adds of all experts on all tokens above which a number of tokens is not timed: some milliseconds a call."""
+ON_GPU = 1 << 8
+"""How many times as large both may be on a GPU: about what one reads and multiplies more than a core in that time."""
 TURN = 1e-3
 """Seconds that a turn of one way takes at least, of up to ``CALLS`` calls."""
 CALLS = 16
@@ -107,13 +109,16 @@ def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode, mode: str
     """The numbers of tokens at which the own code of the block is the quicker, in a mode of ``MODES``."""
     block, module = forward.program.block, forward.module
     held = [*module.parameters(), *module.buffers()]
-    numbers, on_cpu = sum(t.numel() for t in held), all(t.is_cpu for t in held)
-    if block.formats or block.mutations or not on_cpu or numbers > LARGEST:
+    numbers, device = sum(t.numel() for t in held), _device(held)
+    if block.formats or block.mutations or device is None:
+        return []
+    more = ON_GPU if device.type == "cuda" else 1
+    if numbers > LARGEST * more:
         return []
     found, kind, silent = list[int](), "", forward.silent
     forward.silent = True  # a number of tokens that is refused is no news
     training = in_mode(module, mode == TRAINED or module.training)
-    work = WORK // 3 if mode == TRAINED else WORK  # a backward pass multiplies twice as much
+    work = more * (WORK // 3 if mode == TRAINED else WORK)  # a backward pass multiplies twice as much
     try:
         with torch.inference_mode(False), RestoreState(module), buffers_kept(module), quiet(), training:
             for tokens in (n for n in NEAR if n * numbers <= work):
@@ -123,13 +128,19 @@ def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode, mode: str
                     kind = kind or _kind(forward) + mode
                     question = f"{kind} on {tokens} tokens"
                     ways = functools.partial(_ways, forward, left, (args, kwargs), mode)
-                    if fastest(question, ways, "rewritten", advantage=GAIN) == "own":
+                    if fastest(question, ways, "rewritten", GAIN, device) == "own":
                         found.append(tokens)
                 except Exception:  # a number of tokens that the block cannot take
                     continue
     finally:
         forward.silent = silent
     return found
+
+
+def _device(held: list[Tensor]) -> torch.device | None:
+    """The CPU or the one GPU that all tensors are on; None of others, whose time no clock here tells."""
+    devices = {t.device for t in held}
+    return devices.pop() if len(devices) == 1 and all(d.type in ("cpu", "cuda") for d in devices) else None
 
 
 def _kind(forward: RewrittenForward) -> str:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu.table import rendered
+from benchmarks.gpu_day import CALL, HALVES, LIMITS
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks/gpu_day.py"
 
 
@@ -24,6 +27,44 @@ def test_the_first_half_writes_its_results(tmp_path):
     assert all(r["ok"] for r in results)
     names = {r["name"] for r in results}
     assert {"versions", "bandwidth", "moeopt separate, 2 tokens, torch.bfloat16", "gradient"} <= names
+    text = run(tmp_path, "table").stdout
+    assert "### Waits, CUDA graphs and kernels of each path\n\n| path | us | graph us | kernels | waits |" in text
+    assert "| moeopt separate, 2 tokens, torch.bfloat16 | " in text and "- bandwidth: bytes_per_s " in text
+    assert "| gradient | yes | " in text and "### Failed" not in text
+
+
+def test_each_half_fits_into_seven_minutes_whatever_its_steps_do():
+    assert sorted(HALVES["first"] + HALVES["second"]) == sorted(LIMITS)
+    for half in ("first", "second"):
+        assert sum(LIMITS[step] for step in HALVES[half]) <= CALL == 7 * 60
+
+
+@pytest.mark.nightly  # forty seconds of a CPU
+def test_a_language_model_is_timed_by_each_way(tmp_path):
+    pytest.importorskip("transformers")
+    done = run(tmp_path, "model")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert [r["name"].split()[-1] for r in rows] == ["eager", "batched_mm", "grouped_mm", "moeopt"]
+    assert all(r["ok"] and r["one token us"] > 0 for r in rows)
+
+
+def test_a_file_of_results_is_rendered_as_tables_and_failures_are_named():
+    results = [
+        {"step": "machine", "name": "versions", "ok": True, "torch": "2.13", "gpu": "NVIDIA H100"},
+        {"step": "layer", "name": "qwen", "ok": True, "T": 1, "experts hit": 8, "floor of bytes": 25.1,
+         "floor of FLOPs": 0.1, "the model's own loop": 2400.0, "grouped_mm path": "Unfit: a|b",
+         "moeopt separate": {"us": 90.0, "graph us": 27.5, "off by": 0.002}},
+        {"step": "layer", "name": "the step", "ok": False, "rc": "stopped after 240 s", "s": 240},
+        {"step": "model", "name": "transformers eager", "ok": False, "error": "OutOfMemoryError: no"},
+        {"step": "runtime", "name": "tests/gpu", "ok": True, "text": "...\n8 passed in 3 s\n"},
+    ]  # fmt: skip
+    text = rendered(results)
+    assert "- versions: torch 2.13, gpu NVIDIA H100" in text
+    assert "| block | T | floor | the model's own loop | grouped_mm path | moeopt separate |" in text
+    assert "| qwen | 1 | 25.1 | 2400 | Unfit: a\\|b | 90 (27.5) |" in text
+    assert "- layer, the step: stopped after 240 s" in text
+    assert "- model, transformers eager: OutOfMemoryError: no" in text and "- tests/gpu: 8 passed in 3 s" in text
 
 
 def test_times_are_held_against_the_floor_and_the_model_s_own_loop(tmp_path):

@@ -1,16 +1,17 @@
 """The CUDA kernel's choice and arithmetic, without a GPU; and on one, where there is one."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import ListExpertWeights, StackedExpertWeights, experts, experts_reference
 from moeopt.ops.kernels import cuda
+from moeopt.ops.kernels.counted import Launches, launches_of, one_launch
 from moeopt.ops.kernels.cuda import choose_cuda_path, experts_grouped, experts_loop
 from tests.ops.cases import cases, coarsest_eps, make, naive
 
@@ -62,6 +63,41 @@ def test_the_report_s_words_are_the_path_of_the_weights(stacked, no_triton, path
     case = make(ExpertsSpec(rows="separate"), dtype=torch.float32, stacked=stacked)
     got_path, got_reason = cuda.describe_path(case.bank, case.spec)
     assert got_path == path and reason in got_reason
+
+
+@pytest.mark.parametrize("biases", (False, True))
+@pytest.mark.parametrize(
+    "spec",
+    (
+        ExpertsSpec(),
+        ExpertsSpec(rows="separate", combine="expert", w_in_layout="io", out_norm_eps=1e-6),
+        ExpertsSpec(rows="plain", activation="relu", weight_on="input", out_of_range="identity"),
+    ),
+)
+def test_the_report_counts_the_launches_of_the_paths_without_kernels_of_our_own(spec, biases, monkeypatch):
+    monkeypatch.setattr(cuda, "why_not", lambda device: "no Triton")
+    case = make(spec, T=40, E=6, K=3, dtype=torch.bfloat16, biases=biases)
+    case.ids = torch.arange(40)[:, None] * 3 % 5 + torch.arange(3)[None] % 2  # all six are hit
+    for capability, path, run, more in (
+        ((9, 0), "grouped", experts_grouped, {"grouped_mm": one_launch}),
+        ((8, 0), "loop", experts_loop, {}),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, of=capability: of)
+        monkeypatch.setattr(cuda, "_no_grouped", lambda *args, of=path: "" if of == "grouped" else "no grouped_mm")
+        taken, reason = cuda.describe_path(case.bank, case.spec)
+        assert taken == path
+        fixed, *each = map(int, re.findall(r"(\d+) (?:launches|for each expert (?:that is hit|more))", reason))
+        told = fixed + (6 * each[0] if path == "loop" else 0) + 2 * each[-1]
+        with Launches() as counted:
+            run(*case.args, **more)
+        assert counted.started == told and len(each) == (2 if path == "loop" else 1), reason
+
+
+def test_launches_that_this_cpu_can_not_count_are_left_out():
+    bank = StackedExpertWeights([torch.zeros(2, 16, 8).to(torch.float8_e4m3fn)], torch.zeros(2, 8, 8).half())
+    assert launches_of(experts_loop, bank, ExpertsSpec()) is not None
+    bank.w_out_s = bank.w_out_s.to(torch.float8_e4m3fn)
+    assert launches_of(experts_loop, bank, ExpertsSpec()) is None
 
 
 def test_the_report_promises_no_cuda_graph_for_weights_that_each_call_copies(monkeypatch):
@@ -130,23 +166,6 @@ def test_the_loop_is_the_reference(case):
     got, want = experts_loop(*case.args), experts_reference(*case.args)
     # as in test_cpu: a few float64 roundings of the terms
     assert (got - want).abs().le(16 * coarsest_eps(case) * (naive(case)[1] + 1)).all()
-
-
-class Launches(TorchDispatchMode):
-    """Counts calls that start a kernel on a GPU (views do not), and calls for which the host waits."""
-
-    WAITS = {"aten::nonzero", "aten::_local_scalar_dense", "aten::unique_consecutive", "aten::_unique2"}
-
-    def __init__(self):
-        super().__init__()
-        self.started = self.waits = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        self.started += not views
-        self.waits += func._schema.name in self.WAITS
-        return out
 
 
 def own_loop(x, ids, weights, bank):

@@ -242,3 +242,26 @@ def test_a_way_is_compared_turn_by_turn(monkeypatch):
 
     assert quickest(1.15) == "other"  # in three turns of five; the medians are 5 and 6
     assert quickest(1.25) == "default"
+
+
+def test_ways_on_a_gpu_are_timed_by_its_events_and_asked_for_each_kind_of_gpu(monkeypatch):
+    took, made, names = {"usual": 2.0, "other": 1.0}, [], ["H100", "L40S", "H100"]
+
+    class Watch:
+        def __init__(self, device, flush):
+            made.append((device, flush))
+
+        def seconds(self, call):
+            return took[call()]
+
+    monkeypatch.setattr(measured, "Stopwatch", Watch)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[0])
+    monkeypatch.setattr(measured, "measuring", lambda: True)
+    monkeypatch.setattr(measured, "_answers", {})
+    monkeypatch.setattr(measured, "cache_directory", lambda: None)
+    device, ways = torch.device("cuda", 0), {name: lambda name=name: name for name in took}
+    while names:
+        assert measured.fastest("which?", lambda: ways, "usual", device=device) == "other"
+        names.pop(0)
+    assert made == [(device, measured.GPU_FLUSH)] * 2
+    assert {question for _, question in measured._answers} == {"H100: which?", "L40S: which?"}

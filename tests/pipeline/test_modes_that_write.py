@@ -77,7 +77,7 @@ def test_a_mode_is_left_as_it_was_found(how, training):
 
 @WAYS
 def test_optimising_writes_no_weight(how, monkeypatch):
-    def both_run(question, ways, default, advantage):
+    def both_run(question, ways, default, advantage, device):
         for way in ways().values():
             way()
         return default

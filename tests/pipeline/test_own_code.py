@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moeopt
 from moeopt.errors import StaleModelWarning
@@ -34,7 +35,7 @@ def slower_at(monkeypatch):
     """Makes a machine on which the rewritten code is slower at these numbers of tokens, and ties or wins elsewhere."""
 
     def machine(*counts, asked=None, recorded=None, trained=None):
-        def fastest(question, ways, default, advantage):
+        def fastest(question, ways, default, advantage, device):
             tokens, records, trains = int(question.split()[-2]), "recorded, on" in question, "trained, on" in question
             if asked is not None and not records and not trains:
                 asked.append(tokens)
@@ -281,7 +282,7 @@ def test_both_ways_are_timed_on_the_same_call(monkeypatch, mode):
     honest = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **more: steps.append(args) or honest(*args, **more))
 
-    def fastest(question, ways, default, advantage):
+    def fastest(question, ways, default, advantage, device):
         forward = question_of[0]
         for name, way in ways().items():
             before, stepped = forward.calls, len(steps)
@@ -341,3 +342,31 @@ def test_what_configurations_decide_is_a_question_of_its_own():
         torch.manual_seed(0)
         kinds.add(own_code._kind(rewritten_forward(optimized(Either(way, d=D).eval()).model)))
     assert len(kinds) == 2
+
+
+def test_a_block_on_a_gpu_is_asked_about_on_that_gpu_and_at_its_sizes(monkeypatch):
+    opt = optimized()
+    forward, asked, gpu = rewritten_forward(opt.model), [], torch.device("cuda", 1)
+    numbers = sum(p.numel() for p in forward.module.parameters())
+
+    def fastest(question, ways, default, advantage, device):
+        asked.append((int(question.split()[-2]), device))
+        return "own"
+
+    monkeypatch.setattr(own_code, "fastest", fastest)
+    monkeypatch.setattr(own_code, "WORK", 10 * numbers)
+    monkeypatch.setattr(own_code, "LARGEST", numbers - 1)
+    question = forward, ((x(24),), {}), OwnCode("x", D), own_code.PLAIN
+    assert own_code._slower(*question) == [] and not asked
+    monkeypatch.setattr(own_code, "_device", lambda held: gpu)
+    assert own_code._slower(*question) == [1, 8, 64, 512] and asked == [(n, gpu) for n in (1, 8, 64, 512)]
+
+
+def test_tensors_of_one_cpu_or_gpu_have_a_clock():
+    cpu, other = torch.empty(1), torch.empty(1, device="meta")
+    with FakeTensorMode():
+        first, second = torch.empty(1, device="cuda:0"), torch.empty(1, device="cuda:1")
+    assert own_code._device([cpu, cpu]) == torch.device("cpu")
+    assert own_code._device([first, first]) == torch.device("cuda", 0)
+    for held in ([first, second], [cpu, first], [other], []):
+        assert own_code._device(held) is None

@@ -8,6 +8,7 @@ and of the loop, which run on any device.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -18,13 +19,14 @@ from torch import Tensor
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.activations import apply_gate
 from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
+from moeopt.ops.kernels.counted import launches_in_words, one_launch
 from moeopt.ops.native.call import transformed
 from moeopt.ops.reference import check, dtypes, experts_reference, one_expert, out_features, rms_norm
 from moeopt.ops.triton.addresses import weights_of
 from moeopt.ops.triton.constants import function
 from moeopt.ops.triton.launch import experts_triton, launches, refused
 from moeopt.ops.triton.library import why_not
-from moeopt.ops.triton.tiles import FEW_PAIRS
+from moeopt.ops.triton.tiles import FEW_PAIRS, few_pairs
 from moeopt.ops.unfit import Unfit
 
 Path = Literal["triton", "grouped", "loop"]
@@ -47,6 +49,8 @@ def choose_cuda_path(
     no_triton: str = "",
     kernels: tuple[int, int] = (2, 4),
     copied: bool = False,
+    pairs: int = FEW_PAIRS,
+    counted: Callable[[Path], str] = lambda path: "",
 ) -> tuple[Path, str]:
     """Which path this call takes, what it starts and waits for, and why no better one.
 
@@ -58,20 +62,22 @@ def choose_cuda_path(
         no_triton: why the Triton kernels can't take the call; "" where they can.
         kernels: how many of them there are for few pairs of token and expert, and for more.
         copied: whether the weights are copied at each call before the kernels read them.
+        pairs: how many pairs are few.
+        counted: the launches of the other two paths, in words with a comma behind; asked for the one that is taken.
     """
     if not no_triton:
         few, many = kernels
-        return "triton", f"{few} launches for up to {FEW_PAIRS} pairs of token and expert, {many} for more, " + (
+        return "triton", f"{few} launches for up to {pairs} pairs of token and expert, {many} for more, " + (
             "after copies of the experts' weights at each call, for which the host waits: no CUDA graph can hold them"
             if copied
             else "no wait for the host, fit for a CUDA graph"
         )
     no_grouped = _no_grouped(capability, dtype, shapes, strides, has_grouped_mm)
     if not no_grouped:
-        return "grouped", f"grouped_mm, no wait for the host; {no_triton}"
+        return "grouped", f"grouped_mm, {counted('grouped')}no wait for the host; {no_triton}"
     return "loop", (
-        "a loop over the experts that are hit, which no CUDA graph can hold, with one wait for the host: "
-        f"{no_triton}; {no_grouped}"
+        f"a loop over the experts that are hit, which no CUDA graph can hold, {counted('loop')}with one wait for the "
+        f"host: {no_triton}; {no_grouped}"
     )
 
 
@@ -131,8 +137,14 @@ def describe_path(bank: ExpertWeights, spec: ExpertsSpec) -> tuple[Path, str]:
         except Unfit as err:
             no_triton = str(err)
     compute = getattr(torch, spec.compute_dtype) if spec.compute_dtype else w_in.dtype
-    path, why, _ = path_of(device, compute, bank, no_triton, launches(spec), _copied(bank))
+    path, why, _ = path_of(device, compute, bank, no_triton, launches(spec), _copied(bank), _in_words(bank, spec))
     return path, why
+
+
+def _in_words(bank: ExpertWeights, spec: ExpertsSpec) -> Callable[[Path], str]:
+    """What ``choose_cuda_path`` says of the launches of the other paths."""
+    grouped = functools.partial(experts_grouped, grouped_mm=one_launch)
+    return lambda path: launches_in_words(grouped if path == "grouped" else experts_loop, bank, spec)
 
 
 def _copied(bank: ExpertWeights) -> bool:
@@ -157,6 +169,7 @@ def path_of(
     no_triton: str,
     kernels: tuple[int, int] = (2, 4),
     copied: bool = False,
+    counted: Callable[[Path], str] = lambda path: "",
 ) -> tuple[Path, str, StackedExpertWeights | None]:
     """:func:`choose_cuda_path` of these weights; and the stack, where there is one."""
     stacked = bank.stacked()
@@ -172,6 +185,8 @@ def path_of(
         no_triton,
         kernels,
         copied,
+        few_pairs(bank.num_experts),
+        counted,
     )
     return path, why, stacked
 

@@ -16,19 +16,31 @@ from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.reference import check, dtypes, out_features
 from moeopt.ops.triton.addresses import Weights, weights_of
 from moeopt.ops.triton.constants import Function, WeightTypes, function
-from moeopt.ops.triton.tiles import FEW_PAIRS, Tiles, tiles_for
+from moeopt.ops.triton.tiles import TOGETHER, Tiles, few_pairs, tiles_for
 from moeopt.ops.unfit import Unfit
 
 COLUMNS, DEPTH = 16, 128
 """Columns and depth of the tile of a matrix-vector product: 16-byte loads, one row of 256 bytes of 16-bit weights."""
+
+ENOUGH = 256
+"""Programs that keep a GPU of today busy, two for each SM; a wider tile that leaves fewer of them gains nothing."""
+
+
+def tile_of_token(K: int) -> tuple[int, int]:
+    """Columns and depth of ``gemv_out``, which holds a tile of each of a token's K experts: 4096 numbers or less.
+
+    Few columns make many programs, even of one token: what they ask for at once is what a GPU's memory can bring.
+    """
+    return 4, max(16, min(512, 1024 // _power(K)))
+
 
 FUSED = {"enable_fp_fusion": True}
 """A product and its sum are rounded once. Triton's own default, which 3.10 changes and 3.9 warns of at each start."""
 
 
 def launches(spec: ExpertsSpec) -> tuple[int, int]:
-    """Kernels of one call with up to ``FEW_PAIRS`` pairs of token and expert, and with more."""
-    return (2, 4) if spec.out_norm_eps is None else (4, 5)
+    """Kernels of one call with up to ``few_pairs`` pairs of token and expert, and with more."""
+    return (2, 4) if spec.out_norm_eps is None else (3, 4)
 
 
 def experts_triton(
@@ -38,13 +50,13 @@ def experts_triton(
     bank: ExpertWeights,
     spec: ExpertsSpec,
     *,
-    few: int = FEW_PAIRS,
+    few: int | None = None,
     tiles: Tiles | None = None,
 ) -> Tensor:
     """``experts_reference`` in the launches that :func:`launches` counts; same arguments and result, no gradient.
 
     Args:
-        few: pairs up to which nothing is sorted.
+        few: pairs up to which nothing is sorted; None is what :func:`few_pairs` says.
         tiles: the tile of both products; None is the table's.
 
     Raises:
@@ -69,8 +81,8 @@ def experts_triton(
     a_RI = x_TH.new_empty(T * K, weights.I, dtype=compute)
     pairs, normed = T * K, spec.out_norm_eps is not None
     with _current(device), _reasons(call):
-        if pairs <= few:
-            _few_pairs(x_TH, ids_TK, weights_TK, weights, F, normed, a_RI, y_TD, accum)
+        if pairs <= (few_pairs(bank.num_experts) if few is None else few):
+            _few_pairs(x_TH, ids_TK, weights_TK, weights, F, normed, a_RI, y_TD)
         else:
             major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
             sizes = compute.itemsize, weights.held.dtype.itemsize
@@ -109,7 +121,7 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 def _few_pairs(x: Tensor, ids: Tensor, w: Tensor, weights: Weights, F: Function, normed: bool,
-               a: Tensor, y: Tensor, accum: torch.dtype) -> None:  # fmt: skip
+               a: Tensor, y: Tensor) -> None:  # fmt: skip
     from moeopt.ops.triton import kernels
 
     (T, K), E, (I, D), R = ids.shape, weights.table.shape[1], (weights.I, weights.D), ids.numel()
@@ -119,9 +131,10 @@ def _few_pairs(x: Tensor, ids: Tensor, w: Tensor, weights: Weights, F: Function,
         a, E, K, x.shape[1], I, F=F, BN=COLUMNS, BK=DEPTH, **FUSED,
     )  # fmt: skip
     if not normed:
-        kernels.gemv_out[(T, _up(D, COLUMNS))](
+        columns, depth = tile_of_token(K)
+        kernels.gemv_out[(T, _up(D, columns))](
             a, x, *x.stride(), *id_args, *w_args, weights.table, *weights.out_steps, weights.bias_steps[1],
-            y, E, K, I, D, F=F, BN=COLUMNS, BK=DEPTH, KP=_power(K), **FUSED,
+            y, E, K, I, D, F=F, BN=columns, BK=depth, KP=_power(K), **FUSED,
         )  # fmt: skip
         return
     o = x.new_empty(R, D, dtype=a.dtype)
@@ -129,7 +142,7 @@ def _few_pairs(x: Tensor, ids: Tensor, w: Tensor, weights: Weights, F: Function,
         a, *id_args, weights.table, *weights.out_steps, weights.bias_steps[1], o, E, K, I, D,
         F=F, BN=COLUMNS, BK=DEPTH, **FUSED,
     )  # fmt: skip
-    _norm_and_combine(x, ids, w, weights, F, o, y, accum)
+    _combine_normed(x, ids, w, weights, F, o, y)
 
 
 def _many_pairs(x: Tensor, ids: Tensor, w: Tensor, weights: Weights, F: Function, normed: bool,
@@ -138,37 +151,42 @@ def _many_pairs(x: Tensor, ids: Tensor, w: Tensor, weights: Weights, F: Function
 
     K, E, (I, D), R = ids.shape[1], weights.table.shape[1], (weights.I, weights.D), ids.numel()
     order, ends = ids.new_empty(R, dtype=torch.int32), ids.new_empty(E, dtype=torch.int32)
-    kernels.sort_pairs[(E,)](ids, *ids.stride(), order, ends, R, K, E, BLOCK=min(1024, max(16, _power(R))), **FUSED)
+    kernels.sort_pairs[(E,)](ids, *ids.stride(), order, ends, R, K, E, **sorting(R), **FUSED)
     # each expert has at most one tile that is not full; a tile past the last one ends at once
     most = min(_up(R, tiles.rows) + E, R)
-    shape = {"F": F, "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "EP": _power(E)}
+    shape = {"F": F, "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "EP": _power(E), "TOGETHER": TOGETHER}
     how = {"num_warps": tiles.warps, "num_stages": tiles.stages, **FUSED}
-    kernels.tile_in[(most, _up(I, tiles.columns))](
+    kernels.tile_in[(most * _up(I, tiles.columns),)](
         x, *x.stride(), w, *w.stride(), order, ends, weights.table, *weights.in_steps, weights.bias_steps[0],
-        a, E, K, x.shape[1], I, **shape, **how,
+        a, E, K, x.shape[1], I, most, **shape, **how,
     )  # fmt: skip
     term = x.new_empty(R, D, dtype=a.dtype if normed else accum)
-    kernels.tile_out[(most, _up(D, tiles.columns))](
+    columns = tiles.columns_out if most * _up(D, tiles.columns_out) >= ENOUGH else tiles.columns
+    kernels.tile_out[(most * _up(D, columns),)](
         a, order, ends, weights.table, *weights.out_steps, weights.bias_steps[1], w, *w.stride(),
-        term, E, K, I, D, **shape, **how,
+        term, E, K, I, D, most, **shape | {"BN": columns}, **how,
     )  # fmt: skip
     if normed:
-        _norm_and_combine(x, ids, w, weights, F, term, y, accum)
+        _combine_normed(x, ids, w, weights, F, term, y)
     else:
         _combine(x, ids, w, E, F, term, y)
 
 
-def _norm_and_combine(x: Tensor, ids: Tensor, w: Tensor, weights: Weights, F: Function, o: Tensor, y: Tensor,
-                      accum: torch.dtype) -> None:  # fmt: skip
+def sorting(R: int) -> dict[str, int]:
+    """How ``sort_pairs`` reads R ids: a program waits for memory once a block."""
+    block = min(4096, max(16, _power(R)))
+    return {"BLOCK": block, "num_warps": 8 if block > 1024 else 4}
+
+
+def _combine_normed(x: Tensor, ids: Tensor, w: Tensor, weights: Weights, F: Function, o: Tensor, y: Tensor) -> None:
     from moeopt.ops.triton import kernels
 
-    (R, D), E = o.shape, weights.table.shape[1]
-    term = o if o.dtype == accum else o.new_empty(R, D, dtype=accum)
-    kernels.norm_terms[(R,)](
-        o, ids, *ids.stride(), w, *w.stride(), weights.table, weights.bias_steps[2], term, E, ids.shape[1], D,
-        F=F, BN=_power(D), **FUSED,
+    (T, K), (E, D) = ids.shape, (weights.table.shape[1], y.shape[1])
+    block = max(16, _power(D))
+    kernels.combine_normed[(T,)](
+        o, x, *x.stride(), ids, *ids.stride(), w, *w.stride(), weights.table, weights.bias_steps[2], y, E, K, D,
+        F=F, BN=block, KP=_power(K), num_warps=max(4, min(16, block // 512)), **FUSED,
     )  # fmt: skip
-    _combine(x, ids, w, E, F, term, y)
 
 
 def _combine(x: Tensor, ids: Tensor, w: Tensor, E: int, F: Function, term: Tensor, y: Tensor) -> None:

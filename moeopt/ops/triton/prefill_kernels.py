@@ -64,6 +64,19 @@ def sort_pairs(ids, ids_t, ids_k, order, ends, R, K, E, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def place_of_program(program, tiles, columns, TOGETHER: tl.constexpr):
+    """The tile of rows and the block of columns of a program: ``TOGETHER`` tiles take all columns before the next do.
+
+    Programs run about in order, and what runs at once shares the L2 cache. All tiles before the next columns would
+    read the rows again from memory for each block of columns; all columns before the next tile, the weights.
+    """
+    group = program // (TOGETHER * columns)
+    within = program % (TOGETHER * columns)
+    size = min(tiles - group * TOGETHER, TOGETHER)
+    return group * TOGETHER + within % size, within // size
+
+
+@triton.jit
 def rows_of_tile(tile, ends, E, BM: tl.constexpr, EP: tl.constexpr):
     """The expert of tile number ``tile``, the tile's first place in ``order`` and the expert's end; E past the last."""
     e = tl.arange(0, EP)
@@ -79,13 +92,14 @@ def rows_of_tile(tile, ends, E, BM: tl.constexpr, EP: tl.constexpr):
 
 @triton.jit
 def tile_in(
-    x, x_t, x_h, weights, weights_t, weights_k, order, ends, table, out_step, in_step, bias_step, a, E, K, H, I,
-    F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EP: tl.constexpr,
+    x, x_t, x_h, weights, weights_t, weights_k, order, ends, table, out_step, in_step, bias_step, a, E, K, H, I, tiles,
+    F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EP: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Gather BM rows of one expert, the first matmul's gate and up for BN columns, bias, activation: ``a`` (R, I)."""
-    e, first, end = rows_of_tile(tl.program_id(0), ends, E, BM, EP)
+    tile, block = place_of_program(tl.program_id(0), tiles, (I + BN - 1) // BN, TOGETHER)
+    e, first, end = rows_of_tile(tile, ends, E, BM, EP)
     if e < E:
-        m, n, k = first + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BK)
+        m, n, k = first + tl.arange(0, BM), block * BN + tl.arange(0, BN), tl.arange(0, BK)
         row_ok, col_ok = m < end, n < I
         pair = tl.load(order + m, mask=row_ok, other=0).to(tl.int64)
         t = pair // K
@@ -114,13 +128,14 @@ def tile_in(
 
 @triton.jit
 def tile_out(
-    a, order, ends, table, out_step, in_step, bias_step, weights, weights_t, weights_k, term, E, K, I, D,
-    F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EP: tl.constexpr,
+    a, order, ends, table, out_step, in_step, bias_step, weights, weights_t, weights_k, term, E, K, I, D, tiles,
+    F: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EP: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """The second product of BM rows for BN columns, bias, routing weight: row ``pair`` of ``term`` (R, D)."""
-    e, first, end = rows_of_tile(tl.program_id(0), ends, E, BM, EP)
+    tile, block = place_of_program(tl.program_id(0), tiles, (D + BN - 1) // BN, TOGETHER)
+    e, first, end = rows_of_tile(tile, ends, E, BM, EP)
     if e < E:
-        m, n, k = first + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BK)
+        m, n, k = first + tl.arange(0, BM), block * BN + tl.arange(0, BN), tl.arange(0, BK)
         row_ok, col_ok = m < end, n < D
         pair = tl.load(order + m, mask=row_ok, other=0).to(tl.int64)
         at = n[None, :].to(tl.int64) * out_step + k[:, None] * in_step

@@ -30,14 +30,23 @@ def test_every_tile_in_use(capability, tmp_path):
     check(capability, DTYPES, tmp_path)
 
 
-def check(capability, dtypes, tmp_path):
+def test_products_in_tf32_are_of_tensor_cores(tmp_path):
+    for kernel in compiled(90, ["tf32"], tmp_path):
+        assert kernel["spilled"] == 0 and kernel["mma"] and kernel["shared"] <= SHARED_MEMORY[90] * 1024, kernel
+
+
+def compiled(capability, dtypes, tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.ops.triton.cross_compile", str(capability), *dtypes],
         capture_output=True, text=True, env=env, cwd=Path(__file__).parents[3], timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(capability, dtypes, tmp_path):
+    kernels = compiled(capability, dtypes, tmp_path)
     assert {kernel["dtype"] for kernel in kernels} == set(dtypes)
     assert len(kernels) >= len(dtypes) * (2 * 2 + 6)
     for kernel in kernels:

@@ -164,7 +164,7 @@ def launched(monkeypatch):
     from moeopt.ops.triton import kernels
 
     log = []
-    for name in ("gemv_in", "gemv_out", "gemv_pair", "sort_pairs", "tile_in", "tile_out", "norm_terms", "combine"):
+    for name in ("gemv_in", "gemv_out", "gemv_pair", "sort_pairs", "tile_in", "tile_out", "combine_normed", "combine"):
         monkeypatch.setattr(kernels, name, Counted(getattr(kernels, name), log))
     return log
 
