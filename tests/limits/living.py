@@ -18,7 +18,7 @@ from tests.toy_moe import Block, Expert, H, X, build, close, optimized, seeded
 
 def runs_the_original(make, change, text, call=lambda m: m(X)):
     """After ``change`` of the model and of its optimised copy, both compute the same, and the copy says why."""
-    model, opt = build(make), optimized(build(make))
+    model, opt = build(make), optimized(build(make), verify="fast")
     change(model), change(opt.model)
     (want, _), (got, warned) = told(lambda: call(model)), told(lambda: call(opt))
     assert torch.equal(got, want) and len(warned) == 1 and "runs its original code" in warned[0]
@@ -254,7 +254,7 @@ class GradValue(Block):
 @limit("A gradient that is not the original's")
 def other_gradients(_):
     for make in (NoGradInEval, BackwardLoss, Reentrant, GradValue):
-        model, opt = build(make), optimized(build(make))
+        model, opt = build(make), optimized(build(make), verify="fast")
         assert not told(lambda opt=opt: opt(X))[1], "without gradients the rewritten code runs"
         with pytest.warns(moeopt.errors.StaleModelWarning, match="gradient"):
             got = opt.model.train()(X.clone())
