@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
+from moeopt.onnx_in.idle_branches import why_not_taken
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.operators.table import shown
 from moeopt.onnx_in.products import WHOLE, WeightProduct, expert_chains, weight_products
@@ -78,10 +79,9 @@ def _in_branches(graph: OnnxGraph) -> Iterator[LeftAlone]:
             names = " and ".join(repr(node.name) for node, _ in several[:2])
             yield LeftAlone(
                 region_name([product for _, product in several]) or f"branches_{number}",
-                f"each of its experts stands in a branch of its own, like those of the nodes {names} (If), which run "
-                "it only where a token chose it, and moeopt replaces blocks of the main graph: export the model "
-                "without those branches (all experts on all tokens, or rows that are gathered), or optimise the "
-                "PyTorch model first",
+                f"each of its experts stands in a branch of its own, like those of the nodes {names} (If), and moeopt "
+                f"replaces blocks of the main graph: {why_not_taken(several[0][0])}. Export the model without those "
+                "branches (all experts on all tokens, or rows that are gathered), or optimise the PyTorch model first",
                 len(several),
             )
 

@@ -3,6 +3,7 @@
     Loop(M = 4, true, y0)      ->  body(0, y0), body(1, y1), body(2, y2), body(3, y3)
     Scan(stacked weights, y0)  ->  the same, with Gather(weights, e) for each expert
     If(true)                   ->  the nodes of its branch
+    If(expert e has rows)      ->  the nodes of the branch that computes them, where the other one changes nothing
 
 Scripted loops are exported so. Blocks are replaced in a file's main graph, so what holds experts is written out there,
 on a copy of the file. Loops that hold none, run until a value says stop, or are long, stay as they are.
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from moeopt.onnx_in.free_names import FreeNames
+from moeopt.onnx_in.idle_branches import taken_branch
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.order import bodies
 from moeopt.onnx_in.products import PRODUCTS
@@ -32,15 +34,22 @@ _ROUNDS = 4
 """Of bodies within bodies."""
 
 
-def unrolled(file: OnnxFile) -> OnnxFile:
-    """The file with such loops written out, on a copy; the same object where it holds none."""
+def unrolled(file: OnnxFile, finite: bool = False, stay: Collection[str] = ()) -> OnnxFile:
+    """The file with such loops written out, on a copy; the same object where it holds none.
+
+    Args:
+        finite: write out also what computes the same only as long as the experts' results are finite,
+        stay: but for branches that give one of these values.
+    """
     for _ in range(_ROUNDS):
-        holders = {
-            number for number, node in enumerate(file.model.graph) if node.op_type in BODIES and _holds_experts(node)
-        }
-        if not holders:
+        inner = [(number, node) for number, node in enumerate(file.model.graph) if node.op_type in BODIES]
+        holders = {number for number, node in inner if _holds_experts(node)}
+        branches = {number: taken_branch(node) for number, node in inner if node.op_type == "If"}
+        free = {number for number, node in inner if finite and not any(v.name in stay for v in node.outputs)}
+        taken = {n: way.name for n, way in branches.items() if way is not None and (n in free or not way.finite)}
+        if not holders and not taken:
             return file
-        made = LoopUnroller(file).run(holders)
+        made = LoopUnroller(file, taken).run(holders | set(taken))
         if made is None:
             return file
         file = dataclasses.replace(file, proto=made, _model=None)
@@ -69,11 +78,16 @@ def _products_with(body: OnnxGraph, values: set[int]) -> int:
 
 
 class LoopUnroller:
-    """One pass over the main graph of a copy."""
+    """One pass over the main graph of a copy.
 
-    def __init__(self, file: OnnxFile) -> None:
+    Args:
+        taken: branches that are written out although their condition is no constant, by the ``If``'s position.
+    """
+
+    def __init__(self, file: OnnxFile, taken: Mapping[int, str]) -> None:
         import onnx
 
+        self.taken = taken
         self.proto = onnx.ModelProto()
         self.proto.CopyFrom(file.proto)
         graph = self.proto.graph
@@ -89,10 +103,7 @@ class LoopUnroller:
         """The copy with the nodes at ``holders`` written out; None where none of them can be."""
         changed = False
         for number, node in enumerate(list(self.proto.graph.node)):
-            write = (
-                {"Loop": self._loop, "Scan": self._scan, "If": self._if}[node.op_type] if number in holders else None
-            )
-            if write is not None and write(node):
+            if number in holders and self._write(node, self.taken.get(number, "")):
                 changed = True
             else:
                 self.nodes.append(node)
@@ -101,6 +112,11 @@ class LoopUnroller:
         del self.proto.graph.node[:]
         self.proto.graph.node.extend(self.nodes)
         return self.proto
+
+    def _write(self, node: OnnxNode, taken: str) -> bool:
+        if node.op_type == "If":
+            return self._if(node, taken)
+        return self._loop(node) if node.op_type == "Loop" else self._scan(node)
 
     def _loop(self, node: OnnxNode) -> bool:
         body = _body(node, "body")
@@ -136,9 +152,10 @@ class LoopUnroller:
         self._rounds(node, body, int(held[0].dims[0]), state, 0, given)
         return True
 
-    def _if(self, node: OnnxNode) -> bool:
+    def _if(self, node: OnnxNode, taken: str) -> bool:
         way = self._number(node.input[0])
-        body = None if way is None else _body(node, "then_branch" if way else "else_branch")
+        name = taken if way is None else "then_branch" if way else "else_branch"
+        body = _body(node, name)
         if body is None or body.input or len(body.output) != len(node.output):
             return False
         for name, made in zip(node.output, self._inline(body, {}, node.name or "If"), strict=True):

@@ -155,9 +155,10 @@ def test_experts_that_the_quantiser_gave_codes_alone_are_rewritten(tmp_path):
     assert moeopt.verify(found.save(tmp_path / "bundle"), original=tmp_path / "q.onnx").passed
 
 
-def branches(condition="chosen", experts=3):
+def branches(condition="chosen", experts=3, otherwise="zero"):
     """Experts each in an ``If`` of its own, which asks whether a token chose it (or, of the input, anything else)."""
     draw, nodes, weights = np.random.default_rng(2), [], {"gate": draw_of((H, experts)), "zero": np.zeros(())}
+    weights["half"] = np.full((), 0.5)
     nodes.append(helper.make_node("MatMul", ["x", "gate"], ["logits"], name="router"))
     nodes.append(helper.make_node("ArgMax", ["logits"], ["ids"], name="pick", axis=1))
     for e in range(experts):
@@ -173,10 +174,10 @@ def branches(condition="chosen", experts=3):
             helper.make_node("MatMul", ["x", f"experts.{e}.up"], ["h"], name=f"up{e}"),
             helper.make_node("Relu", ["h"], ["a"]),
             helper.make_node("MatMul", ["a", f"experts.{e}.down"], ["o"], name=f"down{e}"),
-            helper.make_node("Mul", ["o", f"share{e}"], ["z"]),
+            helper.make_node("Mul", ["o", f"share{e}"], ["z"], name=f"part{e}"),
         ]
         end = [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)]
-        other = [helper.make_node("Mul", ["x", "zero"], ["z"])]
+        other = [helper.make_node("Mul", ["x", otherwise], ["z"], name=f"idle{e}")]
         nodes.append(
             helper.make_node(
                 "If", [f"is{e}"], [f"part{e}"], name=f"if{e}", then_branch=helper.make_graph(then, "t", [], end),
@@ -187,18 +188,49 @@ def branches(condition="chosen", experts=3):
     return nodes, weights
 
 
+def layer_of_branches(number, activation):
+    """A layer of such experts from ``x`` or from the layer before it; its values have names of their own."""
+    nodes, weights = branches()
+    for one in [*nodes, *(inner for n in nodes for a in n.attribute for inner in a.g.node)]:
+        one.op_type = activation if one.op_type == "Relu" else one.op_type
+        for ends in (one.input, one.output):
+            ends[:] = [{"x": f"h{number}", "y": f"h{number + 1}"}.get(n, f"layers.{number}.{n}") for n in ends]
+        one.name = one.name and f"layers.{number}.{one.name}"
+    for result in [end for n in nodes for a in n.attribute for end in a.g.output]:
+        result.name = f"layers.{number}.{result.name}"
+    return nodes, {f"layers.{number}.{name}": weight for name, weight in weights.items()}
+
+
+def test_branches_beside_rewritten_ones_stay_where_their_own_block_is_declined(tmp_path):
+    """Written out they would be taken always, and a result that is not finite would count."""
+    (first, held), (second, more) = layer_of_branches(0, "Relu"), layer_of_branches(1, "Asinh")
+    first[0].input[0] = "x"
+    for node in [*first, *(inner for n in first for a in n.attribute for inner in a.g.node)]:
+        node.input[:] = ["x" if name == "h0" else name for name in node.input]
+    second.append(helper.make_node("Identity", ["h2"], ["y"]))
+    found = moeopt.optimize(saved(tmp_path / "m.onnx", [*first, *second], held | more, []), verify="fast")
+    assert [(b.status, b.experts) for b in found.report.blocks] == [("rewritten", 3), ("declined", 3)]
+    assert "only as long as the expert's results are finite" in found.report.blocks[1].reason
+    made = onnx.load(found.save(tmp_path / "out") / "model.onnx", load_external_data=False)
+    assert [n.name for n in made.graph.node if n.op_type == "If"] == ["layers.1.if0", "layers.1.if1", "layers.1.if2"]
+
+
 def draw_of(shape):
     return np.random.default_rng(3).normal(size=shape)
 
 
 def test_experts_that_each_stand_in_a_branch_are_told_and_branches_that_ask_for_something_else_are_none(tmp_path):
-    found = moeopt.optimize(saved(tmp_path / "m.onnx", *branches(), []))
+    found = moeopt.optimize(saved(tmp_path / "m.onnx", *branches(otherwise="half"), []))
     (block,) = found.report.blocks
     assert (block.name, block.kind, block.status, block.experts) == ("experts", "moe", "declined", 3)
     assert "each of its experts stands in a branch of its own, like those of the nodes 'if0' and 'if1' (If)" in (
         block.reason
     )
-    assert "export the model without those branches" in block.reason
+    assert (
+        "where the condition of the node 'if0' (If), the node 'is0' (Greater), says that no row chose the "
+        "expert, its branches are not seen to give the same, but the node 'part0' (Mul) and the node 'idle0' (Mul)"
+    ) in block.reason
+    assert "Export the model without those branches" in block.reason
     assert not moeopt.optimize(saved(tmp_path / "n.onnx", *branches("x"), [])).report.blocks
 
 

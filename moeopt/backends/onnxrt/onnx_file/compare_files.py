@@ -6,7 +6,7 @@ the distance of that very result from the float64 oracle (one eps at least), and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -86,9 +86,14 @@ def against_file(file: OnnxFile, engine: GraphEngine, calls: Sequence[GraphFeeds
     return result
 
 
-def written_out(file: OnnxFile, calls: Sequence[GraphFeeds]) -> OnnxFile:
-    """The file with its loops over experts written out, held against the file as it is; the same object if none is."""
-    made = unrolled(file)
+def written_out(file: OnnxFile, calls: Sequence[GraphFeeds], stay: Collection[str] | None) -> OnnxFile:
+    """The file with its loops over experts written out, held against the file as it is; the same object if none is.
+
+    Args:
+        stay: values whose branches stay that may be taken always only as long as the experts' results are finite;
+            None: all of those.
+    """
+    made = unrolled(file, stay is not None, stay or ())
     if made is file:
         return file
     try:

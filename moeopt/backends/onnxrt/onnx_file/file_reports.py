@@ -10,6 +10,7 @@ from typing import TypeVar
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.report import BlockReport
+from moeopt.untrusted import shown_line
 
 Home = TypeVar("Home")
 IN_A_FILE = (
@@ -27,6 +28,14 @@ def decline(parts: FileParts, blocks: Sequence[BlockReport]) -> None:
         home = _home(block.name, by_name)
         if home is not None:
             parts.declined.setdefault(home.name, (home.candidate, block.reason or "it was not rewritten"))
+
+
+def inner_values(parts: FileParts) -> set[str] | None:
+    """The values that the regions of declined candidates make; None where one of them has no region."""
+    candidates = [candidate for candidate, _ in parts.declined.values()]
+    if not all(candidate.regions for candidate in candidates):
+        return None
+    return {str(v.name) for c in candidates for region in c.regions for node in region.nodes for v in node.outputs}
 
 
 def in_order(
@@ -76,3 +85,16 @@ def _for_the_owner_of_a_file(block: BlockReport) -> BlockReport:
 def _place(file: OnnxFile, part: FilePart) -> str:
     nodes = part.region.nodes
     return f"{Path(file.name).name}, {len(nodes)} nodes up to {nodes[-1].name or nodes[-1].op_type!r}"
+
+
+def replaceable_note(file: OnnxFile) -> list[str]:
+    """A note where weights are inputs too: what a caller may replace is no constant, and no expert is sought in it."""
+    inputs = {value.name for value in file.proto.graph.input}
+    names = [tensor.name for tensor in file.proto.graph.initializer if tensor.name in inputs]
+    if not names:
+        return []
+    return [
+        f"weights that are inputs of the graph too ({len(names)}, {shown_line(names[0])!r} first) may be replaced at a "
+        "call, so no experts are sought among them: export with keep_initializers_as_inputs=False, or take them out of "
+        "graph.input"
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from moeopt.backends.onnxrt.onnx_file.compare_files import (
     count_ids,
     written_out,
 )
-from moeopt.backends.onnxrt.onnx_file.file_reports import decline, in_order
+from moeopt.backends.onnxrt.onnx_file.file_reports import decline, in_order, inner_values, replaceable_note
 from moeopt.backends.onnxrt.onnx_file.kept_codes import keep_codes, with_codes
 from moeopt.backends.onnxrt.onnx_file.original import session_on
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_parts, widest_run
@@ -43,11 +43,10 @@ from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.left_alone import left_alone
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.onnx_in.region_module import GraphRegions
-from moeopt.onnx_in.regions import candidate_regions
+from moeopt.onnx_in.regions import CandidateRegion, candidate_regions
 from moeopt.options import Options
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.report import BlockReport, Report
-from moeopt.untrusted import shown_line
 from moeopt.value_types import PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.judge import EPS_ALLOWANCE
@@ -84,18 +83,13 @@ def _optimized(
     started = time.perf_counter()
     options.say("looking for blocks of experts in the graph")
     calls = example_feeds(given, inputs, options.seed)
-    file = written_out(given, calls)
-    index = GraphIndex(file.model.graph)
-    candidates = list(candidate_regions(index))
+    file, candidates, parts, made = _tried(given, calls, options, plan, backend, ())
+    if made is not None and parts.declined:  # what a declined block's branches spare would be computed always
+        stay = inner_values(parts)
+        if len(written_out(given, calls, stay).proto.graph.node) != len(file.proto.graph.node):
+            file, candidates, parts, made = _tried(given, calls, options, plan, backend, stay)
     others = list(left_alone(file.model.graph))
-    parts = file_parts(file, candidates, calls, options.say)
     beside, unread = blocks_beside_regions(file, calls[0], candidates, options)
-    made = None
-    try:
-        made = _rewritten(file, parts, calls, options, plan, backend) if parts.parts else None
-    except NotEquivalentError as err:  # the file that was given stays
-        for part in parts.parts:
-            parts.declined.setdefault(part.name, (part.candidate, f"it was rewritten, compared and reverted: {err}"))
     if made is None:
         made = _left_alone(given, parts, bool(others or beside), options)
     broken = [f"{name}: {reason}" for name, (_, reason) in parts.declined.items() if reason.startswith(BROKEN)]
@@ -112,6 +106,23 @@ def _optimized(
     )
     made.source = _fingerprint(file)
     return made, ((), dict(calls[0]))
+
+
+def _tried(
+    given: OnnxFile, calls: Sequence[GraphFeeds], options: Options, plan: OrtPlan, backend: type[GraphBackend],
+    stay: Collection[str] | None,
+) -> tuple[OnnxFile, list[CandidateRegion], FileParts, Made | None]:  # fmt: skip
+    """The file with its bodies written out but for those that ``stay``, its regions, and what was made of them."""
+    file = written_out(given, calls, stay)
+    candidates = list(candidate_regions(GraphIndex(file.model.graph)))
+    parts = file_parts(file, candidates, calls, options.say)
+    try:
+        made = _rewritten(file, parts, calls, options, plan, backend) if parts.parts else None
+    except NotEquivalentError as err:  # the file that was given stays
+        made = None
+        for part in parts.parts:
+            parts.declined.setdefault(part.name, (part.candidate, f"it was rewritten, compared and reverted: {err}"))
+    return file, candidates, parts, made
 
 
 def example_feeds(file: OnnxFile, inputs: PyObject, seed: int) -> list[GraphFeeds]:
@@ -268,23 +279,10 @@ def _left_alone(file: OnnxFile, parts: FileParts, others: bool, options: Options
         note = "no block of experts in the file was rewritten: it is left as it is, and each block says why"
     else:
         note = "there is no block of experts in the file: it is left as it is"
-    notes = [note, *_replaceable(file)]
+    notes = [note, *replaceable_note(file)]
     certificate = Certificate(level=options.verify, device=engine.described, notes=list(notes))
     report = Report((), file.name, "onnxruntime", notes=tuple(notes), certificate=certificate)
     return Made(engine, report, certificate, None, built)
-
-
-def _replaceable(file: OnnxFile) -> list[str]:
-    """A note where weights are inputs too: what a caller may replace is no constant, and no expert is sought in it."""
-    inputs = {value.name for value in file.proto.graph.input}
-    names = [tensor.name for tensor in file.proto.graph.initializer if tensor.name in inputs]
-    if not names:
-        return []
-    return [
-        f"weights that are inputs of the graph too ({len(names)}, {shown_line(names[0])!r} first) may be replaced at a "
-        "call, so no experts are sought among them: export with keep_initializers_as_inputs=False, or take them out of "
-        "graph.input"
-    ]
 
 
 def _fingerprint(file: OnnxFile) -> dict[str, str]:
