@@ -14,6 +14,7 @@ import torch
 
 from moeopt.backends.onnxrt.bound import BoundTensors, placed
 from moeopt.backends.onnxrt.cuda_graph import CUDA_GRAPH, GraphRuns, asks_for_graphs
+from moeopt.backends.onnxrt.idle_optimizers import idle_optimizers
 from moeopt.backends.onnxrt.providers import PROVIDERS, available, runtime
 from moeopt.backends.onnxrt.stream import SessionStream
 from moeopt.errors import EngineNotExecutableError, LimitError, UsageError
@@ -158,7 +159,10 @@ class Session:
             self._stream = SessionStream(torch.device("cuda", torch.cuda.current_device()))
             given = _OPTIONS.get(provider, {}) | self._stream.options | ({"enable_cuda_graph": "1"} if captures else {})
         try:
-            self.session = ort.InferenceSession(source, options, providers=[(PROVIDERS[provider], given)])
+            left_out = idle_optimizers(source, provider)
+            self.session = ort.InferenceSession(
+                source, options, providers=[(PROVIDERS[provider], given)], disabled_optimizers=left_out
+            )
         except Exception as err:  # ONNX Runtime's own, of many classes
             if not captures:
                 raise

@@ -21,6 +21,7 @@ import torch
 
 from moeopt.backends.onnxrt.budget import cost_of
 from moeopt.backends.onnxrt.custom_op import native_library
+from moeopt.backends.onnxrt.idle_optimizers import idle_optimizers
 from moeopt.backends.onnxrt.session import FLOAT_ROWS, ISA_ENTRY
 from moeopt.bundle import golden as goldens
 from moeopt.bundle.manifest import Manifest
@@ -119,6 +120,7 @@ def _in_a_child(
             "seconds": min(seconds, 1e9),
             "threads": torch.get_num_threads(),
             "entries": {FLOAT_ROWS: "1"},
+            "left_out": idle_optimizers(model, "cpu"),
             "operator": _operator(proto),
             "calls": [_written(feeds, Path(aside), n) for n, feeds in enumerate(calls)],
         }

@@ -36,7 +36,9 @@ def main() -> None:
         options.add_session_config_entry(key, value)
         options.register_custom_ops_library(library)
     try:
-        session = ort.InferenceSession(said["model"], options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            said["model"], options, providers=["CPUExecutionProvider"], disabled_optimizers=said["left_out"]
+        )
         for call in said["calls"]:
             feeds: dict[str, Any] = {}
             for name, (kind, width, shape, path) in call.items():
