@@ -8,13 +8,13 @@ one product of a stack. A lone pair of plain matrices is a dense feed-forward ne
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.operators.table import operator_of
-from moeopt.onnx_in.prologues import shared_beginnings
+from moeopt.onnx_in.prologues import ancestors, shared_beginnings
 from moeopt.value_types import OnnxNode, OnnxValue
 
 PRODUCTS = {
@@ -193,26 +193,43 @@ def expert_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> list
                 last[id(result)] = value
             if node.op_type in MOVING and node.inputs and node.inputs[0] is not None:
                 root[id(result)] = root.get(id(node.inputs[0]), node.inputs[0])
-    return _with_prologues(index, list(groups.values()), products)
+    return _with_prologues(index, list(groups.values()), products, root)
 
 
-def _with_prologues(index: GraphIndex, groups: list[ExpertChains], products: Collection[int]) -> list[ExpertChains]:
-    """The groups, those of one chain alone joined that begin at the same value, each behind a prologue of its own."""
+def _with_prologues(
+    index: GraphIndex, groups: list[ExpertChains], products: Collection[int], root: Mapping[int, OnnxValue]
+) -> list[ExpertChains]:
+    """The groups, those of one chain alone joined that begin at the same value, each behind a prologue of its own; and
+    those that have a prologue where several others, which have none, begin.
+    """
     ends = {at for at, node in enumerate(index.nodes) if at in products or node.op_type in _MERGING}
+    plain = {(id(g.root), _forms(g)): g for g in groups if len(g.pairs) > 1}
+    joined: dict[int, ExpertChains] = {}
     alone: defaultdict[Any, list[ExpertChains]] = defaultdict(list)
     for group in groups:
         if len(group.pairs) == 1 and group.experts < 2:
-            alone[tuple((p.shape, p.node.op_type) for p in group.pairs[0])].append(group)
-    joined: dict[int, ExpertChains] = {}
+            behind = ancestors(index, group.root, ends) if plain else ()
+            homes_of = (plain.get((id(root.get(id(v), v)), _forms(group))) for v in behind)
+            home = next((found for found in homes_of if found is not None), None)
+            if home is None:
+                alone[_forms(group)].append(group)
+            else:
+                home.pairs += group.pairs
+                joined[id(group)] = home
     for several in alone.values():
-        starts = shared_beginnings(index, [g.root for g in several], ends) if len(several) > 1 else []
+        shared = shared_beginnings(index, [g.root for g in several], ends) if len(several) > 1 else []
         homes: dict[int, ExpertChains] = {}
-        for group, start in zip(several, starts, strict=False):
+        for group, start in zip(several, shared, strict=False):
             if start is not None:
                 home = homes.setdefault(id(start), ExpertChains(start))
                 home.pairs += group.pairs
                 joined[id(group)] = home
     return list({id(home): home for home in (joined.get(id(g), g) for g in groups)}.values())
+
+
+def _forms(group: ExpertChains) -> tuple[Hashable, ...]:
+    """What chains that are experts of one block have in common."""
+    return tuple((p.shape, p.node.op_type) for p in group.pairs[0])
 
 
 _MERGING = frozenset(

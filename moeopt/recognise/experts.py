@@ -24,6 +24,7 @@ from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_refs import ExpertRef, tensor_at
 from moeopt.obstacles import Obstacle, Rank, Stage
+from moeopt.recognise.changed_rows import changed_rows
 from moeopt.recognise.column_products import column_products
 from moeopt.recognise.combine import Labels, SeveralSums, SumsOfGates, read_combine
 from moeopt.recognise.expert_function import OtherFunction
@@ -88,7 +89,8 @@ def recognize(
                     subsets = itertools.chain(fewer, subsets)
                     reason.routed = ()  # an error outlives the tape
                 if len(members) > 1 or members[0].merged:
-                    said = _several_times(reason, members, candidates).with_traceback(None)
+                    said = changed_rows(group, members) or _several_times(reason, members, candidates)
+                    said = said.with_traceback(None)
                     said.stage = _STAGES[progress[0]]
                     met.append(said.obstacle)
                     if progress[0] > best_progress:

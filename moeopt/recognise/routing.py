@@ -156,8 +156,9 @@ def _why_no_ids(table: Table) -> Declined:
     plain = not table.weighed and bool((table.weights == table.weights[0]).all())
     if plain and bool((table.visits == 1).all()) and len(taken) > 1:
         return NoIds(
-            f"every token passes all of its {len(taken)} experts, and no router weighs them (their plain sum or mean): "
-            "the op would leave no product out, so this block stays as it is"
+            f"every token passes all of its {len(taken)} experts, and no router weighs them (a plain sum, or "
+            "weights that are the same for every token): the op would leave no product out, so this block stays as it "
+            "is"
         )
     return NoIds(
         "no tensor before the experts holds the expert ids of each token (as integers, a one-hot mask or a "

@@ -28,7 +28,9 @@ _CHOICES = {"TopK", "ArgMax", "ArgMin", "Softmax", "Hardmax", "Greater", "Greate
 _CODES = {"DequantizeLinear", "MatMulNBits"}
 _NOT_LOOKED_FOR = "mixtures other than pairs of products were not looked for"
 _AS_A_MODULE = (
-    "read as a module it can be rewritten: moeopt.optimize(moeopt.from_onnx(path), inputs, backend='onnxruntime')"
+    "in a file, blocks are cut out around pairs of products that each expert has for its own, and its experts have no "
+    "such pairs (one product may be shared by all of them); read as a module it can be rewritten: "
+    "moeopt.optimize(moeopt.from_onnx(path), inputs, backend='onnxruntime')"
 )
 
 

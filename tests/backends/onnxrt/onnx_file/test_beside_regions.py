@@ -192,3 +192,36 @@ def test_codes_are_not_made_floats_for_it(tmp_path):
     model.graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", ["codes", "scale"], ["vectors"]))
     report = moeopt.explain(model)
     assert not report.blocks and report.notes[-1].endswith("were not looked for among weights that are codes")
+
+
+class SharedDown(nn.Module):
+    """Adapters behind one narrow matrix that all of them read, chosen for each token, beside a frozen layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.gate, self.down = nn.Linear(16, 24), nn.Linear(16, 4), nn.Linear(16, 4, bias=False)
+        self.up = stack(4, 4, 24)
+
+    def forward(self, x):
+        probs = self.gate(x).softmax(-1)
+        weights, ids = probs.topk(2, -1)
+        table = torch.zeros_like(probs).scatter(-1, ids, weights)
+        return self.base(x) + (torch.einsum("btr,ero->bteo", self.down(x), self.up) * table[..., None]).sum(-2)
+
+
+def test_what_is_rewritten_as_a_module_alone_says_why_and_is(tmp_path):
+    torch.manual_seed(0)
+    path = file_of(SharedDown(), tmp_path / "home.onnx")
+    (block,) = moeopt.explain(path).blocks
+    assert (block.status, block.experts) == ("declined", 4)
+    assert "blocks are cut out around pairs of products that each expert has for its own" in block.reason
+    assert "moeopt.optimize(moeopt.from_onnx(path), inputs, backend='onnxruntime')" in block.reason
+    found = moeopt.optimize(moeopt.from_onnx(path), X, backend="onnxruntime", verify="fast")
+    assert [(b.status, b.experts) for b in found.report.blocks] == [("rewritten", 4)]
+    torch.testing.assert_close(found(MORE), run(path, in0=MORE)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_are_the_same_for_every_token_are_no_router(tmp_path):
+    path = file_of(CASES["adapters_weighed_by_layer"].build(), tmp_path / "home.onnx")
+    (block,) = moeopt.explain(path).blocks
+    assert "no router weighs them (a plain sum, or weights that are the same for every token)" in block.reason
