@@ -6,7 +6,7 @@ import bisect
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moeopt.onnx_in.cuts import GraphRegion, common_entry, exits, region_between, steps_for
 from moeopt.onnx_in.index import GraphIndex
@@ -75,8 +75,15 @@ def _rooted(index: GraphIndex, chains: ExpertChains, end: OnnxValue) -> GraphReg
                 wider = region_between(index, *roots, exit_=end)
                 fewer = len(wider.entries) < len(region.entries) and len(wider.nodes) <= len(region.nodes) + _FEWER
                 if fewer and {id(p.node) for p in chains.products} <= {id(n) for n in wider.nodes}:
-                    return wider
+                    return _rows_first(wider, chains)
     return region
+
+
+def _rows_first(region: GraphRegion, chains: ExpertChains) -> GraphRegion:
+    """The region with the experts' rows as its first entry, where they are one: a condition beside them may be found
+    before them."""
+    rest = [v for v in region.entries if v is not chains.root]
+    return region if len(rest) == len(region.entries) else replace(region, entries=(chains.root, *rest))
 
 
 def _has_router(region: GraphRegion, chains: ExpertChains) -> bool:
