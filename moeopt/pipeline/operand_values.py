@@ -36,6 +36,8 @@ _MADE = frozenset("int float bool len list tuple set sorted sum min max any all 
 """Python's own functions, which make no tensor of one or of many."""
 _GONE_THROUGH = frozenset("enumerate zip reversed list tuple".split())
 """Those of ``FOLLOWED`` whose results tell how many there are of what they are given, and no more of a tensor."""
+COLUMNS = hasattr(types.CodeType, "co_positions")
+"""Whether Python tells at which of a line's calls it is: from 3.11 on."""
 _GIVING = (ast.Call, ast.Attribute, ast.Subscript, ast.BinOp, ast.UnaryOp, ast.Compare)
 """Expressions that are what a function returned which was called for them."""
 _CALLS = ("__call__", "_wrapped_call_impl")
@@ -221,13 +223,15 @@ def _given(scope: SizeScope, node: ast.AST) -> list[Any]:
         held = [node.func.value] if isinstance(node.func, ast.Attribute) else []
         if called(node) in _ASKING:
             asked = [name for one in (*held, *node.args) for name in _names(one)]
+        elif called(node) == "eval":
+            asked = [node.func]
         elif called(node) in _GONE_THROUGH:
             return [count for one in node.args if (count := _count(scope, one)) is not None]
         elif called(node) not in FOLLOWED:
             function = scope.resolved(node.func)
             makes_tensor = function is Unknown and held and hasattr(Tensor, called(node))
-            known = is_torch(function) or isinstance(function, nn.Module)
-            known = known or (is_own(function) and not _is_gone_through(scope, node, function))
+            known = is_torch(function) and not getattr(function, "__name__", "").startswith("sym_")
+            known = known or isinstance(function, nn.Module) or _is_looked_at(scope, node, function)
             if not (makes_tensor or known):
                 return _all_sizes(scope, [*held, *node.args, *(k.value for k in node.keywords)])
     found = _all_sizes(scope, asked)
@@ -236,13 +240,16 @@ def _given(scope: SizeScope, node: ast.AST) -> list[Any]:
     return found
 
 
-def _is_gone_through(scope: SizeScope, node: ast.Call, function: PyObject) -> bool:
-    """Whether a function, or a class, of the user's gives what is gone through, as often as a tensor has rows, say."""
-    if inspect.isgeneratorfunction(function) or isinstance(
-        scope.came_back.get(position(node), ("", None))[1], Iterator
-    ):
-        return True
-    return isinstance(function, type) and (hasattr(function, "__iter__") or hasattr(function, "__getitem__"))
+def _is_looked_at(scope: SizeScope, node: ast.Call, function: PyObject) -> bool:
+    """Whether a function, or a class, is the user's, and what it gives is told by its own code: neither under another
+    name, nor something to be gone through, as often as a tensor has rows, say."""
+    if not is_own(function) or inspect.isgeneratorfunction(function):
+        return False
+    if isinstance(function, type) and (hasattr(function, "__iter__") or hasattr(function, "__getitem__")):
+        return False
+    if position(node) not in scope.came_back:
+        return COLUMNS and getattr(function, "__name__", "") == called(node)
+    return not isinstance(scope.came_back[position(node)][1], Iterator)
 
 
 def _all_sizes(scope: SizeScope, nodes: list[ast.expr]) -> list[Any]:
