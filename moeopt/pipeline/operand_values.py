@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,30 +20,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moeopt.capture.held_contents import foreign
 from moeopt.pipeline.decisive_values import CONTAINERS, Scope, Unknown, called, position
+from moeopt.pipeline.operand_facts import MOST, UNKNOWN, is_own, is_torch, plain
 from moeopt.pipeline.size_uses import FOLLOWED, Item, SizesOf
 from moeopt.pipeline.tests_taken import Position
 from moeopt.value_types import PyObject
 
-UNKNOWN = "?"
-"""Begins what is known of an operand that cannot be looked up: the parts of it that can."""
-
 _ASKING = frozenset(
     "size numel nelement dim ndimension stride item tolist numpy element_size storage_offset untyped_storage "
-    "storage nbytes broadcast_shapes __len__ __array__".split()
+    "storage nbytes broadcast_shapes __len__ __array__ __getattribute__ __length_hint__".split()
 )
 """Methods of tensors and of their storages, and functions, that give no tensor."""
 _SHAPES = frozenset("shape ndim nbytes itemsize".split())
 _MADE = frozenset("int float bool len list tuple set sorted sum min max any all range str round abs".split())
 """Python's own functions, which make no tensor of one or of many."""
+_GONE_THROUGH = frozenset("enumerate zip reversed list tuple".split())
+"""Those of ``FOLLOWED`` whose results tell how many there are of what they are given, and no more of a tensor."""
+COLUMNS = hasattr(types.CodeType, "co_positions")
+"""Whether Python tells at which of a line's calls it is: from 3.11 on."""
 _GIVING = (ast.Call, ast.Attribute, ast.Subscript, ast.BinOp, ast.UnaryOp, ast.Compare)
 """Expressions that are what a function returned which was called for them."""
 _CALLS = ("__call__", "_wrapped_call_impl")
 """Functions behind the call of an object, and of a module."""
 _STORAGES = (torch.UntypedStorage, torch.TypedStorage)
-_MOST = 64
-"""Numbers of a tuple that are compared."""
 
 
 class _IsTensor(Exception):
@@ -73,14 +73,16 @@ class _Whole(Scope):
         calls others there for purposes of its own."""
         if not isinstance(node, ast.Call):
             return True
-        if name == f"__{called(node)}__":
-            return True  # len(of what has a __len__)
+        if name == f"__{called(node)}__" or (called(node), name) == ("eval", "<module>"):
+            return True  # len(of what has a __len__), or code in a text
         try:
             function = self.value(node.func)
         except Exception:
             return called(node) in ("", name) or name in _CALLS
         function = getattr(function, "func", function)  # of a partial
         kinds = (types.FunctionType, types.MethodType)
+        if inspect.isgeneratorfunction(function):
+            return False  # what came back is one of what it yields
         return isinstance(function, kinds) or isinstance(_looked_up(function, "__call__"), kinds)
 
     def _item(self, held: PyObject, at: ast.expr) -> PyObject:
@@ -115,8 +117,10 @@ class SizeScope(_Whole):
         if not isinstance(node, ast.Call):
             return super()._computed(node)
         name = called(node)
+        if name in _ASKING or name.startswith("sym_"):
+            return self.whole().value(node)
         function = self._function(node.func)
-        if name in _ASKING or getattr(function, "__name__", "") in _ASKING or name.startswith("sym_"):
+        if getattr(function, "__name__", "") in _ASKING:
             return self.whole().value(node)
         if function is torch.Size:
             return torch.Size(self.value(node.args[0]))
@@ -172,8 +176,10 @@ def operand_value(scope: SizeScope, node: ast.expr) -> PyObject:
     if isinstance(node, Item):
         with contextlib.suppress(Exception):
             held = scope.whole().value(node.value)
-            held = plain(held.item() if isinstance(held, Tensor) and not held.dim() else held)
-            return None if held is Tensor else held
+            value = plain(held.item() if isinstance(held, Tensor) and not held.dim() else held)
+            if value is None and isinstance(held, (list, tuple)):  # of tensors
+                return len(held)
+            return None if value is Tensor else value
         return None
     try:
         return plain(scope.value(node))
@@ -182,50 +188,9 @@ def operand_value(scope: SizeScope, node: ast.expr) -> PyObject:
     except Unknown:
         inside = getattr(node, "generators", None) or ast.iter_child_nodes(node)  # a turn's code is looked at itself
         parts = [part for child in inside for part in _parts(scope, child)]
-        return (UNKNOWN, *parts[:_MOST], *_given(scope, node))
+        return (UNKNOWN, *parts[:MOST], *_given(scope, node))
     except Exception:  # of the user's numbers too: a name that is not assigned yet
         return None
-
-
-def is_unknown(value: PyObject) -> bool:
-    """Whether ``value`` is that of an operand that could not be looked up."""
-    return isinstance(value, tuple) and value[:1] == (UNKNOWN,)
-
-
-def is_torch(function: PyObject) -> bool:
-    """Whether ``function`` is PyTorch's, so that what it does is on the tape."""
-    name = getattr(function, "__name__", "")
-    return str(getattr(function, "__module__", None) or "").startswith("torch") or any(
-        getattr(module, name, None) is function for module in (torch, nn.functional)
-    )
-
-
-def is_own(function: PyObject) -> bool:
-    """Whether ``function``, or a class, is the user's, whose code is looked at itself."""
-    kinds = (type, types.FunctionType, types.MethodType)
-    return isinstance(function, kinds) and not foreign(function.__module__ or "")
-
-
-def plain(value: PyObject) -> PyObject:
-    """A number, text or tuple of these as it is; ``Tensor`` for a tensor, None for all else."""
-    if isinstance(value, Tensor):
-        return Tensor
-    if isinstance(value, (bool, np.bool_)):
-        return None
-    if isinstance(value, (int, float, str)):
-        return value
-    if isinstance(value, np.number):
-        return value.item()
-    if isinstance(value, range):
-        return value
-    if isinstance(value, Mapping) and (items := plain(tuple(value.items()))) is not None:
-        return items
-    if isinstance(value, (list, tuple, set, frozenset, Mapping)) and len(value) <= _MOST:
-        parts = [plain(part) for part in value]
-        if any(part is None or part is Tensor for part in parts):
-            return None
-        return tuple(sorted(parts, key=repr)) if isinstance(value, (set, frozenset)) else tuple(parts)
-    return None
 
 
 def _looked_up(held: PyObject, name: str) -> PyObject:
@@ -249,19 +214,54 @@ def _parts(scope: SizeScope, node: ast.AST) -> Iterator[Any]:
 
 def _given(scope: SizeScope, node: ast.AST) -> list[Any]:
     """The sizes of tensors that code was given which nothing tells of (neither PyTorch's nor the user's: what is behind
-    a partial, an iterator, an extension), or that ``node`` asks for their sizes."""
-    given: list[ast.expr] = []
+    a partial, an iterator, an extension), or that ``node`` asks for their sizes; of all that the frame holds where it
+    is not known which are asked."""
+    asked: list[ast.expr] = []
     if isinstance(node, ast.Attribute) and node.attr in _SHAPES:
-        given = _names(node.value)
-    elif isinstance(node, ast.Call) and called(node) not in FOLLOWED:
-        function = scope.resolved(node.func)
+        asked = _names(node.value)
+    elif isinstance(node, ast.Call):
         held = [node.func.value] if isinstance(node.func, ast.Attribute) else []
-        makes_tensor = function is Unknown and held and hasattr(Tensor, called(node))
         if called(node) in _ASKING:
-            given = [name for one in (*held, *node.args) for name in _names(one)]
-        elif not (makes_tensor or is_torch(function) or is_own(function) or isinstance(function, nn.Module)):
-            given = [*held, *node.args, *(k.value for k in node.keywords)]
-    return [sizes for one in given if (sizes := _sizes(scope, one)) is not None]
+            asked = [name for one in (*held, *node.args) for name in _names(one)]
+        elif called(node) == "eval":
+            asked = [node.func]
+        elif called(node) in _GONE_THROUGH:
+            return [count for one in node.args if (count := _count(scope, one)) is not None]
+        elif called(node) not in FOLLOWED:
+            function = scope.resolved(node.func)
+            makes_tensor = function is Unknown and held and hasattr(Tensor, called(node))
+            known = is_torch(function) and not getattr(function, "__name__", "").startswith("sym_")
+            known = known or isinstance(function, nn.Module) or _is_looked_at(scope, node, function)
+            if not (makes_tensor or known):
+                return _all_sizes(scope, [*held, *node.args, *(k.value for k in node.keywords)])
+    found = _all_sizes(scope, asked)
+    if asked and not found:
+        return [tuple(one.shape) for one in scope.local.values() if isinstance(one, Tensor)][:MOST]
+    return found
+
+
+def _is_looked_at(scope: SizeScope, node: ast.Call, function: PyObject) -> bool:
+    """Whether a function, or a class, is the user's, and what it gives is told by its own code: neither under another
+    name, nor something to be gone through, as often as a tensor has rows, say."""
+    if not is_own(function) or inspect.isgeneratorfunction(function):
+        return False
+    if isinstance(function, type) and (hasattr(function, "__iter__") or hasattr(function, "__getitem__")):
+        return False
+    if position(node) not in scope.came_back:
+        return COLUMNS and getattr(function, "__name__", "") == called(node)
+    return not isinstance(scope.came_back[position(node)][1], Iterator)
+
+
+def _all_sizes(scope: SizeScope, nodes: list[ast.expr]) -> list[Any]:
+    return [sizes for one in nodes if (sizes := _sizes(scope, one)) is not None]
+
+
+def _count(scope: SizeScope, node: ast.expr) -> PyObject:
+    """How many there are of what ``node`` is, or of each where it stands for several; None where nothing tells."""
+    with contextlib.suppress(Exception):
+        held = scope.whole().value(node.value if isinstance(node, ast.Starred) else node)
+        return tuple(map(len, held))[:MOST] if isinstance(node, ast.Starred) else len(held)
+    return None
 
 
 def _names(node: ast.expr) -> list[ast.expr]:
@@ -277,5 +277,5 @@ def _sizes(scope: SizeScope, node: ast.expr) -> PyObject:
     if isinstance(held, _STORAGES):
         return held.nbytes()
     many = held if isinstance(held, (list, tuple)) else [held]
-    shapes = tuple(tuple(one.shape) for one in many[:_MOST] if isinstance(one, (Tensor, np.ndarray)))
+    shapes = tuple(tuple(one.shape) for one in many[:MOST] if isinstance(one, (Tensor, np.ndarray)))
     return shapes or None

@@ -20,7 +20,7 @@ from fractions import Fraction
 from typing import Any
 
 from moeopt.pipeline.decisive_values import called
-from moeopt.pipeline.operand_values import is_unknown
+from moeopt.pipeline.operand_facts import is_unknown
 from moeopt.pipeline.size_uses import Item, Use, parts_of
 from moeopt.pipeline.size_values import SizeValues
 from moeopt.rewrite.known_sizes import SizeUses
@@ -87,7 +87,7 @@ class SizeClasses:
 
     def _read(self, use: Use) -> None:
         sized = [n for n in range(len(use.operands)) if self._is_size(use, n)]
-        if use.kind == "clip" and type(self._constant(use, 1)) is not int:
+        if use.kind in ("clip", "split") and type(self._constant(use, 1)) is not int:
             return
         if not sized or (use in self._unresolved and called(use.node) in self._ran):  # type: ignore[arg-type]
             return
@@ -160,6 +160,10 @@ class SizeClasses:
     def _of_clip(self, use: Use, sized: list[int]) -> bool:
         return self._limit(self._numbers(use, 0), abs(self._constant(use, 1)), 1)
 
+    def _of_split(self, use: Use, sized: list[int]) -> bool:
+        by: int = self._constant(use, 1)
+        return all(self._limit(self._numbers(use, 0), k * by, 1) for k in (1, 2, 3))
+
     def _of_lookup(self, use: Use, sized: list[int]) -> bool:
         return False
 
@@ -230,7 +234,8 @@ class SizeClasses:
         """(number of a size, a, b) where ``values`` are a times that size and b more."""
         for q in range(len(self._found)):
             points = {self._calls[at].sizes[q]: v for at, v in values.items()}
-            if len(points) < 3 or any(points[self._calls[at].sizes[q]] != v for at, v in values.items()):
+            fewest = 2 if all(size == value for size, value in points.items()) else 3  # the size itself is soon told
+            if len(points) < fewest or any(points[self._calls[at].sizes[q]] != v for at, v in values.items()):
                 continue
             (x0, y0), (x1, y1) = [*points.items()][:2]
             a = (y1 - y0) / (x1 - x0)

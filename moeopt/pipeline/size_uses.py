@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moeopt.pipeline.caught_errors import caught, caught_of_tensors, only_errs
+from moeopt.pipeline.cut_sizes import clipped, split
 from moeopt.pipeline.decisive_values import called
 from moeopt.pipeline.untried_tests import assigned_once
 
@@ -59,8 +60,8 @@ class Use:
     """One such expression.
 
     Attributes:
-        kind: "compare", "divide", "bits", "truth", "call", "lookup", "clip", "text", "match", "shapes", "error" or
-            "store".
+        kind: "compare", "divide", "bits", "truth", "call", "lookup", "clip", "text", "match", "shapes", "error",
+            "split" or "store".
         node: the whole of it.
         operands: what may be a size.
         assigned: expressions of names that are assigned once in its function.
@@ -220,6 +221,8 @@ def _of_call(node: ast.Call) -> Iterator[tuple[str, ast.AST, list[ast.expr]]]:
             yield "divide", node, [Item(at.left), Item(at.right)]
         else:
             yield "call", node, [Item(at)]
+    elif (pieces := split(node)) is not None:
+        yield "split", node, [*pieces]
     elif called(node) in _OF_SHAPES:
         held = [node.func.value] if isinstance(node.func, ast.Attribute) else []
         yield "shapes", node, [*map(SizesOf, [*held, *node.args][-2:])]
@@ -233,14 +236,17 @@ def _of_places(node: ast.AST) -> Iterator[tuple[str, ast.AST, list[ast.expr]]]:
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
         yield "lookup", node, _keys(node.slice)
     if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Store):
-        yield from (("clip", node, [size, bound]) for size, bound in _clipped(node))
+        yield from (("clip", node, [size, bound]) for size, bound in clipped(node))
     elif isinstance(node, ast.JoinedStr):  # whose parts have lines of their own from Python 3.12 on only
         yield "text", node, [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
     elif isinstance(node, ast.Match):
         yield "match", node, [node.subject]
         named = (part for case in node.cases for part in ast.walk(case.pattern) if isinstance(part, ast.MatchClass))
         names = [name for part in named for name in (*part.kwd_attrs, "__dict__")]
-        yield "lookup", node, [ast.copy_location(ast.Attribute(node.subject, name), node.subject) for name in names]
+        told: list[ast.expr] = [ast.Attribute(node.subject, name, ast.Load()) for name in names]
+        if any(isinstance(part, ast.MatchSequence) for case in node.cases for part in ast.walk(case.pattern)):
+            told.append(ast.Call(ast.Name("len", ast.Load()), [node.subject], []))
+        yield "lookup", node, [ast.copy_location(one, node.subject) for one in told]
     elif isinstance(node, ast.Assign):
         pairs = [pair for target in node.targets for pair in _assigned(target, node.value)]
         yield from (("store", target, [value]) for target, value in pairs if isinstance(target, ast.Attribute))
@@ -267,19 +273,6 @@ def _assigned(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast
         yield from zip(target.elts, value.elts, strict=True)
     else:
         yield target, value
-
-
-def _clipped(node: ast.Subscript) -> Iterator[tuple[ast.expr, ast.expr]]:
-    """The sizes in which slices begin or end, and where: of less than 200 columns, ``x[:, 200:]`` has none."""
-    if not isinstance(node.value, (ast.Name, ast.Attribute)):
-        return
-    for dim, part in enumerate(node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]):
-        if not isinstance(part, ast.Slice) and not (isinstance(part, ast.Constant) and type(part.value) is int):
-            return
-        size: ast.expr = ast.Subscript(ast.Attribute(node.value, "shape", ast.Load()), ast.Constant(dim), ast.Load())
-        size = size if dim else ast.Call(ast.Name("len", ast.Load()), [node.value], [])  # of lists too
-        bounds = [part.lower, part.upper] if isinstance(part, ast.Slice) else []
-        yield from ((size, bound) for bound in bounds if bound is not None)
 
 
 def _keys(index: ast.expr) -> list[ast.expr]:

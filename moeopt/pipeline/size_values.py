@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dis
 import functools
+import inspect
 import itertools
 import sys
 import types
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from moeopt.capture.held_contents import foreign
 from moeopt.pipeline.decisive_values import Unknown, called, position
-from moeopt.pipeline.operand_values import SizeScope, is_own, is_torch, is_unknown, operand_value, plain
+from moeopt.pipeline.operand_facts import is_own, is_torch, is_unknown, plain
+from moeopt.pipeline.operand_values import SizeScope, operand_value
 from moeopt.pipeline.size_uses import Use, lines_that_catch, uses_in
 from moeopt.pipeline.tests_taken import Position
 from moeopt.value_types import PyObject
@@ -108,7 +110,7 @@ class _Returns:
     def __call__(self, frame: types.FrameType, event: str, arg: PyObject) -> _Returns:
         caller = _watched(frame.f_back)
         name = frame.f_code.co_name
-        ended = arg is None and name == "<genexpr>"
+        ended = arg is None and frame.f_code.co_flags & inspect.CO_GENERATOR
         if event == "return" and caller is not None and frame.f_back is not None and not ended:
             at = _places(frame.f_back.f_code).get(frame.f_back.f_lasti, ())
             caller.came_back[at] = name, arg
@@ -183,7 +185,7 @@ def _followed(use: Use, scope: SizeScope, function: PyObject) -> bool:
     if use.kind == "lookup" and isinstance(use.node, ast.Subscript):
         held = scope.resolved(use.node.value)
         return held is Tensor or (held is Unknown and isinstance(use.node.slice, (ast.Slice, ast.Tuple)))
-    if not isinstance(use.node, ast.Call) or use.kind == "shapes":
+    if not isinstance(use.node, ast.Call) or use.kind in ("shapes", "split"):
         return False
     if isinstance(scope.came_back.get(position(use.node), ("", None))[1], Tensor):  # as sum of many
         return True

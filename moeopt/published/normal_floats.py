@@ -90,7 +90,7 @@ def _state(files: TensorFiles, weight: str) -> dict[str, Any]:
         raise UnreadLayout(f"{weight} has codes of fp4; of bitsandbytes' two tables nf4 is read")
     try:
         said = json.loads(bytes(files.tensor(name).tolist()))
-    except ValueError as err:
+    except (ValueError, TypeError) as err:  # the second: its numbers are no bytes
         raise CheckpointError(f"{name} is no JSON ({err}): fetch the file again") from None
     if not isinstance(said, dict):
         raise CheckpointError(f"{name} says {said!r:.60}, and not what the codes of {weight} are: fetch the file again")

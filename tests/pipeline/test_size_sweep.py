@@ -17,7 +17,8 @@ from torch import nn
 import moeopt
 from moeopt.errors import StaleModelWarning
 from moeopt.pipeline import block as block_pipeline
-from moeopt.pipeline import size_uses, size_values
+from moeopt.pipeline import operand_values, size_uses, size_values
+from moeopt.pipeline.operand_values import COLUMNS
 from moeopt.pipeline.size_classes import SizeClasses, SizedCall
 from moeopt.pipeline.size_values import SizeValues
 from moeopt.rewrite.known_sizes import KnownSizes, SizeUses
@@ -61,6 +62,27 @@ def rows_of(x):
 
 
 ROWS_OF = rows_of
+
+
+def each_row(x):
+    yield from x
+
+
+def of_columns(x):
+    for at, column in enumerate(x.unbind(1)):
+        yield column[:, None] * at
+
+
+def rows_in_turn(x):
+    return iter(x)
+
+
+class Rows:
+    def __init__(self, x):
+        self.rows = [*x]
+
+    def __iter__(self):
+        return iter(self.rows)
 
 
 def below(n, limit):
@@ -178,10 +200,10 @@ FOUND = {
     "a made shape": (lambda x: x * 2 if torch.Size([33, H]) == x.shape else x, EXACT),
     "a list": (lambda x: x * 2 if [x.shape[0]] == [33] else x, EXACT),
     "a dict": (lambda x: x * 2 if {"n": len(x)}["n"] == 33 else x, EXACT),
-    "a function": (lambda x: x * 2 if twice(len(x)) == 66 else x, ((32.5, 33.5), ())),
+    "a function": (lambda x: x * 2 if twice(len(x)) == 66 else x, ((32.5, 33.5), ()) if COLUMNS else EXACT),
     "a memo": (lambda x: x * 2 if cached(len(x)) else x, EXACT),
     "an attribute": (lambda x: x * 2 if Holder(x).n == 33 else x, EXACT),
-    "a property": (lambda x: x * 2 if Holder(x).size == 33 else x, ((32.5, 33.5), ())),
+    "a property": (lambda x: x * 2 if Holder(x).size == 33 else x, ((32.5, 33.5), ()) if COLUMNS else EXACT),
     "a lambda": (lambda x: x * 2 if (lambda n: n % 40)(len(x)) == 33 else x, EXACT),
     "reduce": (lambda x: x * 2 if functools.reduce(operator.add, [len(x), 1]) == 34 else x, EXACT),
     "a comprehension": (lambda x: x * 2 if any(len(x) == n for n in (33, 35)) else x, EXACT),
@@ -227,6 +249,21 @@ SPELT = {  # where a size is asked for: a window of sizes and a remainder are fo
     "dict(n=len(x)).get('n')": EXACT,
     "x.numpy().shape.__getitem__(0)": EXACT,
     "x.shape.numel() // 8": EXACT,
+    "list(enumerate(x))[-1][0] + 1": EXACT,
+    "len(dict(enumerate(x)))": EXACT,
+    "len(list(zip(x, x)))": EXACT,
+    "list(zip(itertools.count(1), *[x]))[-1][0]": EXACT,
+    "sum(1 for _ in each_row(x))": EXACT,
+    "len([row for row in each_row(x)])": EXACT,
+    "len([*Rows(x)])": EXACT,
+    "len(list(rows_in_turn(x)))": EXACT,
+    "(x @ x.T).stride(0)": EXACT,
+    "(x * 2).size(0)": WINDOW,
+    "x[:200].size(0)": ((22.5, 149.5, 200.5), (4,)),
+    "eval('len(x)')": EXACT,
+    "locals()['x'].shape[0]": EXACT,
+    "x.__getattribute__('shape')[0]": WINDOW,
+    "iter(x).__length_hint__()": EXACT,
 }
 FAILING = {  # errors that code goes on behind
     "of a function": ("try:\n    below(len(x), 33)\nexcept ValueError:\n    x = x * 2", EXACT),
@@ -249,6 +286,11 @@ LOOKED_AT = {
     "shapes": ("if x.is_same_size(torch.empty(33, H)): x = x * 2", EXACT),
     "equal tensors": ("if torch.equal(torch.ones(len(x)), torch.ones(33)): x = x * 2", EXACT),
     "equal shapes": ("if torch.equal(torch.ones(len(x)), torch.ones_like(x[:, 0])): x = x * 2", ((), ())),
+    "a pattern of a sequence": ("match list(x):\n    case [*_, row] if row is x: pass", EXACT),
+    "parts of one size": ("if len(x.split(60)) == 2: x = x * 2", ((60.5, 120.5, 180.5), ())),
+    "parts by name": ("if torch.split(tensor=x, split_size_or_sections=60)[1:]: x = x * 2", ((60.5, 120.5, 180.5), ())),
+    "what is computed cut": ("if len([*x][40:]) == 5: x = x * 2", EXACT),
+    "a list of rows": ("rows = [*x]\nwhile rows: rows.pop()", EXACT),
     "a list cut": ("rows = list(range(len(x)))\ndel rows[:40]\nif rows: x = x * 2", ((40.5,), ())),
 }
 LEFT = {
@@ -266,8 +308,12 @@ LEFT = {
     "its own rows": lambda x: x * 2 if x[x[:, 0] > 0].shape[0] % 5 == 1 else x,
     "tensors summed": lambda x: sum(twice(row) * at for at, row in enumerate(x.unbind(1))),
     "a sum of tensors": lambda x: sum(v.var() / (v.mean() ** 2 + 1) for v in (x, x * 2)) + x,
+    "by name": lambda x: dict(zip(("a", "b"), [x, x * 2], strict=True))["b"],
+    "parts of given sizes": lambda x: torch.cat(x.split([len(x) - 4, 4])) if "a b".split(" ") else x,
     "a default": lambda x, held=(1, 2): x * 2 if len(held) % 2 else x,
 }
+if COLUMNS:
+    LEFT["a generator's tensors summed"] = lambda x: sum(of_columns(x)) + x[:, :1]
 
 
 def classes(function):
@@ -316,6 +362,14 @@ def test_a_size_decides_by_an_error_that_is_caught_and_by_what_names_no_number()
     assert {name: told(name, lines) for name, (lines, _) in cases.items()} == {
         name: want for name, (_, want) in cases.items()
     }
+
+
+@pytest.mark.parametrize("text", SPELT)
+def test_a_size_is_found_where_python_tells_no_columns(text, monkeypatch):
+    """As before Python 3.11, where no result of a call is known by its place in the line."""
+    monkeypatch.setattr(size_values, "_places", lambda code: {})
+    monkeypatch.setattr(operand_values, "COLUMNS", False)
+    assert told(f"{text} in a line", f"if ({text}) % 4 == 1: x = x * 2") != ((), ())
 
 
 @pytest.mark.parametrize("name", LEFT)
@@ -381,6 +435,16 @@ class Behind(Masked):
         return y
 
 
+class TwoParts(Masked):
+    def after(self, x, y):
+        return y * 1.5 if len(x.reshape(-1, H).split(100)) == 2 else y
+
+
+class RowsInPairs(Masked):
+    def after(self, x, y):
+        return y * 1.5 if len(list(zip(*[x[0]] * 2))) == 71 else y  # noqa: B905
+
+
 class WiderThanLong(Masked):
     def after(self, x, y):
         return y * 1.5 if x.shape[0] > x.shape[1] > 9 else y
@@ -402,6 +466,21 @@ def test_a_branch_that_some_sizes_take_is_declined_with_its_condition(verify):
 def test_a_branch_behind_another_is_found_by_the_calls_that_reach_it():
     (block,) = [b for b in moeopt.explain(build(Behind), seeded(2, 5, H), verify="fast").blocks if b.kind == "moe"]
     assert block.status == "declined" and "(x.shape[1] > 100, x.shape[1] % 8)" in block.reason
+
+
+@pytest.mark.parametrize(("make", "text"), [(TwoParts, "split(100)"), (RowsInPairs, "zip")])
+def test_a_size_that_is_only_counted_is_not_silent(make, text, monkeypatch):
+    monkeypatch.setenv("MOEOPT_MEASURE", "off")
+    opt, others = (
+        moeopt.optimize(build(make), seeded(1, 5, H), verify="fast"),
+        (seeded(1, n, H) for n in (71, 101, 201)),
+    )
+    (block,) = [b for b in opt.report.blocks if b.kind == "moe"]
+    assert text in " ".join([block.reason, *opt.report.notes])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", StaleModelWarning)
+        for x in others:
+            close(opt(x), build(make)(x))
 
 
 @pytest.fixture(scope="module")

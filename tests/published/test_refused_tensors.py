@@ -199,6 +199,7 @@ def test_a_file_that_is_cut_off(tmp_path):
         (4, {"x.weight.nested_absmax": torch.ones(3)}, r"x.weight.nested_absmax has 3 numbers, and .* needs 2"),
         (4, {"x.weight.absmax": torch.ones(8)}, r"x.weight.absmax is torch.float32, which .*nf4 says nothing of"),
         (0, {"x.weight.quant_state.bitsandbytes__nf4": torch.tensor([123], dtype=torch.uint8)}, r"nf4 is no JSON"),
+        (0, {"x.weight.quant_state.bitsandbytes__nf4": torch.tensor([123.0])}, r"nf4 is no JSON"),
         (
             0,
             {"x.weight.quant_state.bitsandbytes__nf4": torch.tensor([49], dtype=torch.uint8)},
