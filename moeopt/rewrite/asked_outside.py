@@ -5,13 +5,19 @@ rest has no value that could be compared: a clock differs at each call, a file i
 is told in the report, where the code that asks is the user's or a helper of Python's that exists for nothing else:
 
     if time.time() < self.deadline: ...    scale = json.load(open(path))["scale"]    random.random() < self.drop
+
+Another thread is the one thing outside of which nothing is seen at all: neither its Python nor its ops.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import datetime
+import multiprocessing.pool
 import os
+import queue
 import random
+import threading
 import types
 
 import torch
@@ -43,17 +49,38 @@ _HELPERS = frozenset((
 """Modules that are called to ask for just that; what others ask (a logger for the time) is their own affair."""
 
 
+_THREADS = {
+    function.__code__: name
+    for name, function in {
+        "Thread.start": threading.Thread.start,
+        "Thread.join": threading.Thread.join,
+        "Event.wait": threading.Event.wait,
+        "Condition.wait": threading.Condition.wait,
+        "Queue.get": queue.Queue.get,
+        "ThreadPoolExecutor.submit": concurrent.futures.ThreadPoolExecutor.submit,
+        "Future.result": concurrent.futures.Future.result,
+        "Pool.apply_async": multiprocessing.pool.Pool.apply_async,
+        "AsyncResult.get": multiprocessing.pool.ApplyResult.get,
+    }.items()
+}
+"""Functions of Python's that give work to another thread or process, or wait for what it does."""
+_OF_THREADS = frozenset({"threading", "queue", "concurrent.futures.thread", "concurrent.futures._base",
+                         "multiprocessing.pool"})  # fmt: skip
+
+
 class AskedOutside:
     """What was asked so far; called with the events of a profile hook.
 
     Attributes:
         variables: names of variables of the process that were looked up, ``EVERY_VARIABLE`` for all of them.
         places: what else was asked, each as ``time.time (model.py:12)``.
+        threads: where work went to another thread, or was waited for: ``Future.result (model.py:12)``.
     """
 
     def __init__(self) -> None:
         self.variables: set[str] = set()
         self.places: dict[str, None] = {}
+        self.threads: dict[str, None] = {}
 
     def call(self, frame: types.FrameType) -> None:
         """A function of Python's begins."""
@@ -62,18 +89,25 @@ class AskedOutside:
             self.variables.add(os.fsdecode(name) if isinstance(name, bytes) else str(name))
         elif frame.f_code is ALL_VARIABLES:
             self.variables.add(EVERY_VARIABLE)
+        elif frame.f_code in _THREADS and (where := _asked_at(frame.f_back, _OF_THREADS)):
+            self.threads[f"{_THREADS[frame.f_code]} ({where})"] = None
 
     def builtin(self, frame: types.FrameType, function: PyObject) -> None:
         """``frame`` calls a builtin."""
         if not _asks(function):
             return
-        at: types.FrameType | None = frame
-        while at is not None and at.f_globals.get("__name__") in _HELPERS:
-            at = at.f_back
-        if at is None or foreign(str(at.f_globals.get("__name__"))):
-            return
-        where = f"{at.f_code.co_filename.rpartition('/')[2]}:{at.f_lineno}"
-        self.places[f"{_name(function)} ({where})"] = None
+        if where := _asked_at(frame, _HELPERS):
+            self.places[f"{_name(function)} ({where})"] = None
+
+
+def _asked_at(frame: types.FrameType | None, helpers: frozenset[str]) -> str:
+    """The user's line that asks, through modules that are ``helpers``; "" where it is no code of the user's."""
+    at = frame
+    while at is not None and at.f_globals.get("__name__") in helpers:
+        at = at.f_back
+    if at is None or foreign(str(at.f_globals.get("__name__"))):
+        return ""
+    return f"{at.f_code.co_filename.rpartition('/')[2]}:{at.f_lineno}"
 
 
 def _name(function: PyObject) -> str:

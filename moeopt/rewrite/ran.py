@@ -40,6 +40,7 @@ class Ran:
         reads: (name of what is asked, attribute), see :class:`moeopt.rewrite.code.CodeNames`.
         variables: of the process, that it looks up.
         outside: what else it asks of the world outside of the process, with the line.
+        threads: where it gives work to another thread, or waits for it, with the line.
     """
 
     names: frozenset[str] = frozenset()
@@ -52,6 +53,7 @@ class Ran:
     reads: frozenset[tuple[str, str]] = frozenset()
     variables: frozenset[str] = frozenset()
     outside: tuple[str, ...] = ()
+    threads: tuple[str, ...] = ()
 
 
 class Observed:
@@ -130,6 +132,7 @@ def _ran(codes: dict[types.CodeType, dict[str, Any]], outside: AskedOutside) -> 
         frozenset(attributes),
         frozenset(outside.variables),
         tuple(outside.places),
+        tuple(outside.threads),
     )
 
 

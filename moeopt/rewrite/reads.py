@@ -156,13 +156,19 @@ def observe(
         written: (path, attribute) pairs that the forward sets.
 
     Raises:
-        Declined: its code reaches more than ``MOST`` places, or writes to one of them at each call.
+        Declined: its code reaches more than ``MOST`` places, writes to one of them at each call, or works with other
+            threads.
     """
     kept = tuple(kept)
     runs = list(runs)
     with observing([root.get_submodule(path) for path in kept]) as observed:
         runs[0]()
     reads = Reads(observed.ran(), kept, frozenset(written), tables=observed.modules())
+    if threads := reads.ran.threads:
+        raise Declined(
+            f"its forward works with other threads ({', '.join(threads[:3])}), in which neither ops nor questions are "
+            "seen; compute it in the forward itself"
+        )
     reads.names = reads.ran.names
     unused = GuardExpression()
     walk = reads.walk(root, unused, lambda path: unused, observed.called)

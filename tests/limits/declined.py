@@ -1,5 +1,8 @@
 """Lines of docs/limits.md on blocks that are left as they are, with a reason."""
 
+import concurrent.futures
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -69,6 +72,31 @@ ZOO = {
 for words, cases in ZOO.items():
     for name, reason in cases.items():
         limit(words)(lambda _, name=name, reason=reason: zoo_declines(name, reason))
+
+
+POOL = concurrent.futures.ThreadPoolExecutor(1)
+
+
+class Pooled(Block):
+    """A branch on a size that no thread but the pool's takes."""
+
+    def forward(self, x):
+        return POOL.submit(lambda x, y: y * 1.5 if len(x) == 101 else y, x, super().forward(x)).result()
+
+
+class Threaded(Block):
+    def forward(self, x):
+        told = []
+        thread = threading.Thread(target=lambda: told.append(len(x) == 101))
+        thread.start()
+        thread.join()
+        return super().forward(x) * (1.5 if told[0] else 1.0)
+
+
+@limit("Forwards that work with other threads")
+def other_threads(_):
+    for cls, called in ((Pooled, "ThreadPoolExecutor.submit"), (Threaded, "Thread.start")):
+        declines(lambda cls=cls: build(cls), f"its forward works with other threads ({called} (declined.py:")
 
 
 class ClampedExpert(Expert):
