@@ -160,9 +160,8 @@ class Session:
             given = _OPTIONS.get(provider, {}) | self._stream.options | ({"enable_cuda_graph": "1"} if captures else {})
         try:
             left_out = idle_optimizers(source, provider)
-            self.session = ort.InferenceSession(
-                source, options, providers=[(PROVIDERS[provider], given)], disabled_optimizers=left_out
-            )
+            more = {"disabled_optimizers": left_out} if left_out else {}
+            self.session = ort.InferenceSession(source, options, providers=[(PROVIDERS[provider], given)], **more)
         except Exception as err:  # ONNX Runtime's own, of many classes
             if not captures:
                 raise
