@@ -254,7 +254,7 @@ def test_a_change_between_copy_and_first_call_is_seen():
 @pytest.mark.parametrize("what", ["Optimized", "model", "torch.save"])
 def test_pickle(what):
     model = build()
-    opt = optimized(model)
+    opt = optimized(model, verify="fast")
     if what == "torch.save":
         file = io.BytesIO()
         torch.save(opt.model, file)
