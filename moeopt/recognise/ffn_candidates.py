@@ -199,8 +199,10 @@ def _value_inputs(node: fx.Node) -> list[fx.Node]:
 def _small(node: fx.Node, start: fx.Node, loose: bool) -> bool:
     """At most one value per row: a weight or a mask, not a stream of rows (``loose``: clearly fewer values)."""
     of = start.meta["shape"]
-    if node.meta.get("shape") is None:  # several tensors: attention gives rows and their statistics
-        return all(_small(part, start, loose) for part in node.users if part.meta.get("shape") is not None)
+    if node.meta.get("shape") is None:  # several tensors: attention gives rows, topk numbers that weigh them
+        return "attention" not in op_name(node) or all(
+            _small(part, start, loose) for part in node.users if part.meta.get("shape") is not None
+        )
     shape = node.meta["shape"]
     if any(type(s) is not int for s in (*shape, *of)):  # a nested tensor: rows of unequal length
         return False
