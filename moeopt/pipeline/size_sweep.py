@@ -25,7 +25,7 @@ from moeopt.options import Options
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.size_classes import SizeClasses, SizedCall
 from moeopt.pipeline.size_limits import max_tokens
-from moeopt.pipeline.size_values import SizeValues
+from moeopt.pipeline.size_values import SizeValues, call_places
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.install import RewrittenForward, bind
 from moeopt.rewrite.known_sizes import KnownSizes, SizeUses
@@ -71,7 +71,10 @@ def check_sizes(
         default_impl(), statistics_kept(capture.module),
         dequantized(capture.module, [bank for bank, _ in sweep.rewritten.banks]),
     ):  # fmt: skip
-        failed = sweep.run()
+        try:
+            failed = sweep.run()
+        finally:
+            call_places.cache_clear()  # some megabytes of what nothing asks for again
     if failed is None and sweep.known is not None and not sweep.known.complete():
         program.guard.sizes = sweep.known
     return failed

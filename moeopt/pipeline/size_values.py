@@ -112,7 +112,7 @@ class _Returns:
         name = frame.f_code.co_name
         ended = arg is None and frame.f_code.co_flags & inspect.CO_GENERATOR
         if event == "return" and caller is not None and frame.f_back is not None and not ended:
-            at = _places(frame.f_back.f_code).get(frame.f_back.f_lasti, ())
+            at = call_places(frame.f_back.f_code).get(frame.f_back.f_lasti, ())
             caller.came_back[at] = name, arg
         return self
 
@@ -134,9 +134,8 @@ class _FrameOperands(_Returns):
             place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
             for use in self._uses.get(frame.f_lineno, ()):
                 if use.owner in ("", frame.f_code.co_name) and (not use.erring or _is_caught(frame)):
-                    scope = SizeScope(
-                        frame.f_locals, frame.f_globals, use.assigned, lambda _: None, self.came_back
-                    )  # fmt: skip
+                    world = frame.f_globals
+                    scope = SizeScope(frame.f_locals, world, use.assigned, lambda _: None, self.came_back)
                     if not self._look(use, scope, place, False):
                         kept = replace(scope, local=dict(frame.f_locals))
                         self._again.append((use, kept, place))
@@ -155,7 +154,7 @@ class _FrameOperands(_Returns):
 
 
 @functools.lru_cache(maxsize=1024)
-def _places(code: types.CodeType) -> dict[int, Position]:
+def call_places(code: types.CodeType) -> dict[int, Position]:
     """Where each word of ``code`` stands in its source: while a function of Python's runs, its caller is at the last
     word of the instruction that calls it, which has several. Before Python 3.11, which keeps no columns, none is known.
     """

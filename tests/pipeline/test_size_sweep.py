@@ -367,7 +367,7 @@ def test_a_size_decides_by_an_error_that_is_caught_and_by_what_names_no_number()
 @pytest.mark.parametrize("text", SPELT)
 def test_a_size_is_found_where_python_tells_no_columns(text, monkeypatch):
     """As before Python 3.11, where no result of a call is known by its place in the line."""
-    monkeypatch.setattr(size_values, "_places", lambda code: {})
+    monkeypatch.setattr(size_values, "call_places", lambda code: {})
     monkeypatch.setattr(operand_values, "COLUMNS", False)
     assert told(f"{text} in a line", f"if ({text}) % 4 == 1: x = x * 2") != ((), ())
 
@@ -599,7 +599,7 @@ def test_an_error_while_the_code_is_watched_is_not_the_code_s(monkeypatch):
 
 def test_the_trees_of_sources_are_let_go_of_with_the_run():
     optimized(build(), verify="fast")
-    assert size_uses._uses.cache_info().currsize == 0
+    assert size_uses._uses.cache_info().currsize == size_values.call_places.cache_info().currsize == 0
 
 
 MARGIN = """

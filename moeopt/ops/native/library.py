@@ -98,7 +98,7 @@ def _make_ready() -> Library | NoLibrary:
                     warnings.warn(
                         f"the native CPU kernel is not used, torch's matmuls are: {err}",
                         NativeKernelWarning,
-                        stacklevel=3,  # whoever asks: this function has one caller
+                        stacklevel=3,  # the line that asks for the kernel
                     )
         return _found
 
