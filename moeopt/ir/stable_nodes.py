@@ -17,10 +17,10 @@ for float32 and float64; 16-bit values are cast to float32 before.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-from moeopt.value_types import OnnxValue
+from moeopt.value_types import OnnxAttribute, OnnxValue
 
 Op: TypeAlias = Callable[..., OnnxValue]
 Const: TypeAlias = Callable[[float], OnnxValue]
@@ -110,6 +110,13 @@ def hardswish(op: Op, const: Const, x: OnnxValue) -> OnnxValue:
 def sign(op: Op, const: Const, x: OnnxValue) -> OnnxValue:
     """-1, 0 or 1; 0 for NaN, as in PyTorch."""
     return op("Where", op("IsNaN", x), const(0.0), op("Sign", x))
+
+
+def max_pool(op: Op, const: Const, x: OnnxValue, attributes: Mapping[str, OnnxAttribute]) -> OnnxValue:
+    """The largest of each window, and NaN where one is in it, as in PyTorch."""
+    lost = op("MaxPool", op("Where", op("IsNaN", x), const(1.0), const(0.0)), **attributes)
+    largest = op("MaxPool", x, **attributes)
+    return op("Where", op("Greater", lost, const(0.5)), const(math.nan), largest)
 
 
 def floor_mod(op: Op, const: Const, a: OnnxValue, b: OnnxValue) -> OnnxValue:

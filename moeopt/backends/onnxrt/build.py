@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from moeopt.backends.onnxrt.accuracy import coarse
+from moeopt.backends.onnxrt.accuracy_known import kernel_notes
 from moeopt.backends.onnxrt.fallback_graph import FALLBACK
 from moeopt.backends.onnxrt.id_guards import name_id_guards
 from moeopt.backends.onnxrt.label_nodes import deduplicate, describe_sites, label_nodes
@@ -219,6 +220,17 @@ def _with_cpu_fallback(
     return built
 
 
+def _check_kernels(model: PyObject, plan: BlockPlan) -> None:
+    """Refuse a graph with a kernel that loses digits, and remark on what else is known of its kernels."""
+    if lost := coarse(model, plan.provider):
+        raise NotSaveableError(
+            f"{lost[0]} on {plan.provider}, and has no other form here; use backend='torch', or write that function "
+            "with exp and log"
+        )
+    if plan.provider == "cpu":
+        plan.remarks += [note for note in kernel_notes(model) if note not in plan.remarks]
+
+
 def write_graph(
     model: PyObject,
     sites: list[Any],
@@ -244,11 +256,7 @@ def write_graph(
     accurate_graph(model)
     if "tensorrt" not in plan.provider:
         cast_narrow(model)
-    if lost := coarse(model, plan.provider):
-        raise NotSaveableError(
-            f"{lost[0]} on {plan.provider}, and has no other form here; use backend='torch', or write that function "
-            "with exp and log"
-        )
+    _check_kernels(model, plan)
     float64 = lines_of_float64(model)
     if plan.provider == "cpu":
         simplify(model)  # before guards: their Reshape to a tensor's own sizes is meant to fail

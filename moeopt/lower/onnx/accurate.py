@@ -4,6 +4,7 @@
     a * Sigmoid(a), a * Sigmoid(c a)                           a / (1 + exp(-c a)): silu as PyTorch computes it
     Clip with one bound                                        Max or Min: Clip takes infinity for the largest number
     Sign                                                       0 for NaN, as in PyTorch
+    MaxPool                                                    NaN where its window holds one; the kernel passes over it
     c + Tanh, Gelu with approximate="tanh"                     digits are lost where the sum is near 0, unless it goes
                                                                into products of matrices, whose sums lose as many
 
@@ -163,6 +164,13 @@ def _gelu(node: OnnxNode) -> AccurateForm | None:
     return _of_x(stable.gelu_tanh)(node)
 
 
+def _max_pool(node: OnnxNode) -> AccurateForm | None:
+    if len(node.outputs) > 1 and (node.outputs[1].uses() or node.outputs[1].is_graph_output()):
+        return None  # which place won; PyTorch's own value is looked up there
+    attributes = {name: attribute.value for name, attribute in node.attributes.items() if name != "storage_order"}
+    return _of_x(lambda op, const, x: stable.max_pool(op, const, x, attributes))(node)
+
+
 def _into_products(value: OnnxValue, depth: int = 6) -> bool:
     """Whether ``value``, perhaps multiplied and moved about, is only ever summed in products of matrices."""
     users = [user for user, _ in value.uses()]
@@ -188,6 +196,7 @@ FORMS: dict[str, Callable[[Any], AccurateForm | None]] = {
     "Sign": _of_x(stable.sign),
     "Tanh": _tanh,
     "Gelu": _gelu,
+    "MaxPool": _max_pool,
 }
 """The form of a node of each operator; None where the node is right as it stands."""
 

@@ -22,6 +22,7 @@ from moeopt.errors import NotSaveableError
 from moeopt.lower.functional import export_functional
 from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
+from moeopt.lower.onnx.exporter_gaps import around_gaps
 from moeopt.lower.onnx.float64 import attributes_written_out
 from moeopt.lower.onnx.negative_indices import refuse_negative_indices
 from moeopt.lower.onnx.scalars import numbers_as_read
@@ -69,7 +70,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> OnnxValue:
     from moeopt.lower.onnx.translate import table
 
     program = attributes_written_out(numbers_as_read(through_real_views(_tensors_only(program))))
-    _settle_layouts(program.graph)
+    around_gaps(program.graph)
     refuse_negative_indices(program.graph)
     with one_trace, quiet(), quicker_export(), exact_rules() as exact:
         try:
@@ -125,19 +126,6 @@ _ONNX = {
     torch.int64: "INT64", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16", torch.float32: "FLOAT",
     torch.float64: "DOUBLE",
 }  # fmt: skip
-
-
-def _settle_layouts(graph: torch.fx.Graph) -> None:
-    """Attention's result in one layout: the exporter's stages give it several, and a view of one fails in another."""
-    aten = torch.ops.aten
-    for node in list(graph.nodes):
-        if node.target is aten.view.default:
-            node.target = aten.reshape.default
-        if node.target is aten.scaled_dot_product_attention.default:
-            with graph.inserting_after(node):
-                copy = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
-            copy.meta = dict(node.meta)
-            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
 
 
 def _tensors_only(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -5,7 +5,6 @@
                              +inf, and values are gathered from the originals, so a NaN stays one.
     sort.stable              TopK of all values; it keeps the order of equal ones
     kthvalue, median         no form in the exporter: the place k, or the lower middle one, of the sorted values
-    cummax, cummin           no form: a call names the op and the line that wrote it
     max, min, largest norm   alike
     cdist                    no form: norms of differences, one center after the other where there are few
     squeeze                  of a size that is not 1 does nothing in PyTorch; ONNX refuses the graph
@@ -21,6 +20,8 @@ from typing import Any
 import torch
 
 from moeopt.lower.onnx.opset import OPSET as op
+from moeopt.lower.onnx.translate_attention import attentions
+from moeopt.lower.onnx.translate_layers import layers
 from moeopt.lower.onnx.translate_number_table import numbers
 from moeopt.lower.onnx.translate_shifts import shifts
 from moeopt.value_types import OnnxValue, PyObject
@@ -203,9 +204,9 @@ def norm_of(x: OnnxValue, p: float, keepdims: int) -> OnnxValue:
         return op.ReduceL1(x, axes, keepdims=keepdims)
     if p == float("inf"):
         return op.ReduceMax(size, axes, keepdims=keepdims)
-    if p == 0:
-        apart = op.Not(op.Equal(x, op.CastLike(op.Constant(value_float=0.0), x)))
-        return op.ReduceSum(op.CastLike(apart, x), axes, keepdims=keepdims)
+    if p == 0:  # PyTorch adds min(ceil(|x|), 1): a NaN stays
+        apart = op.CastLike(op.Not(op.Equal(x, op.CastLike(op.Constant(value_float=0.0), x))), x)
+        return op.ReduceSum(op.Where(op.IsNaN(x), x, apart), axes, keepdims=keepdims)
     power = op.CastLike(op.Constant(value=ir.tensor(float(p), dtype=ir.DataType.DOUBLE)), x)
     return op.Pow(op.ReduceSum(op.Pow(size, power), axes, keepdims=keepdims), op.Reciprocal(power))
 
@@ -222,6 +223,8 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
     return (
         numbers()
         | shifts()
+        | layers()
+        | attentions()
         | {
             aten.linalg_vector_norm.default: vector_norm,
             aten._cdist_forward.default: distances,

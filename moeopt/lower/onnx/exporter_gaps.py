@@ -1,0 +1,98 @@
+"""Calls that torch's exporter translates in one spelling only, in a traced graph, written in that spelling.
+
+view                            reshape: attention's result has several layouts in the exporter's stages, and a
+                                view of one fails in another
+scaled_dot_product_attention    contiguous
+avg_pool with a divisor         the mean of a window times its size over the divisor, which the exporter leaves out
+split, chunk of a free size     slices: the optimiser of the graph stops at a list of parts of unknown size
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+
+import torch
+from torch import fx
+
+from moeopt.errors import NotSaveableError
+from moeopt.value_types import FxTarget, PyObject
+
+aten = torch.ops.aten
+
+
+def around_gaps(graph: fx.Graph) -> None:
+    """Change ``graph`` in place; what the graph computes stays."""
+    for node in list(graph.nodes):
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+        elif node.target is aten.scaled_dot_product_attention.default:
+            _settle_attention(graph, node)
+        elif node.target in (aten.avg_pool2d.default, aten.avg_pool3d.default):
+            _divide_windows(graph, node)
+        elif node.target in (aten.split.Tensor, aten.chunk.default, aten.unsafe_split.Tensor):
+            _slice_free_parts(graph, node)
+
+
+def _settle_attention(graph: fx.Graph, node: PyObject) -> None:
+    with graph.inserting_after(node):
+        copy = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+    copy.meta = dict(node.meta)
+    node.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not copy)
+
+
+def _divide_windows(graph: fx.Graph, node: PyObject) -> None:
+    names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    divisor = given.pop("divisor_override", None)
+    if divisor is None:
+        return
+    if given.get("ceil_mode", False):
+        raise NotSaveableError(
+            f"{node.target} with divisor_override and ceil_mode has no ONNX form; use backend='torch', or pad the input"
+        )
+    kernel, many = given["kernel_size"], 2 if node.target is aten.avg_pool2d.default else 3
+    size = math.prod(kernel) if len(kernel) > 1 else kernel[0] ** many
+    given["count_include_pad"] = True
+    node.args = tuple([given[name] for name in names[: len(given)]])
+    node.kwargs = {}
+    with graph.inserting_after(node):
+        sums = graph.call_function(aten.mul.Tensor, (node, size / divisor))
+    sums.meta = dict(node.meta)
+    sums.name, node.name = node.name, sums.name  # the program's signature knows its results by name
+    node.replace_all_uses_with(sums, delete_user_cb=lambda user: user is not sums)
+
+
+def _slice_free_parts(graph: fx.Graph, node: PyObject) -> None:
+    """Each part as a slice, where the size that is divided is not known: the number of parts is."""
+    x, given, *rest = node.args
+    dim = rest[0] if rest else node.kwargs.get("dim", 0)
+    if not isinstance(x, fx.Node) or not isinstance(dim, int):
+        return
+    size = x.meta["val"].shape[dim]
+    width = given if node.target is not aten.chunk.default else None
+    if isinstance(size, int) and not isinstance(width, fx.Node):
+        return
+    with graph.inserting_before(node):
+        if width is None:
+            whole = _call(graph, aten.sym_size.int, x, dim)
+            width = _call(graph, operator.floordiv, _call(graph, operator.add, whole, given - 1), given)
+    for part in list(node.users):
+        number = part.args[1]
+        with graph.inserting_before(part):
+            ends = [_call(graph, operator.mul, width, n) for n in (number, number + 1)]
+            found = _call(graph, aten.slice.Tensor, x, dim, *ends)
+        found.meta["stack_trace"] = node.meta.get("stack_trace", "")
+        part.replace_all_uses_with(found)
+        graph.erase_node(part)
+        found.name = part.name  # alike
+    graph.erase_node(node)
+
+
+def _call(graph: fx.Graph, target: FxTarget, *args: PyObject) -> PyObject:
+    """A call of ``target`` with its value; the value itself where no argument is a node."""
+    if not any(isinstance(value, fx.Node) for value in args):
+        return target(*args)
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*[value.meta["val"] if isinstance(value, fx.Node) else value for value in args])
+    return node
