@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from moeopt.value_types import FxTarget, PyObject
 from moeopt.verification.float64_decompositions import STAND_INS
-from moeopt.verification.selections import OracleError, argument, chosen, floats_and_shapes
+from moeopt.verification.selections import WINDOWED, OracleError, argument, chosen, floats_and_shapes
 
 F64 = torch.float64
 LOW = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -197,6 +197,8 @@ def float64_rule_of(func: OpOverload) -> Float64Rule:
 def chooses(func: OpOverload, args: PyObject, kwargs: PyObject) -> bool:
     """Whether a call of an op that may return integers does: an op with a dtype argument does if it asks for them, and
     of bags of rows the one that takes each feature's largest: the others count their rows."""
+    if func._schema.name in WINDOWED:
+        return False
     if func._schema.name in ("aten::_embedding_bag", "aten::_embedding_bag_forward_only"):
         return bool(argument(func, "mode", args, kwargs) == 2)
     if not any(arg.name == "dtype" for arg in func._schema.arguments):

@@ -28,6 +28,11 @@ _REDUCED = {"aten::argmax", "aten::argmin", "aten::argsort", "moeopt::route"}
 GATHERED = frozenset(f"aten::{name}" for name in _GATHERED.split())
 """Ops that return (values, indices) along a dim."""
 
+_POOLS = ("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d")
+WINDOWED = frozenset(f"aten::{name}" for name in _POOLS)
+"""Ops whose values are the largest of windows: their places are no choice, and PyTorch gives them or not by dtype and
+gradients."""
+
 ROUTING = GATHERED - {"aten::cummax", "aten::cummin"} | _REDUCED
 """Ops whose integers may be expert ids."""
 
@@ -128,13 +133,13 @@ def argument(func: OpOverload, name: str, args: tuple[Any, ...], kwargs: dict[st
 
 
 def make_event(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: PyObject) -> Event | None:
-    """The event of one call, or None when nothing floating was read."""
+    """The event of one call, or None when nothing floating was read, or only windows were looked through."""
     floating, shapes = floats_and_shapes(args, kwargs)
-    if not floating:
+    name = func._schema.name
+    if not floating or name in WINDOWED:
         return None
     outs = out if isinstance(out, list | tuple) else (out,)
     kept = tuple(None if not chosen(o) else o.clone() if isinstance(o, Tensor) else o for o in outs)
-    name = func._schema.name
     if name not in ROUTING or not args or not isinstance(args[0], Tensor):
         return Event(func, shapes, kept)
     dim = argument(func, "dim", args, kwargs)

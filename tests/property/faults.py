@@ -102,6 +102,25 @@ def scored(name: str) -> Callable[[Program], bool]:
     return lambda p: p.router.score == name and p.router.kind in ("score_topk", "score_bias_topk", "topk_score")
 
 
+def with_layer(name: str, formula: Callable) -> Callable[[Program], nn.Module]:
+    made = {name: lambda hidden: surroundings.Written(hidden, formula)}
+    return lambda p: Patched(p, lambda: mock.patch.dict(surroundings.NORMS, made))
+
+
+def mean_of_hidden(x):
+    """Attention whose mask is the least number of float32: a query that sees nothing gets the mean of all values."""
+    pairs = x.unflatten(-1, (-1, 2))
+    hidden = torch.ones(pairs.shape[-2], pairs.shape[-2], device=x.device).triu()
+    scores = pairs @ pairs.mT / 2**0.5 + hidden.to(x.dtype) * torch.finfo(torch.float32).min
+    return x + (scores.softmax(-1) @ pairs).flatten(-2)
+
+
+def by_the_largest(x):
+    """A running logsumexp whose exponents are all measured from the largest of all."""
+    most = x.amax(-1, keepdim=True)
+    return x + 0.1 * ((x - most).exp().cumsum(-1).log() + most)
+
+
 RENORMALISED = Router("score_topk", score="sigmoid", renormalize="sum+1e-20")
 FAULTS: dict[str, Fault] = {
     "the epsilon of a norm is dropped": Fault(
@@ -126,6 +145,24 @@ FAULTS: dict[str, Fault] = {
         Program(around=Around(near_one=0.999995)),
         lambda p: build(replace(p, around=replace(p.around, near_one=1.0))),
         "other: output 0",
+    ),
+    "a query that sees nothing gets a mean": Fault(
+        lambda p: p.around.norm == "attention",
+        Program(around=Around(norm="attention")),
+        with_layer("attention", mean_of_hidden),
+        "other: output 0",
+    ),
+    "prefixes of small numbers are lost": Fault(
+        lambda p: p.around.norm == "running logsumexp",
+        Program(around=Around(norm="running logsumexp")),
+        with_layer("running logsumexp", by_the_largest),
+        "output 0",
+    ),
+    "a NaN is lost in a maximum": Fault(
+        lambda p: p.around.norm == "peaks",
+        Program(around=Around(norm="peaks")),
+        with_layer("peaks", lambda x: surroundings.peaks(x.nan_to_num(nan=-3e38))),
+        "output 0",
     ),
     "a coarse sigmoid": Fault(
         scored("sigmoid"), Program(top_k=2, router=RENORMALISED), with_score("sigmoid", coarse_sigmoid), "logits at -45"

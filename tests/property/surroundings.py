@@ -1,6 +1,6 @@
-"""What stands around the experts beside their block's own parts: norms written out, soft caps.
+"""What stands around the experts beside their block's own parts: norms written out, soft caps, layers inside a row.
 
-Shape legend: H hidden. A norm takes (..., H) and gives the same.
+Shape legend: H hidden, an even number. A norm takes (..., H) and gives the same.
 """
 
 from collections.abc import Callable
@@ -47,6 +47,21 @@ def layer(epsilon: float) -> Callable[[Tensor], Tensor]:
     return formula
 
 
+def attention(x):
+    """Pairs of elements attend to the pairs before them: the first sees none, and gets zeros."""
+    pairs = x.unflatten(-1, (-1, 2))
+    sees = torch.ones(pairs.shape[-2], pairs.shape[-2], dtype=torch.bool, device=x.device).tril(-1)
+    return x + F.scaled_dot_product_attention(pairs, pairs, pairs, sees).flatten(-2)
+
+
+def running_logsumexp(x):
+    return x + 0.1 * x.logcumsumexp(-1)
+
+
+def peaks(x):
+    return x + F.max_pool1d(x.reshape(-1, 1, x.shape[-1]), 3, 1, 1).view(x.shape)
+
+
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "rms 1e-8": lambda hidden: Written(hidden, rms(1e-8)),
     "rms 1e-12": lambda hidden: Written(hidden, rms(1e-12)),
@@ -54,6 +69,10 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "layer 1e-12": lambda hidden: Written(hidden, layer(1e-12)),
     "nn.LayerNorm 1e-12": lambda hidden: nn.LayerNorm(hidden, eps=1e-12),
     "nn.RMSNorm 1e-8": lambda hidden: nn.RMSNorm(hidden, eps=1e-8),
+    "attention": lambda hidden: Written(hidden, attention),
+    "running logsumexp": lambda hidden: Written(hidden, running_logsumexp),
+    "peaks": lambda hidden: Written(hidden, peaks),
     "normalize": lambda hidden: Written(hidden, lambda x: F.normalize(x, dim=-1) * hidden**0.5),
 }
-"""Beside ``rms`` and ``layer``: norms whose epsilon is too small to be seen on ordinary rows."""
+"""Beside ``rms`` and ``layer``: norms whose epsilon is too small to be seen on ordinary rows, and layers that exporters
+have had as other functions."""

@@ -198,6 +198,23 @@ def test_layers_that_refuse_mixed_dtypes():
         assert y_64.dtype == torch.float64 and token_distance(y, y_64).max() < 1e-5, layer
 
 
+POOLS = {
+    "of rows": lambda x: F.max_pool1d(x, 3, 1, 1),
+    "of images": lambda x: F.max_pool2d(x, 2),
+    "of volumes": lambda x: F.max_pool3d(x[None], 2),
+    "of all": lambda x: F.adaptive_max_pool2d(x, 1),
+    "without gradients": torch.no_grad()(lambda x: F.max_pool1d(x, 2)),
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_the_largest_of_a_window_is_no_choice(pool):
+    """PyTorch has kernels with and without the places; which one runs depends on dtypes and gradients."""
+    x = seeded(4, 4, 6) if "row" in pool or "gradients" in pool else seeded(2, 4, 4, 6)
+    _, y_64, chosen = oracle(POOLS[pool], x)
+    assert torch.equal(y_64, POOLS[pool](x.double())) and not chosen.events
+
+
 def test_attention_forms():
     q, lower = seeded(2, 2, 5, 8), torch.ones(5, 5).tril().bool()
     for kwargs in ({}, {"is_causal": True}, {"attn_mask": lower}, {"scale": 0.3}):

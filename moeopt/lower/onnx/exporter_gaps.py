@@ -14,6 +14,7 @@ import operator
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from moeopt.errors import NotSaveableError
 from moeopt.value_types import FxTarget, PyObject
@@ -23,6 +24,7 @@ aten = torch.ops.aten
 
 def around_gaps(graph: fx.Graph) -> None:
     """Change ``graph`` in place; what the graph computes stays."""
+    _settle_sizes(graph)
     for node in list(graph.nodes):
         if node.target is aten.view.default:
             node.target = aten.reshape.default
@@ -32,6 +34,22 @@ def around_gaps(graph: fx.Graph) -> None:
             _divide_windows(graph, node)
         elif node.target in (aten.split.Tensor, aten.chunk.default, aten.unsafe_split.Tensor):
             _slice_free_parts(graph, node)
+
+
+def _settle_sizes(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, FakeTensor):
+            continue
+        sizes = [_known(size) for size in value.shape]
+        if any(new is not old for new, old in zip(sizes, value.shape, strict=True)):
+            with value.fake_mode:
+                node.meta["val"] = torch.empty_strided(sizes, value.stride(), dtype=value.dtype, device=value.device)
+
+
+def _known(size: int | torch.SymInt) -> int | torch.SymInt:
+    number: int | None = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    return size if number is None else number
 
 
 def _settle_attention(graph: fx.Graph, node: PyObject) -> None:

@@ -242,3 +242,21 @@ def test_parts_of_a_free_size():
         x = torch.randn(rows_, 4)
         for (name, f), got in zip(PARTS.items(), session.run({"x": x}), strict=True):
             assert torch.equal(got, f(x)), name
+
+
+class Settled(nn.Module):
+    """The weight settles the size of ``x``, after a function that needs the size."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return x.logcumsumexp(-1) * self.weight, x.cummax(-1)[0]
+
+
+def test_a_size_that_is_settled_later_is_known():
+    model, x = Settled(), torch.randn(5, 6)
+    session = session_of(model, x)
+    for got, want in zip(session.run({"x": x[:3]}), model(x[:3]), strict=True):
+        torch.testing.assert_close(got, want)
