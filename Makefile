@@ -52,7 +52,7 @@ ISA_TESTS := $(wildcard tests/ops/test_*.py) tests/ops/native tests/verification
 	tests/test_zoo.py tests/test_sabotage.py tests/test_trained_lm.py
 ISA_MARKS := not gpu and not wheel and not nightly
 
-.PHONY: help setup demo examples test test-isa test-isa-played test-nightly test-compat test-matrix test-gpu gpu-day test-wheel lint format types docs docs-version bench clean
+.PHONY: help setup demo examples test test-isa test-isa-played test-arm test-nightly test-compat test-matrix test-gpu gpu-day test-wheel lint format types docs docs-version bench clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/' | column -t -s:
 
@@ -86,6 +86,12 @@ build/optimum/.ready:
 		|| echo 'optimum-onnx could not be installed: its test is skipped'
 	@touch $@
 
+# clang with the headers of every target: nothing else here compiles for another CPU
+build/arm/.ready: Makefile | $(READY)
+	@rm -rf $(@D) && mkdir -p $(@D)
+	$(PY) $(PIP_INSTALL) --no-deps --target $(@D) ziglang==0.17.1
+	@touch $@
+
 demo: $(READY)  ## two models, for PyTorch and as engines, and a table of what it gained: 1 to 2 minutes, and a few for the set-up
 	PYTHONPATH=. $(PY) examples/demo.py $(ARGS)
 
@@ -106,6 +112,9 @@ test-isa-played: $(READY)
 
 test-nightly: $(READY)  ## the suite with everything that `make test` takes a sample of
 	$(ONE_THREAD) MOEOPT_NIGHTLY=1 $(PY) $(PYTEST) -m 'not gpu and not wheel' $(ARGS)
+
+test-arm: $(READY) build/arm/.ready  ## the CPU kernel compiled for 64-bit ARM and emulated: needs QEMU's qemu-aarch64
+	$(ONE_THREAD) MOEOPT_NIGHTLY=1 PYTHONPATH=$(CURDIR)/build/arm $(PY) $(PYTEST) -k neon tests/ops/native $(ARGS)
 
 test-wheel: $(READY)  ## the wheel in a clean environment, and the example workflow's own steps
 	$(ONE_THREAD) $(PY) -m pytest -q -p no:cacheprovider -m wheel tests/wheel $(ARGS)

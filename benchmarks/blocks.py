@@ -100,13 +100,31 @@ def gemm_rate(dtype: torch.dtype) -> float:
     return best
 
 
+class Rates:
+    """The fastest read of memory and the fastest product of this machine, probed again while peers are timed."""
+
+    def __init__(self, buffer: Tensor, dtype: torch.dtype) -> None:
+        self.buffer, self.dtype, self.read, self.gemm = buffer, dtype, 0.0, 0.0
+
+    def probe(self) -> None:
+        self.read = max(self.read, read_rate(self.buffer))
+        self.gemm = max(self.gemm, gemm_rate(self.dtype))
+
+    def milliseconds(self, block: str, tokens: int, active: float) -> tuple[float, float]:
+        """What reading the weights of ``active`` experts takes, and what the products of ``tokens`` tokens take."""
+        _, K, H, I = BLOCKS[block]
+        bytes_read, flops = active * 3 * H * I * self.dtype.itemsize, tokens * K * 6 * H * I
+        return 1e3 * bytes_read / self.read, 1e3 * flops / self.gemm
+
+
 def measure(block: str, dtype: torch.dtype, tokens: list[int], repeats: int, compiled: bool) -> list[dict]:
     """One row per token count: medians in milliseconds per peer, the estimate, and the largest difference."""
     E, K, H, I = BLOCKS[block]
     module = transformers_experts(E, K, H, I, dtype)
     peers = peers_of(module, compiled)
     flush = torch.ones(200 << 20, dtype=torch.uint8)
-    bytes_per_second, flops_per_second = read_rate(flush), gemm_rate(dtype)
+    rates = Rates(flush, dtype)
+    rates.probe()
     generator = torch.Generator().manual_seed(0)
     rows = []
     for T in tokens:
@@ -128,21 +146,19 @@ def measure(block: str, dtype: torch.dtype, tokens: list[int], repeats: int, com
             want = outputs["eager"].double()
             worst = max(worst, ((outputs["moeopt"] - want).norm() / want.norm()).item())
         active = statistics.mean(hit)
-        bytes_read, flops = active * 3 * H * I * dtype.itemsize, T * K * 6 * H * I
-        bytes_per_second = max(bytes_per_second, read_rate(flush))
-        flops_per_second = max(flops_per_second, gemm_rate(dtype))
+        rates.probe()
         rows.append(
             {
                 "tokens": T,
                 "active_experts": active,
-                "estimate": 1e3 * max(bytes_read / bytes_per_second, flops / flops_per_second),
+                "estimate": max(rates.milliseconds(block, T, active)),
                 **{name: 1e3 * statistics.median(ts) for name, ts in times.items()},
                 "fastest": {name: 1e3 * min(ts) for name, ts in times.items()},
                 "relative_difference": worst,
             }
         )
     for row in rows:
-        row.update(read_gb_s=bytes_per_second / 1e9, gemm_gflop_s=flops_per_second / 1e9)
+        row.update(read_gb_s=rates.read / 1e9, gemm_gflop_s=rates.gemm / 1e9)
     return rows
 
 

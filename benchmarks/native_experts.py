@@ -12,7 +12,9 @@ the same turn: above 1, moeopt is faster.
 ``moeopt`` is the op as a model calls it; ``torch kernel`` is its path without native code; ``ORT native`` is the same
 kernel as an operator of ONNX Runtime, on the weights as ``ORT unrolled`` stores them; ``OpenVINO`` is there where its
 package is, and ``ggml`` where ``ggml_peer.py`` built it; ``distance`` is that of each from ``eager``, which has the
-floats that codes stand for.
+floats that codes stand for. ``ORT MoE`` is that runtime's own node on ready logits, which no model has. On floats
+``bound`` is what reading the weights of the experts that are hit takes, and their products, each at the fastest rate of
+probes or peers of the same run, one added to the other; ``times the bound`` is the time of ``moeopt`` divided by it.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from benchmarks.blocks import BLOCKS, RESULTS, TOKENS, peers_of, transformers_experts
+from benchmarks.blocks import BLOCKS, RESULTS, TOKENS, Rates, peers_of, transformers_experts
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops import StackedExpertWeights
 from moeopt.ops.kernels.cpu import experts_cpu
@@ -47,7 +49,7 @@ FLUSH = 64 << 20
 def peers(
     module: torch.nn.Module, K: int, dtype: torch.dtype, only: list[str] | None
 ) -> dict[str, Callable[..., Tensor]]:
-    found = peers_of(module, compiled=False)
+    found = peers_of(module, compiled=True)
     bank = StackedExpertWeights([module.gate_up_proj.detach()], module.down_proj.detach())
     found["torch kernel"] = lambda x, ids, weights: experts_cpu(x, ids, weights, bank, ExpertsSpec())
     if dtype == torch.float32 and (only is None or "ORT unrolled" in only or "ORT native" in only):
@@ -58,13 +60,19 @@ def peers(
             found["ORT native"] = _lowering("native", module, K)
         except ImportError as err:
             print(f"ONNX Runtime: left out, {err}", flush=True)
-    for name, make in (("OpenVINO", _openvino), ("ggml", functools.partial(_ggml, K))):
+    for name, make in (("ORT MoE", _moe_node), ("OpenVINO", _openvino), ("ggml", functools.partial(_ggml, K))):
         if dtype == torch.float32 and (only is None or name in only):
             try:
                 found[name] = make(module)
             except ImportError as err:
                 print(f"{name}: left out, {err}", flush=True)
     return found
+
+
+def _moe_node(module: torch.nn.Module) -> Callable[..., Tensor]:
+    from benchmarks.block_peers import PEERS
+
+    return PEERS["MoE kernel alone"](module)
 
 
 def _openvino(module: torch.nn.Module) -> Callable[..., Tensor]:
@@ -92,19 +100,23 @@ def calls_of(block: str, dtype: str, only: list[str] | None) -> dict[str, Callab
     return found | {"eager": peers_of(module, compiled=False)["eager"]}
 
 
-def measure(block: str, dtype: str, tokens: list[int], turns: int, only: list[str] | None) -> dict[str, dict]:
+def measure(
+    block: str, dtype: str, tokens: list[int], turns: int, only: list[str] | None
+) -> tuple[dict[str, dict], dict[str, float]]:
+    """What each token count took, and the rates of this machine."""
     E, K, H, _ = BLOCKS[block]
     calls = {n: c for n, c in calls_of(block, dtype, only).items() if only is None or n in only or n == "moeopt"}
     floats = torch.float32 if dtype in CODED else getattr(torch, dtype)
     flush, rng = torch.ones(FLUSH, dtype=torch.uint8), torch.Generator().manual_seed(0)
     rows: dict[str, dict] = {}
+    rates = None if dtype in CODED else Rates(torch.ones(200 << 20, dtype=torch.uint8), floats)
     if "ORT native" in calls:  # its weights are mapped from a file: no cell pays for the first touch of a page
         visit = torch.arange(E)[:, None].expand(E, K).contiguous()
         calls["ORT native"](torch.zeros(E, H, dtype=floats), visit, torch.ones(E, K, dtype=floats))
     for T in tokens:
         # batched_mm copies the weights of every row
         times: dict[str, list[float]] = {n: [] for n in calls if n != "batched_mm" or T * K <= 32}
-        distance = dict.fromkeys(times, 0.0)
+        distance, hit = dict.fromkeys(times, 0.0), []
         for turn in range(turns + 1):
             x = torch.randn(T, H, generator=rng).to(floats)
             weights, ids = torch.rand(T, E, generator=rng).topk(K)
@@ -116,6 +128,7 @@ def measure(block: str, dtype: str, tokens: list[int], turns: int, only: list[st
                 took = time.process_time() - start
                 if turn:  # the first turn warms up
                     times[name].append(took)
+            hit.append(ids.unique().numel())
             if "eager" in outputs:
                 want = outputs["eager"].double()
                 for name, y in outputs.items():
@@ -129,10 +142,33 @@ def measure(block: str, dtype: str, tokens: list[int], turns: int, only: list[st
                 if n != "moeopt"
             },
             "distance": {n: float(f"{d:.2g}") for n, d in distance.items()},
+            "experts hit": statistics.mean(hit[1:]),
         }
+        if rates:
+            rates.probe()
         cells = "  ".join(f"{n} {rows[str(T)]['ms'][n]:.2f} ({r:.2f})" for n, r in rows[str(T)]["ratio"].items())
         print(f"  T={T:<4d} moeopt {rows[str(T)]['ms']['moeopt']:.2f}  {cells}", flush=True)
-    return rows
+    if rates is None:
+        return rows, {}
+    return rows, beside_the_bound(rows, rates, block)
+
+
+def beside_the_bound(rows: dict[str, dict], rates: Rates, block: str) -> dict[str, float]:
+    """Write to each row its bound and how many times that the op took; the rates of this machine.
+
+    A library's large product is no bound where a peer multiplied faster than that: the fastest of all counts.
+    """
+    for T, row in rows.items():
+        reading, multiplying = rates.milliseconds(block, int(T), row["experts hit"])
+        fastest = min(row["ms"].values())
+        rates.read *= max(1, reading / fastest)
+        rates.gemm *= max(1, multiplying / fastest)
+    for T, row in rows.items():
+        reading, multiplying = rates.milliseconds(block, int(T), row["experts hit"])
+        row["bound"] = {"reading": round(reading, 3), "multiplying": round(multiplying, 3)}
+        row["times the bound"] = round(row["ms"]["moeopt"] / (reading + multiplying), 3)
+        print(f"  T={T:<4s} {row['times the bound']:.2f} times {reading:.2f} + {multiplying:.2f}", flush=True)
+    return {"read GB/s": round(rates.read / 1e9, 1), "product GFLOP/s": round(rates.gemm / 1e9, 1)}
 
 
 def _versions() -> dict[str, str]:
@@ -182,10 +218,10 @@ def main() -> None:
         f"{args.block} (E={E} K={K} H={H} I={I}) {args.dtype}, {about['capability']} {about['environment']}", flush=True
     )
     load = [round(os.getloadavg()[0], 1)]
-    rows = measure(args.block, args.dtype, args.tokens, args.turns, args.only)
+    rows, rates = measure(args.block, args.dtype, args.tokens, args.turns, args.only)
     load.append(round(os.getloadavg()[0], 1))
     if args.save:
-        text = json.dumps({**about, "load average, before and after": load, "tokens": rows}, indent=1)
+        text = json.dumps({**about, "load average, before and after": load, "rates": rates, "tokens": rows}, indent=1)
         (RESULTS / f"{args.save}.json").write_text(text + "\n")
 
 

@@ -6,16 +6,16 @@ Prompts of 128 and 512 tokens (batch 1), one decode step after 128 cached tokens
 2048, called as ``generate`` calls the model (logits of the last token). Each peer has a process of its own
 (``model_peers.py``) and takes turns with transformers' default on the same ids, one call at a time, the others gone.
 Cells are medians in milliseconds, and in brackets how many times faster than transformers' default (median of paired
-calls). ``estimate`` reads each weight and cached number that the step needs once, or multiplies, whichever takes
-longer, at the fastest rates of probes of the same run. Memory is the peak of the process while the engine is made, in
-multiples of the weights.
+calls): wall time, and with one thread CPU time. ``estimate`` reads each weight and cached number that the step needs
+once, or multiplies, whichever takes longer, at the fastest rates of probes of the same run. Memory is the peak of the
+process while the engine is made, in multiples of the weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
 import statistics
 import sys
 import time
@@ -25,6 +25,7 @@ import torch
 from benchmarks.blocks import RESULTS, gemm_rate, read_rate
 from benchmarks.model_peers import MODELS, PEERS, peer
 from benchmarks.processes import PAUSE, Peer
+from moeopt.ops.measured import cpu_model
 
 CASES = {"prefill 128": (1, 128, 0), "prefill 512": (1, 512, 0)}
 CASES |= {f"decode batch {batch}": (batch, 1, 128) for batch in (1, 4, 16)} | {"decode after 2048": (1, 1, 2048)}
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    began = round(os.getloadavg()[0], 1)
     print(f"{options.model}, float32, {options.threads} threads", flush=True)
     result: dict[str, object] = {}
     if options.cost_only:
@@ -127,7 +129,9 @@ def main() -> None:
         path = RESULTS / f"onnx-model-{options.model}-{options.threads}t{part}.json"
         meta = {
             "torch": torch.__version__,
-            "machine": platform.machine(),
+            "machine": cpu_model(),
+            "clock": "CPU time of the process" if options.threads == 1 else "wall time",
+            "load average, before and after": [began, round(os.getloadavg()[0], 1)],
             "command": " ".join(["python -m benchmarks.onnx_models", *sys.argv[1:]]),
         }
         path.write_text(json.dumps({**result, **meta}, indent=1) + "\n")

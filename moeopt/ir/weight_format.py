@@ -13,6 +13,7 @@ partial.
     e4m3     an 8-bit float (OCP FP8, no infinity)  float8_e4m3fn      0
     e2m1     a 4-bit float: 0 .5 1 1.5 2 3 4 6, +-  two in a uint8     0
     nf4      an entry of QLoRA's NormalFloat table  two in a uint8     0
+    fp4      an entry of bitsandbytes' table        two in a uint8     0
     float32, float16, bfloat16, float64             that dtype         no scale at all
 
 A scale is a float, or ``e8m0``: the uint8 s that means 2^(s - 127) (OCP Microscaling, version 1.0).
@@ -40,20 +41,24 @@ _NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 """Table of the QLoRA paper (Dettmers et al. 2023), in float32, as bitsandbytes has it."""
+_FP4 = (0.0, 0.0052083334885537624, 0.6666666865348816, 1.0, 0.3333333432674408, 0.5, 0.1666666716337204, 0.25)
+"""0, 1/16, 8, 12, 4, 6, 2 and 3, divided by 12 in float32, as bitsandbytes 0.50 has them; its ninth code is 0 again."""
 
 NIBBLES: dict[str, tuple[float, ...]] = {
     "uint4": tuple(float(i) for i in range(16)),
     "e2m1": (*_E2M1, *(-v for v in _E2M1)),
     "nf4": _NF4,
+    "fp4": (*_FP4, 0.0, *(-v for v in _FP4[1:])),
 }
 """What each of the 16 codes of a 4-bit kind means."""
 
 _DTYPES = {
     "int8": torch.int8, "uint8": torch.uint8, "uint4": torch.uint8, "e4m3": torch.float8_e4m3fn, "e2m1": torch.uint8,
-    "nf4": torch.uint8, "float64": torch.float64, "float32": torch.float32, "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
+    "nf4": torch.uint8, "fp4": torch.uint8, "float64": torch.float64, "float32": torch.float32,
+    "float16": torch.float16, "bfloat16": torch.bfloat16,
 }  # fmt: skip
-_LARGEST = {"int8": 128.0, "uint8": 128.0, "uint4": 8.0, "e4m3": 448.0, "e2m1": 6.0, "nf4": 1.0}
+_LARGEST = {"int8": 128.0, "uint8": 128.0, "uint4": 8.0, "e4m3": 448.0, "e2m1": 6.0, "nf4": 1.0,
+            "fp4": 1.0}  # fmt: skip
 _SCALES = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64,
     "e8m0": torch.uint8,

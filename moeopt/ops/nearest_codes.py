@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moeopt.ir.weight_format import NIBBLES, WeightFormat
 
-TOP = {"int8": 127.0, "uint8": 127.0, "uint4": 7.0, "e4m3": 448.0, "e2m1": 6.0, "nf4": 1.0}
+TOP = {"int8": 127.0, "uint8": 127.0, "uint4": 7.0, "e4m3": 448.0, "e2m1": 6.0, "nf4": 1.0, "fp4": 1.0}
 """The largest code that a positive weight gets, less a symmetric zero point."""
 
 
@@ -60,7 +60,7 @@ def meant(codes: Tensor, format: WeightFormat, zero: Tensor | None = None) -> Te
     """What the codes of :func:`nearest_codes` mean, before the scale, in the dtype of ``codes`` or float64."""
     if format.codes == "e4m3":
         return codes.to(torch.float8_e4m3fn).to(codes.dtype)
-    if format.codes in ("e2m1", "nf4"):
+    if format.codes in ("e2m1", "nf4", "fp4"):
         table = torch.tensor(NIBBLES[format.codes], dtype=torch.float64, device=codes.device)
         return table[codes.long()]
     return codes - (format.zero if zero is None else zero)
@@ -90,8 +90,11 @@ def rounded_up(wanted: Tensor, format: WeightFormat) -> Tensor:
 def _nearest(values: Tensor, codes: str) -> Tensor:
     """The code whose value is nearest; ties go to the even code of a float, else to the lower value."""
     table = torch.tensor(NIBBLES[codes], dtype=torch.float64, device=values.device)
-    if codes == "nf4":
-        return torch.bucketize(values.contiguous(), (table[1:] + table[:-1]) / 2)
+    if codes != "e2m1":
+        order = table.argsort(stable=True)  # of two codes that mean 0 the first one
+        order = order[torch.cat((torch.ones(1, dtype=torch.bool, device=order.device), table[order].diff() > 0))]
+        rising = table[order]
+        return order[torch.bucketize(values.contiguous(), (rising[1:] + rising[:-1]) / 2)]
     middle = (table[1:8] + table[:7]) / 2
     size = values.abs()
     below, above = torch.bucketize(size, middle), torch.bucketize(size, middle, right=True)  # differ at ties

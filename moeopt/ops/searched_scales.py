@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moeopt.errors import UsageError
 from moeopt.ir.weight_format import WeightFormat
-from moeopt.ops.nearest_codes import TOP, meant, nearest_codes, rounded_up, wanted_scales, wanted_zeros
+from moeopt.ops.nearest_codes import meant, nearest_codes, rounded_up, wanted_scales, wanted_zeros
 from moeopt.ops.quantized_weight import scale_values
 
 FACTORS = tuple(0.6 + 0.0375 * i for i in range(13))
@@ -75,7 +75,7 @@ def _candidates(wanted_BS: Tensor, scales_BS: Tensor, format: WeightFormat) -> l
     if format.scale == "e8m0":
         return [(scales_BS.int() + step).clamp(0, 254).to(torch.uint8) for step in (-1, 1)]
     found = [rounded_up(wanted_BS * factor, format) for factor in FACTORS]
-    uneven = format.symmetric and TOP[format.codes] in (7.0, 1.0)  # the codes of 4-bit integers and of nf4
+    uneven = format.symmetric and format.codes in ("uint4", "nf4")  # their negative codes mean other sizes
     return [*found, *(-one for one in found)] if uneven else found
 
 

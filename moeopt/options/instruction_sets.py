@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import platform
+import sys
+
 import torch
 
-INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16")
-"""Weakest first; on x86, each has what those before it have."""
+INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon")
+"""On x86 each but the last has what those before it have; ``neon`` is what every 64-bit ARM has."""
 _ASKS_TORCH = {"avx512_vnni": "_is_vnni_supported", "amx_bf16": "_init_amx"}
 """The second asks the system for AMX's tiles too, which a process may be refused."""
 
@@ -19,7 +22,9 @@ def cpu_has_tiles() -> bool:
 def isas_here() -> list[str]:
     """The instruction sets that this CPU runs, weakest first."""
     found = ["generic"]
-    for isa in INSTRUCTION_SETS[1:]:  # torch finds none of them on another kind of machine
+    if platform.machine().lower() in ("aarch64", "arm64") and sys.maxsize > 2**32:
+        return [*found, "neon"]
+    for isa in INSTRUCTION_SETS[1:-1]:  # torch finds none of them on another kind of machine
         name = _ASKS_TORCH.get(isa, f"_is_{isa}_supported")
         if not getattr(torch.cpu, name, lambda: False)():  # a virtual CPU may hide one in the middle
             break

@@ -15,7 +15,7 @@ from moeopt.published.directory_of import directory_of, stated_of
 from moeopt.published.loaded_matrix import kind_of
 from moeopt.sizes import in_megabytes
 
-_SHORT = {"uint4": "int4", "uint8": "int8", "int8": "int8", "e4m3": "fp8", "e2m1": "mxfp4", "nf4": "nf4"}
+_SHORT = {"uint4": "int4", "uint8": "int8", "int8": "int8", "e4m3": "fp8", "e2m1": "mxfp4", "nf4": "nf4", "fp4": "fp4"}
 
 
 def beside_checkpoint(model: nn.Module, places: Iterable[BlockCandidate]) -> list[str]:

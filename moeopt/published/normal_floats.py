@@ -1,8 +1,8 @@
-"""bitsandbytes' 4-bit weights: codes of QLoRA's table in one column, a scale for 64 of them, and its scales in 8 bits.
+"""bitsandbytes' 4-bit weights: codes of one of two tables in one column, a scale for 64 of them, its scales in 8 bits.
 
     X.weight u8 (N K / 2, 1)                         codes, the first in the high half
-    X.weight.quant_state.bitsandbytes__nf4 u8        JSON: shape [N, K], blocksize, and with scales of scales also
-                                                     nested_blocksize and nested_offset
+    X.weight.quant_state.bitsandbytes__nf4 u8        or __fp4; JSON: shape [N, K], blocksize, and with scales of
+                                                     scales also nested_blocksize and nested_offset
     X.weight.absmax                                  a scale of each block, float32; or u8 into nested_quant_map, times
                                                      nested_absmax of its own block, plus nested_offset
     X.weight.quant_map (16)                          the table
@@ -67,9 +67,10 @@ def normal_floats(files: TensorFiles, weight: str) -> StoredMatrix:
         raise CheckpointError(
             f"{absmax} is {files.dtype(absmax)}, which {_named(files, weight)} says nothing of: fetch both again"
         )
-    if files.tensor(table).float().tolist() != list(NIBBLES["nf4"]):
-        raise UnreadLayout(f"{table} is another table than nf4's")
-    format = WeightFormat(f"nf4-block{block}", "nf4", (1, block), "float32", packing="high nibble first")
+    kind = _named(files, weight).removeprefix(weight + STATE)
+    if files.tensor(table).float().tolist() != list(NIBBLES[kind]):
+        raise UnreadLayout(f"{table} is another table than {kind}'s")
+    format = WeightFormat(f"{kind}-block{block}", kind, (1, block), "float32", packing="high nibble first")
 
     def load() -> CodeTensors:
         codes = files.tensor(weight).reshape(-1).view(torch.uint8).reshape(N, K // 2)
@@ -86,8 +87,6 @@ def _named(files: TensorFiles, weight: str) -> str:
 
 def _state(files: TensorFiles, weight: str) -> dict[str, Any]:
     name = _named(files, weight)
-    if name.endswith("fp4"):
-        raise UnreadLayout(f"{weight} has codes of fp4; of bitsandbytes' two tables nf4 is read")
     try:
         said = json.loads(bytes(files.tensor(name).tolist()))
     except (ValueError, TypeError) as err:  # the second: its numbers are no bytes

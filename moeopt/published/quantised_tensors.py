@@ -101,7 +101,12 @@ def _lacks_a_scale(files: TensorFiles, name: str, config: Mapping[str, Any]) -> 
     """Whether a tensor of a quantised checkpoint is 8-bit codes that would be taken for numbers as they are."""
     module, _, last = name.rpartition(".")
     weight = last == "weight" or (len(files.shape(name)) == 3 and "scale" not in last)
-    return bool(config) and weight and files.dtype(name) in _CODES and f"{module}.SCB" not in files  # bitsandbytes' own
+    if last == "weight" and files.dtype(name) in _CODES and f"{module}.SCB" in files:
+        raise UnreadLayout(
+            f"{name} is of bitsandbytes' 8 bits (LLM.int8), whose products round rows of x too and take columns with "
+            "large numbers apart; formats of weights alone are read"
+        )
+    return bool(config) and weight and files.dtype(name) in _CODES
 
 
 def _packed_down(files: TensorFiles, module: str, config: Mapping[str, Any], method: str) -> StoredMatrix:

@@ -25,6 +25,9 @@ def value(byte: int, column: int, format) -> float:
         return nibble
     if format.codes == "nf4":
         return NF4[nibble]
+    if format.codes == "fp4":
+        size = float(np.float32([0, 1 / 16, 8, 12, 4, 6, 2, 3][nibble & 7]) / np.float32(12))
+        return -size if nibble >> 3 else size
     return -E2M1[nibble & 7] if nibble >> 3 else E2M1[nibble]
 
 

@@ -31,6 +31,7 @@ OTHERS = [
     WeightFormat("odd blocks", "uint4", (3, 5), "float16"),
     WeightFormat("high first", "uint4", (1, 32), packing="high nibble first"),
     WeightFormat("fp8, powers of two", "e4m3", (128, 128), "e8m0"),
+    WeightFormat("fp4", "fp4", (1, 64), packing="high nibble first"),
 ]
 FORMS = [*(FORMATS[name] for name in CODED), *OTHERS]
 NAMES = [format.name for format in FORMS]
@@ -75,7 +76,7 @@ def test_any_shape_is_rounded_to_nearest(format, rows, columns, seed, scale, dty
     elif format.codes == "e4m3":
         assert bool((error <= torch.maximum(weight.double().abs() / 16, step * 2.0**-10) * 1.000001).all())
     else:  # half the widest gap of the table, or what saturates beyond 6
-        assert bool((error <= step * (2 if format.codes == "e2m1" else 0.16)).all())
+        assert bool((error <= step * {"e2m1": 2, "nf4": 0.16, "fp4": 0.16667}[format.codes]).all())
 
 
 def test_the_nearest_code_of_a_4_bit_float():

@@ -10,6 +10,7 @@ from moeopt.ir.bank_format import BankFormat, MatrixFormat
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_format import INT4_BLOCK32, INT8_CHANNEL
 from moeopt.ops import experts, quantize
+from moeopt.ops.native.compile import all_isas
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
 from moeopt.ops.quantized_experts import flatten, in_float64, unflatten
 from moeopt.options import instruction_sets
@@ -97,12 +98,21 @@ def test_the_oracle_rounds_nothing():
 
 def test_no_instruction_set_that_a_virtual_cpu_has_in_part(monkeypatch):
     """The kernel of AVX-512 BF16 multiplies rows of 8 bits by VNNI, which older CPUs have without BF16."""
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     for name in ("avx2", "avx512", "avx512_bf16", "vnni"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
-    assert instruction_sets.isas_here() == list(instruction_sets.INSTRUCTION_SETS)
+    assert instruction_sets.isas_here() == list(all_isas()) == list(instruction_sets.INSTRUCTION_SETS[:-1])
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert instruction_sets.isas_here()[-1] == "avx512_vnni"
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     assert instruction_sets.isas_here()[-1] == "avx512"
+
+
+@pytest.mark.parametrize("name", ["aarch64", "arm64", "ARM64"])  # of Linux, macOS and Windows
+def test_arm_has_neon_and_is_built_for_it(name, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: name)
+    assert instruction_sets.isas_here() == list(all_isas()) == ["generic", "neon"]
+    monkeypatch.setattr("sys.maxsize", 2**31 - 1)  # a Python of 32 bits
+    assert all_isas() == ("generic",) and "neon" not in instruction_sets.isas_here()

@@ -18,6 +18,7 @@ def _rng(seed):
     return np.random.default_rng(seed)
 
 
+FP4 = [v / 12 for v in (0, 1 / 16, 8, 12, 4, 6, 2, 3, 0, -1 / 16, -8, -12, -4, -6, -2, -3)]
 NF4 = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -140,12 +141,13 @@ def awq(name, N, K, group, seed=0):
     return {f"{name}.qweight": packed(q), f"{name}.qzeros": packed(z), f"{name}.scales": scales}, exact
 
 
-def nf4(name, N, K, block=64, nested=0, seed=0):
+def nf4(name, N, K, block=64, nested=0, seed=0, kind="nf4"):
     """bitsandbytes' 4 bits; nested: how many scales share one, 0 where scales are floats."""
+    table_of_codes = {"nf4": NF4, "fp4": FP4}[kind]
     rng = _rng(seed)
     codes = rng.integers(0, 16, (N, K))
     scales = rng.uniform(0.01, 0.05, N * K // block).astype(np.float32)
-    state = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": [N, K]}
+    state = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16", "shape": [N, K]}
     tensors = {f"{name}.weight.absmax": torch.from_numpy(scales)}
     if nested:
         of_codes = rng.integers(0, 256, len(scales)).astype(np.uint8)
@@ -161,10 +163,10 @@ def nf4(name, N, K, block=64, nested=0, seed=0):
     flat = codes.reshape(-1, 2)
     tensors |= {
         f"{name}.weight": torch.from_numpy((flat[:, :1] << 4 | flat[:, 1:]).astype(np.uint8)),
-        f"{name}.weight.quant_map": torch.tensor(NF4),
-        f"{name}.weight.quant_state.bitsandbytes__nf4": torch.tensor(
+        f"{name}.weight.quant_map": torch.tensor(table_of_codes),
+        f"{name}.weight.quant_state.bitsandbytes__{kind}": torch.tensor(
             list(json.dumps(state).encode()), dtype=torch.uint8
         ),
     }
-    exact = np.array(NF4, np.float32).astype(np.float64)[codes]
+    exact = np.array(table_of_codes, np.float32).astype(np.float64)[codes]
     return tensors, exact * scales.astype(np.float64).repeat(block).reshape(N, K)

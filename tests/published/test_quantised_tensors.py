@@ -50,6 +50,7 @@ LAYOUTS = {
     ),
     "awq": (layouts.awq("x", 24, 64, 32), AWQ | {"group_size": 32}, "int4-group32"),
     "nf4": (layouts.nf4("x", 10, 128), {"quant_method": "bitsandbytes"}, "nf4-block64"),
+    "fp4": (layouts.nf4("x", 10, 128, kind="fp4"), {"quant_method": "bitsandbytes"}, "fp4-block64"),
     "nf4, scales of scales": (
         layouts.nf4("x", 150, 128, nested=256), {"quant_method": "bitsandbytes"}, "nf4-block64",
     ),
@@ -121,11 +122,12 @@ def test_scales_as_powers_of_two(tmp_path):
     assert torch.equal(weight.dequantize(torch.float64), tensors["x.weight"].double() * wide)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_nf4_is_what_bitsandbytes_makes_of_its_own_files(tmp_path, nested):
+def test_4_bits_are_what_bitsandbytes_makes_of_its_own_files(tmp_path, nested, kind):
     functional = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").functional
     weight = torch.randn(300, 128, generator=torch.Generator().manual_seed(0))
-    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=nested)
+    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type=kind, compress_statistics=nested)
     tensors = {f"x.weight.{name}": t for name, t in state.as_dict(packed=True).items()} | {"x.weight": codes}
     (matrix,) = found_in(tmp_path, tensors, {"quant_method": "bitsandbytes"}).matrices.values()
     assert torch.equal(matrix.read().dequantize(), functional.dequantize_4bit(codes, state))

@@ -53,9 +53,13 @@ UNREAD = {
         {"x.weight": torch.zeros(4, 8).to(torch.float8_e5m2), "x.weight_scale": torch.ones(4, 1)}, CT,
         "x.weight is torch.float8_e5m2; 8-bit weights are read as",
     ),
-    "fp4": (
+    "fp4 by the table of nf4": (
         {n.replace("nf4", "fp4"): t for n, t in layouts.nf4("x", 8, 64)[0].items()}, BNB,
-        "x.weight has codes of fp4; of bitsandbytes' two tables nf4 is read",
+        "x.weight.quant_map is another table than fp4's",
+    ),
+    "bitsandbytes' int8": (
+        {"x.weight": torch.ones(4, 8, dtype=torch.int8), "x.SCB": torch.ones(4)}, BNB,
+        "x.weight is of bitsandbytes' 8 bits (LLM.int8), whose products round rows of x too and take columns",
     ),
     "nf4 whose blocks go on in the next row": (
         layouts.nf4("x", 8, 96)[0], BNB, "the blocks of 64 of x.weight go over the ends of its rows of 96",

@@ -19,8 +19,8 @@ SOURCES = Path(__file__).parent / "src"
 PREBUILT = Path(__file__).parent / "prebuilt"
 """Where a wheel carries the library."""
 
-ISAS = {"generic": 1, "avx2": 2, "avx512": 4, "avx512_vnni": 8, "avx512_bf16": 16, "amx_bf16": 32}
-"""Instruction sets by name, weakest first, with their bit in the C interface."""
+ISAS = {"generic": 1, "avx2": 2, "avx512": 4, "avx512_vnni": 8, "avx512_bf16": 16, "amx_bf16": 32, "neon": 64}
+"""Instruction sets by name, with their bit in the C interface: x86's, weakest first, and that of 64-bit ARM."""
 TILES = "amx_bf16"
 """The one with tiles, which multiply bfloat16; for all else it has the code of the one before it."""
 
@@ -29,7 +29,15 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 _VNNI = (*_AVX512, "-mavx512vnni")
 _BF16 = (*_VNNI, "-mavx512bf16")
 _AMX = (*_BF16, "-mamx-tile", "-mamx-bf16")
-_ISA_FLAGS = {"generic": (), "avx2": _AVX2, "avx512": _AVX512, "avx512_vnni": _VNNI, "avx512_bf16": _BF16, TILES: _AMX}
+_ISA_FLAGS = {
+    "generic": (),
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_vnni": _VNNI,
+    "avx512_bf16": _BF16,
+    TILES: _AMX,
+    "neon": ("-DMOEOPT_NEON",),
+}
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
          "-ffp-contract=fast", "-w")  # fmt: skip
 """-w: GCC's own headers of vector intrinsics warn by the thousand; the tests compile with warnings on what is ours."""
@@ -53,9 +61,15 @@ def x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
 
 
+def arm64() -> bool:
+    return platform.machine().lower() in ("aarch64", "arm64") and sys.maxsize > 2**32
+
+
 def all_isas() -> tuple[str, ...]:
-    """Every instruction set that a library for this kind of machine may carry."""
-    return tuple(ISAS) if x86() else ("generic",)
+    """Every instruction set that a library for this kind of machine may carry, weakest first."""
+    if arm64():
+        return "generic", "neon"
+    return tuple(isa for isa in ISAS if isa != "neon") if x86() else ("generic",)
 
 
 def with_what_it_needs(isa: str) -> tuple[str, ...]:
@@ -97,7 +111,7 @@ def compile_library(
     tile_flags: Sequence[str] = _AMX,
 ) -> Path:  # fmt: skip
     """A library with ``isas`` in the folder ``aside``; ``Refused`` or ``TooSlow`` where the compiler makes none."""
-    defines = [f"-DMOEOPT_HAVE_{isa.upper()}" for isa in isas] + (["-DMOEOPT_X86"] if x86() else [])
+    defines = [f"-DMOEOPT_HAVE_{isa.upper()}" for isa in isas]
     whole = [isa for isa in reversed(isas) if isa != TILES]  # what an older compiler refuses comes first
     units = [([*tile_flags], "tiles.cpp", "tiles.o")] * (TILES in isas)
     units += [([*_ISA_FLAGS[isa], f"-DMOEOPT_KERNELS=kernels_{isa}", f"-DMOEOPT_ISA=ISA_{isa.upper()}"], "isa.cpp",

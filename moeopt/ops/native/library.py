@@ -40,6 +40,9 @@ class Library:
         return ISAS[self.isa]
 
 
+UNSEEN = (TILES, "neon")
+"""Instruction sets that were run under emulation only: where one is wrong, that below it is used."""
+
 _NO_TILES = {
     1: "this CPU or its system has no tiles for bfloat16",
     2: "the system refuses this process AMX's tiles",
@@ -125,7 +128,7 @@ def load() -> Library:
             # a compiler may be too old for the best instruction set and know a lesser one, or a wheel carry that
             passed_over[isa], may_build = str(err), isinstance(err, CompileError)
         except NoLibrary as err:
-            if wanted or isa != TILES:
+            if wanted or isa not in UNSEEN:
                 raise
             passed_over[isa] = str(err)
     raise NoLibrary(next(why for isa, why in passed_over.items() if isa in here))
@@ -159,7 +162,7 @@ def build_ahead() -> tuple[Path, dict[str, str]]:
             if isa in here:
                 proved(path, isa)
         except NoLibrary as err:
-            if isa != TILES:
+            if isa not in UNSEEN:
                 raise
             said[isa] = f"built, not used: {err}"
     return path, said

@@ -9,6 +9,7 @@ import torch
 
 from moeopt.ops.native import build, compile, library, tiles
 from moeopt.ops.native.call import call
+from tests.ops.native.other_cpu import OtherCPU
 
 TILE_UNIT = Path(__file__).with_name("tile_unit.h")
 
@@ -58,8 +59,8 @@ def here(path):
 class Kernel:
     """``kernel(*args)`` is the native result for one instruction set."""
 
-    def __init__(self, path, isa):
-        self.library = library.opened(path, isa)
+    def __init__(self, path, isa, opened=library.opened):
+        self.library = opened(path, isa)
         self.isa = isa
 
     def __call__(self, *args, threads=1):
@@ -72,11 +73,22 @@ class Kernel:
             torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def arm():
+    """The kernel for 64-bit ARM, run by an emulator."""
+    cpu = OtherCPU()
+    yield cpu
+    cpu.close()
+
+
+ELSEWHERE = {compile.TILES, "neon"} - set(build.isas_here())
+
+
 # avx512_vnni has the code of avx512 for floats and of avx512_bf16 for rows of 8 bits, with one test that these agree;
-# where no tiles are, they are played, and test_tiles.py is the sample
+# where no tiles are, they are played, and test_tiles.py is the sample; NEON is emulated where it is not
 @pytest.fixture(
     params=[
-        pytest.param(isa, marks=pytest.mark.nightly if isa == compile.TILES else ())
+        pytest.param(isa, marks=pytest.mark.nightly if isa in ELSEWHERE else ())
         for isa in build.ISAS
         if isa != "avx512_vnni"
     ]
@@ -86,6 +98,9 @@ def kernel(request, whole_library):
         return Kernel(whole_library, request.param)
     if request.param == compile.TILES:
         return Kernel(request.getfixturevalue("plain_tiles"), compile.TILES)
+    if request.param == "neon":
+        cpu = request.getfixturevalue("arm")
+        return Kernel(Path("emulated"), "neon", lambda path, isa: library.Library(path, isa, cpu.run))
     pytest.skip(f"this CPU has no {request.param}")
 
 

@@ -155,6 +155,28 @@ def test_a_compiler_too_old_for_the_best_builds_a_lesser_one(monkeypatch, whole_
     assert library.load().isa == here[-2]
 
 
+def test_where_neon_is_wrong_the_plain_kernel_runs(monkeypatch, whole_library):
+    """It was run under emulation only."""
+    honest = library.proved
+
+    def proved(path, isa):
+        if isa == "neon":
+            raise library.NoLibrary("it computes something else than the reference here")
+        return honest(path, isa)
+
+    monkeypatch.setattr(library, "isas_here", lambda: ["generic", "neon"])
+    monkeypatch.setattr(library, "built_library", lambda isa: whole_library)
+    monkeypatch.setattr(library, "proved", proved)
+    found = library.load()
+    assert found.isa == "generic"
+    assert found.passed_over == "neon is not used: it computes something else than the reference here"
+    monkeypatch.setattr(library, "build_all", lambda: (whole_library, ("generic", "neon")))
+    assert library.build_ahead()[1] == {
+        "generic": "checked against the reference",
+        "neon": "built, not used: it computes something else than the reference here",
+    }
+
+
 def test_build_all_leaves_out_what_the_compiler_does_not_know(monkeypatch, tmp_path):
     asked = []
 

@@ -22,6 +22,9 @@ struct I8 {
     return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(row + i)))) * scale;
 #elif defined(__AVX2__)
     return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(row + i)))) * scale;
+#elif defined(MOEOPT_NEON)
+    int32_t four; memcpy(&four, row + i, 4);
+    return (V)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))))) * scale;
 #else
     V v;
     for (int j = 0; j < L; j++) v[j] = (float)((const int8_t *)row)[i + j];
@@ -58,12 +61,19 @@ struct U4 {  // i is a multiple of 8, of L on AVX-512: a lane shifts its code do
   typedef V Scale;
   static Scale scale(float s) { return splat(s); }
   static V weights(const char *row, int64_t i, Scale scale) {
+#if defined(MOEOPT_NEON)
+    uint16_t two; memcpy(&two, row + i / 2, 2);
+    const int32_t down[4] = {0, -4, -8, -12};
+    const uint32x4_t codes = vandq_u32(vshlq_u32(vdupq_n_u32(two), vld1q_s32(down)), vdupq_n_u32(15));
+    return (V)vcvtq_f32_s32(vsubq_s32(vreinterpretq_s32_u32(codes), vdupq_n_s32(8))) * scale;
+#else
     V v;
     for (int j = 0; j < L; j += 2) {
       const uint8_t byte = (uint8_t)row[(i + j) / 2];
       v[j] = (float)((byte & 15) - 8), v[j + 1] = (float)((byte >> 4) - 8);
     }
     return v * scale;
+#endif
   }
 #endif
   static constexpr int64_t bytes(int64_t codes) { return codes / 2; }
@@ -211,7 +221,7 @@ inline void some_codes(const View &v, const int64_t *row, int64_t k, int64_t n, 
 }
 
 // rows of x up to which codes become floats in registers, and beyond it in a panel: as many as leave the sums there
-constexpr int64_t FEW_CODES = VBYTES == 64 ? 6 : 3;
+constexpr int64_t FEW_CODES = MANY_REGISTERS ? 6 : 3;
 
 template <class C, int BLOCK>
 void some_rows(const View &v, const int64_t *row, int64_t k, int64_t n, const float *x, int64_t ldx, int64_t M, float *to, int64_t ldt, bool add) {
@@ -234,7 +244,7 @@ void dot_codes_direct(const View &v, int64_t first, int64_t n, const float *x, i
     for (int64_t j = 0; j < n;) {
       int64_t row[8];
       for (int i = 0; i < 8; i++) row[i] = first + smaller(j + i, n - 1);
-      if (M == 1 && j + 8 <= n && (BLOCK == 0 || VBYTES == 64)) {  // else registers are too few for eight rows and their scales
+      if (M == 1 && j + 8 <= n && (BLOCK == 0 || MANY_REGISTERS)) {  // else registers are too few for eight rows and their scales
         some_codes<C, BLOCK, 8, 1>(v, row, k, kc, x + k, ldx, to + j, ldt, k > 0), j += 8;
         continue;
       }

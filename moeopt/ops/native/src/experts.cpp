@@ -316,7 +316,7 @@ const Kernels *kernels_with_tiles() {
 }
 #endif
 
-#if defined(MOEOPT_X86)
+#if defined(__x86_64__)
 int64_t cpu_isas() {
   __builtin_cpu_init();
   int64_t found = ISA_GENERIC;
@@ -335,6 +335,8 @@ int64_t cpu_isas() {
 #endif
   return found;
 }
+#elif defined(__aarch64__)
+int64_t cpu_isas() { return ISA_GENERIC | ISA_NEON; }  // which each of them has
 #else
 int64_t cpu_isas() { return ISA_GENERIC; }
 #endif
@@ -355,6 +357,9 @@ const Kernels *kernels_of(int64_t isa, bool wide = false) {
 #endif
 #if defined(MOEOPT_HAVE_AVX512_BF16)
   if (isa == ISA_AVX512_BF16) return wide ? kernels64_avx512_bf16() : kernels_avx512_bf16();
+#endif
+#if defined(MOEOPT_HAVE_NEON)
+  if (isa == ISA_NEON) return wide ? kernels64_neon() : kernels_neon();
 #endif
 #if defined(MOEOPT_HAVE_GENERIC)
   if (isa == ISA_GENERIC) return wide ? kernels64_generic() : kernels_generic();
@@ -377,7 +382,7 @@ extern "C" int64_t moeopt_tiles(void) {
 extern "C" int64_t moeopt_isas(void) {
   const int64_t here = cpu_isas();
   int64_t found = 0;
-  for (int64_t isa = ISA_GENERIC; isa <= ISA_AMX_BF16; isa <<= 1)
+  for (int64_t isa = ISA_GENERIC; isa <= ISA_NEON; isa <<= 1)
     if (isa & here && kernels_of(isa)) found |= isa;
   return found;
 }

@@ -4,7 +4,13 @@
 
 #include "moeopt_experts.h"
 
-enum { ISA_GENERIC = 1, ISA_AVX2 = 2, ISA_AVX512 = 4, ISA_AVX512_VNNI = 8, ISA_AVX512_BF16 = 16, ISA_AMX_BF16 = 32 };
+enum { ISA_GENERIC = 1, ISA_AVX2 = 2, ISA_AVX512 = 4, ISA_AVX512_VNNI = 8, ISA_AVX512_BF16 = 16, ISA_AMX_BF16 = 32, ISA_NEON = 64 };
+
+#if defined(__AVX512F__) || defined(MOEOPT_NEON)
+constexpr bool MANY_REGISTERS = true;  // for 32 vectors, else for 16: as many sums has a tile
+#else
+constexpr bool MANY_REGISTERS = false;
+#endif
 
 constexpr int64_t ROWS = 64;  // rows of x of one turn: with their k they stay in the second-level cache
 constexpr int64_t MOST_SUMS = 256 * ROWS, MOST_COLUMNS = 2048;
@@ -80,11 +86,13 @@ constexpr int64_t COLUMNS64 = 64;  // of a task in float64
 constexpr int64_t ROUNDED_COLUMNS = 32;  // of a task on rows of 8 bits: whole blocks of the rows that the next product reads
 
 const Kernels *kernels64_generic();
+const Kernels *kernels64_neon();
 const Kernels *kernels64_avx2();
 const Kernels *kernels64_avx512();
 const Kernels *kernels64_avx512_vnni();
 const Kernels *kernels64_avx512_bf16();
 const Kernels *kernels_generic();
+const Kernels *kernels_neon();
 const Kernels *kernels_avx2();
 const Kernels *kernels_avx512();
 const Kernels *kernels_avx512_vnni();

@@ -23,7 +23,7 @@
 
 namespace {
 
-constexpr int L = BYTES / 8, NV = 2, NX = BYTES == 64 ? 10 : 5, WIDE = NV * L;  // a tile: rows of x, vectors, columns
+constexpr int L = BYTES / 8, NV = 2, NX = MANY_REGISTERS ? 10 : 5, WIDE = NV * L;  // a tile: rows of x, vectors, columns
 constexpr int64_t GROUP = 64, COLUMNS = COLUMNS64;
 static_assert(COLUMNS % WIDE == 0, "columns of a task are whole tiles");
 typedef double D __attribute__((vector_size(BYTES)));

@@ -14,12 +14,12 @@ namespace {
 constexpr int64_t GROUP = 64;
 constexpr int SIDE = 16;
 constexpr int64_t PANEL_SUMS = GROUP * 256;      // floats that a panel holds
-constexpr int NX_OUTER = VBYTES == 64 ? 12 : 6;  // rows of x of one tile, at most
-constexpr int NX_LEAST = VBYTES == 64 ? 5 : 3;   // and at least, where rows are shared out evenly
+constexpr int NX_OUTER = MANY_REGISTERS ? 12 : 6;  // rows of x of one tile, at most
+constexpr int NX_LEAST = MANY_REGISTERS ? 5 : 3;   // and at least, where rows are shared out evenly
 constexpr int NV_MANY = 2;                       // vectors of outputs beside that many rows
 
 constexpr int outer_vectors(int NX) {  // as many as leave all sums in registers
-  return VBYTES == 64 ? (NX == 1 ? 16 : NX <= 3 ? 8 : NX <= 6 ? 4 : NV_MANY) : (NX == 1 ? 8 : NX <= 3 ? 4 : NV_MANY);
+  return MANY_REGISTERS ? (NX == 1 ? 16 : NX <= 3 ? 8 : NX <= 6 ? 4 : NV_MANY) : (NX == 1 ? 8 : NX <= 3 ? 4 : NV_MANY);
 }
 
 struct Fetch {  // rows of W to come, line by line as they lie

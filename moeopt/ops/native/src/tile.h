@@ -23,7 +23,7 @@ struct View {  // W[o][i] = data + o * so + i * si; exact: its values are of the
 };
 
 constexpr int64_t DOT_CHUNK = 1024, PAIR_CHUNK = 2048;
-constexpr int NX_DOT = VBYTES == 64 ? 6 : 3;
+constexpr int NX_DOT = MANY_REGISTERS ? 6 : 3;
 
 template <int N>
 struct Number { static constexpr int value = N; };

@@ -3,8 +3,12 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+
+#include "isa.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(MOEOPT_NEON)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -32,6 +36,8 @@ inline V splat(float a) {  // not V{} + a, which costs an addition: 0 + a is not
   return (V)_mm512_set1_ps(a);
 #elif defined(__AVX2__)
   return (V)_mm256_set1_ps(a);
+#elif defined(MOEOPT_NEON)
+  return (V)vdupq_n_f32(a);
 #else
   V v;
   for (int i = 0; i < L; i++) v[i] = a;
@@ -51,6 +57,8 @@ inline V widen_f16(VH h) {
   __m256i i; memcpy(&i, &h, sizeof i); return (V)_mm512_cvtph_ps(i);
 #elif defined(__F16C__)
   __m128i i; memcpy(&i, &h, sizeof i); return (V)_mm256_cvtph_ps(i);
+#elif defined(MOEOPT_NEON)
+  return (V)vcvt_f32_f16((float16x4_t)h);
 #else
   VU u = __builtin_convertvector(h, VU), rest = (u & 0x7fff) << 13;
   VU scaled = bits(as_float(rest) * as_float(VU{} + 0x77800000u));  // times 2^112: exponents, and what is subnormal
@@ -65,6 +73,9 @@ inline VU bf16_bits(V v) {  // to the nearest, ties to even; a NaN stays one
 }
 
 inline VU f16_bits(V v) {
+#if defined(MOEOPT_NEON)
+  return (VU)vmovl_u16((uint16x4_t)vcvt_f16_f32((float32x4_t)v));
+#else
   VU u = bits(v), sign = (u >> 16) & 0x8000, a = u & 0x7fffffff;
   VU normal = (a - 0x38000000u + 0xfff + ((a >> 13) & 1)) >> 13;
   VU small = bits(as_float(a) + splat(0.5f)) - 0x3f000000u;  // below 2^-14: one unit of 0.5f is one of the result
@@ -72,6 +83,7 @@ inline VU f16_bits(V v) {
   r = (a >= 0x477ff000u) ? VU{} + 0x7c00 : r;
   r = (a > 0x7f800000u) ? VU{} + 0x7e00 : r;
   return r | sign;
+#endif
 }
 
 inline V round_to(V v, int64_t dtype) {
@@ -153,6 +165,10 @@ inline void sum4(V a, V b, V c, V d, float *to, bool add) {
 #endif
   const __m128 s = _mm_hadd_ps(_mm_hadd_ps(fold(a), fold(b)), _mm_hadd_ps(fold(c), fold(d)));
   _mm_storeu_ps(to, add ? _mm_add_ps(_mm_loadu_ps(to), s) : s);
+#elif defined(MOEOPT_NEON)
+  auto two = [](V v, V w) { return vpaddq_f32((float32x4_t)v, (float32x4_t)w); };
+  const float32x4_t s = vpaddq_f32(two(a, b), two(c, d));
+  vst1q_f32(to, add ? vaddq_f32(vld1q_f32(to), s) : s);
 #else
   const float s[4] = {(a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3]), (c[0] + c[1]) + (c[2] + c[3]),
                       (d[0] + d[1]) + (d[2] + d[3])};
