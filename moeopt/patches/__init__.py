@@ -24,6 +24,8 @@ A patch is counted and locked: in force while a caller is inside, taken back by 
     onnx_export   quicker_export           the four before it, and quicker_decomposition
     onnx_export   after_decomposition      torch's preparation before ONNX, the caller's thread
     attention     sdpa_of                  transformers' attention function "sdpa", the caller's thread
+    contiguity    untraced_contiguity      transformers' question whether tensors are contiguous, all threads (the same
+                                           answers, sooner)
     load_report   kept_load_report         transformers' report of what it loaded, the caller's thread
     recurrent     recurrent_inputs_of_any_dtype
                                            nn.RNNBase.check_input, the caller's thread
@@ -38,6 +40,7 @@ Here a reader sees which private names of torch, onnxscript and transformers moe
 
 from moeopt.patches.attention import sdpa_of as sdpa_of
 from moeopt.patches.collector import fewer_collections as fewer_collections
+from moeopt.patches.contiguity import untraced_contiguity as untraced_contiguity
 from moeopt.patches.decomposition import composites_listed_once as composites_listed_once
 from moeopt.patches.decomposition import kernels_entered_plainly as kernels_entered_plainly
 from moeopt.patches.decomposition import quicker_decomposition as quicker_decomposition
