@@ -1,6 +1,6 @@
 """Which experts do your data need? Counts, the cost of imbalance, and a page to look at.
 
-    python examples/expert_load.py [load.html]
+    python -m examples.expert_load [load.html]
 
 The model is that of quickstart.py; the data are tokens of three topics, one of them far more frequent than the
 others. Tokens of a topic are alike, so they crowd on the same experts.

@@ -1,6 +1,6 @@
 """The experts of a model on several processes: here two on this machine's CPU, elsewhere GPUs by the same call.
 
-    torchrun --standalone --nproc-per-node 2 examples/expert_parallel.py
+    torchrun --standalone --nproc-per-node 2 -m examples.expert_parallel
 
 Each rank calls the model on tokens of its own; a token whose expert lies on another rank is sent there and comes back.
 """

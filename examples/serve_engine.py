@@ -1,4 +1,4 @@
-"""Export an ONNX Runtime engine and serve it over HTTP: `python examples/serve_engine.py bundle` and POST JSON rows."""
+"""Export an ONNX Runtime engine and serve it over HTTP: `python -m examples.serve_engine bundle` and POST JSON rows."""
 
 import json
 import sys

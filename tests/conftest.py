@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import logging
 import os
 import shutil
 import sys
@@ -14,6 +15,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+# pytest listens to each logger that hands nothing on; once one listens, torch works out what to say of each size.
+_of_traces = logging.getLogger("torch.__trace")
+_of_traces.propagate = True
+_of_traces.handlers.clear()
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its own functions ask for it then
 

@@ -205,6 +205,23 @@ def test_module_target_from_the_working_directory(capsys, api, factory, monkeypa
     assert run(capsys, "explain", "user_models:model")[0] == 0
 
 
+def test_a_file_in_a_folder_finds_the_packages_of_the_project_and_what_lies_beside_it_first(
+    capsys, api, factory, monkeypatch, tmp_path
+):
+    """As ``python -m moeopt`` does; the installed command has its own folder at the head of the path instead."""
+    project = tmp_path / "project"
+    for folder, said in ((project, "project"), (project / "models", "beside")):
+        folder.mkdir()
+        (folder / "which_of_two.py").write_text(f"SAID = {said!r}")
+    (project / "only_in_the_project.py").write_text("")
+    lines = ["import only_in_the_project, which_of_two", "assert which_of_two.SAID == 'beside'", FACTORY]
+    (project / "models" / "user_models.py").write_text("\n".join(lines))
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one not in ("", str(Path.cwd()))])
+    monkeypatch.chdir(project)
+    code, _, told = run(capsys, "explain", "models/user_models.py:model")
+    assert code == 0, told
+
+
 CONFIG = {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",

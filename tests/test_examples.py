@@ -1,9 +1,11 @@
 """The examples run as their docstrings say, each in a process of its own or as its user would call it."""
 
+import ast
 import contextlib
 import io
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -20,10 +22,34 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*command: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
+
+
+def imports_another(path):
+    """Whether an example takes something of another one, which Python finds from the root of the checkout only."""
+    tree = ast.parse(path.read_text())
+    return any(isinstance(n, ast.ImportFrom) and (n.module or "").startswith("examples") for n in ast.walk(tree))
+
+
+def test_a_command_that_runs_an_example_finds_the_other_examples():
+    pages = [
+        ROOT / "README.md",
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("examples/**/*.md"),
+        *ROOT.glob("examples/**/*.py"),
+    ]
+    by_path = {
+        (page, found)
+        for page in pages
+        for line in page.read_text().splitlines()
+        for found in re.findall(r"(?:python|torchrun)\b[^`\n]*? (examples/[\w/]+\.py)", line)
+    }
+    assert by_path, "some are run by their path"
+    wrong = [f"{page.relative_to(ROOT)}: {found}" for page, found in by_path if imports_another(ROOT / found)]
+    assert not wrong, f"python -m examples.NAME finds what these import: {wrong}"
 
 
 def test_an_engine_is_served(tmp_path):
@@ -75,7 +101,7 @@ def test_expert_load_is_counted_and_shown(tmp_path, capsys):
 
 
 def test_experts_run_on_two_processes():
-    told = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "examples/expert_parallel.py")
+    told = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "examples.expert_parallel")
     assert "rank 0 of 2: 132,864 weights" in told and "rank 1 of 2: 132,864 weights" in told  # half of the experts each
     assert told.count("bytes of tokens sent, at most ") == 2 and "dispatch is exact" in told
 

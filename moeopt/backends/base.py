@@ -206,9 +206,8 @@ class Backend(ABC):
     def _golden(self, manifest: Manifest, opened: Opened, notes: list[str], limits: LoadLimits) -> EndToEnd:
         """The verdict of the golden runs; ``notes`` gets a sentence on them."""
         check = self._replay_impl(manifest, opened.engine, limits)
-        notes.append(
-            f"{check.runs} golden runs, worst distance per token {check.required:.1e}, allowed {check.budget:.1e}"
-        )
+        runs = "1 golden run" if check.runs == 1 else f"{check.runs} golden runs"
+        notes.append(f"{runs}, worst distance per token {check.required:.1e}, allowed {check.budget:.1e}")
         return EndToEnd(
             check.passed, check.reason, outputs=check.runs, distance=float(check.required), budget=float(check.budget)
         )

@@ -17,7 +17,7 @@ from moeopt.bundle.tree import encode_tree
 from moeopt.bundle.unrolled import is_row_function, unrolled
 from moeopt.bundle.values import encode
 from moeopt.errors import BundleError, NotSaveableError
-from moeopt.patches import one_trace, quiet
+from moeopt.patches import one_trace, quicker_decomposition, quiet
 from moeopt.value_types import PyObject
 
 SCHEMA = 1
@@ -30,7 +30,7 @@ def write_graph(program: torch.export.ExportedProgram) -> tuple[dict[str, Any], 
     ``NotSaveableError`` names the op, the weight or the input structure in the way.
     """
     if program.dialect == "TRAINING":  # its ops may write to their arguments
-        with one_trace, quiet():  # torch warns about its own use of tree specs
+        with one_trace, quiet(), quicker_decomposition():  # torch warns about its own use of tree specs
             program = program.run_decompositions({})
     inputs, weights, tensors = _inputs(program)
     graph: dict[str, Any] = {

@@ -12,6 +12,7 @@ from moeopt.lower.onnx.float64 import attributes_written_out
 from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.lower.onnx.written_values import writes_as_results
 from moeopt.lower.stamps import Stamps
+from moeopt.patches import untraced_contiguity
 from moeopt.value_types import PyObject
 
 
@@ -45,12 +46,12 @@ def with_real_views(exporter: PyObject) -> PyObject:
         stamps: Stamps | None = None
 
         def export_program(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
-            with _own_dtypes(), contextlib.nullcontext() if self.stamps is None else self.stamps.during():
+            with _tracing(self.stamps):
                 self.program, metadata = super().export_program(*args, **kwargs)
             return ready(self.program), metadata
 
         def export(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
-            with _own_dtypes(), contextlib.nullcontext() if self.stamps is None else self.stamps.during():
+            with _tracing(self.stamps):
                 self.program = super().export(*args, **kwargs)
             return ready(self.program)
 
@@ -63,6 +64,14 @@ def with_real_views(exporter: PyObject) -> PyObject:
                 return super().export(*args, **kwargs).model, None
 
     return Exporter
+
+
+@contextlib.contextmanager
+def _tracing(stamps: Stamps | None) -> Iterator[None]:
+    """What holds while transformers' exporter traces a model."""
+    stamping = contextlib.nullcontext() if stamps is None else stamps.during()
+    with _own_dtypes(), untraced_contiguity(), stamping:
+        yield
 
 
 @contextlib.contextmanager

@@ -153,6 +153,7 @@ def _factory(where: str, name: str, target: str) -> Callable[[], Any]:
             module = importlib.util.module_from_spec(spec)
             sys.modules[spec.name] = module  # classes in it can be found again by name
             sys.path.insert(0, str(Path(where).resolve().parent))
+            sys.path.append(os.getcwd())  # a project's own packages, as `python -m moeopt` finds them; it hides nothing
             spec.loader.exec_module(module)
         else:
             sys.path.insert(0, os.getcwd())

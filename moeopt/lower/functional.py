@@ -25,7 +25,7 @@ from moeopt.lower.layer_calls import NotStampable
 from moeopt.lower.plain import plain_call
 from moeopt.lower.stamp_graph import OnCopy, write_out
 from moeopt.lower.stamps import Stamps
-from moeopt.patches import composites_listed_once, one_trace, quiet, tables_of_weights
+from moeopt.patches import one_trace, quicker_decomposition, quiet
 from moeopt.verification.model import run_plain
 
 ONE_SEED = 0
@@ -35,7 +35,7 @@ ONE_SEED = 0
 def without_writes(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The program with no op that writes to its arguments."""
     # quiet: torch warns about its own use of tree specs
-    with one_trace, quiet(), tables_of_weights(), composites_listed_once():
+    with one_trace, quiet(), quicker_decomposition():
         decomposed: torch.export.ExportedProgram = program.run_decompositions({})
         return decomposed
 

@@ -10,18 +10,22 @@ A patch is counted and locked: in force while a caller is inside, taken back by 
     tracing       free_lengths             the name len in globals of the model's code, the caller's thread
     tracing       idle_moves               nn.Module.to, the caller's thread
     tracing       no_export_dump           the print of torch.export, all threads
-    tracing       tables_of_weights        torch.export's note of weights, all threads (the same notes, sooner)
-    tracing       composites_listed_once   torch's look-up of its composite ops, all threads (the same ops, sooner)
     tracing       no_results_kept          FakeTensorMode.__init__, the caller's thread
+    decomposition tables_of_weights        torch.export's note of weights, all threads (the same notes, sooner)
+    decomposition composites_listed_once   torch's look-up of its composite ops, all threads (the same ops, sooner)
+    decomposition kernels_entered_plainly  OperatorBase.py_impl, all threads (the same kernels, sooner)
+    decomposition quicker_decomposition    the three before it
     onnx_export   rules_by_their_last_op   onnxscript's pattern matcher, all threads (the same matches, sooner)
     onnx_export   one_registry             torch's table of ONNX translations, all threads (the same table, made once)
     onnx_export   no_idle_decomposition    torch's pass before ONNX, all threads (left out where every op has a
                                            translation)
     onnx_export   promotion_from_known_values
                                            torch's pass of type promotion, all threads (the same casts, sooner)
-    onnx_export   quicker_export           the four before it, and composites_listed_once
+    onnx_export   quicker_export           the four before it, and quicker_decomposition
     onnx_export   after_decomposition      torch's preparation before ONNX, the caller's thread
     attention     sdpa_of                  transformers' attention function "sdpa", the caller's thread
+    contiguity    untraced_contiguity      transformers' question whether tensors are contiguous, all threads (the same
+                                           answers, sooner)
     load_report   kept_load_report         transformers' report of what it loaded, the caller's thread
     recurrent     recurrent_inputs_of_any_dtype
                                            nn.RNNBase.check_input, the caller's thread
@@ -36,6 +40,11 @@ Here a reader sees which private names of torch, onnxscript and transformers moe
 
 from moeopt.patches.attention import sdpa_of as sdpa_of
 from moeopt.patches.collector import fewer_collections as fewer_collections
+from moeopt.patches.contiguity import untraced_contiguity as untraced_contiguity
+from moeopt.patches.decomposition import composites_listed_once as composites_listed_once
+from moeopt.patches.decomposition import kernels_entered_plainly as kernels_entered_plainly
+from moeopt.patches.decomposition import quicker_decomposition as quicker_decomposition
+from moeopt.patches.decomposition import tables_of_weights as tables_of_weights
 from moeopt.patches.load_report import kept_load_report as kept_load_report
 from moeopt.patches.onnx_export import after_decomposition as after_decomposition
 from moeopt.patches.onnx_export import no_idle_decomposition as no_idle_decomposition
@@ -50,7 +59,6 @@ from moeopt.patches.patch import Patch as Patch
 from moeopt.patches.patch import Undo as Undo
 from moeopt.patches.patch import replace as replace
 from moeopt.patches.recurrent import recurrent_inputs_of_any_dtype as recurrent_inputs_of_any_dtype
-from moeopt.patches.tracing import composites_listed_once as composites_listed_once
 from moeopt.patches.tracing import free_lengths as free_lengths
 from moeopt.patches.tracing import idle_moves as idle_moves
 from moeopt.patches.tracing import module_calls as module_calls
@@ -60,4 +68,3 @@ from moeopt.patches.tracing import one_trace as one_trace
 from moeopt.patches.tracing import size_answers as size_answers
 from moeopt.patches.tracing import size_questions as size_questions
 from moeopt.patches.tracing import stands_for_builtin as stands_for_builtin
-from moeopt.patches.tracing import tables_of_weights as tables_of_weights

@@ -8,8 +8,8 @@ import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from moeopt.patches.decomposition import quicker_decomposition
 from moeopt.patches.patch import InForce, Mine, Patch, Undo, nothing, replace
-from moeopt.patches.tracing import composites_listed_once
 from moeopt.value_types import FxArg, PyObject
 
 
@@ -223,7 +223,7 @@ def quicker_export() -> Iterator[None]:
         rules_by_their_last_op(),
         one_registry(),
         no_idle_decomposition(),
-        composites_listed_once(),
+        quicker_decomposition(),
         promotion_from_known_values(),
     ):
         yield

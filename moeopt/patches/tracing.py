@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from moeopt.patches.patch import InForce, Mine, Patch, Undo, nothing, replace
+from moeopt.patches.patch import InForce, Mine, Patch, Undo, replace
 from moeopt.value_types import PyObject
 
 _routes = Mine()
@@ -180,63 +180,6 @@ def _drop_dumps() -> Undo:
 no_export_dump = Patch(_drop_dumps)
 """Where export fails, torch prints the whole graph so far; the error says in a sentence what stood in the way."""
 
-
-def _tabulate_once() -> Undo:
-    try:
-        from torch.export import exported_program
-
-        fits = "_populate_param_buffer_metadata_to_new_gm" in vars(exported_program)
-    except ImportError:
-        fits = False
-    if not fits:  # private names of another version: slower, with the same result
-        return nothing
-
-    def make(theirs: PyObject, in_force: InForce) -> PyObject:
-        def populate(metadata: PyObject, graph_module: PyObject, signature: PyObject) -> PyObject:
-            if in_force.yes:
-                tables = ("inputs_to_parameters", "inputs_to_buffers")
-                signature = types.SimpleNamespace(**{name: getattr(signature, name) for name in tables})
-            return theirs(metadata, graph_module, signature)
-
-        return populate
-
-    return replace(exported_program, "_populate_param_buffer_metadata_to_new_gm", make)
-
-
-tables_of_weights = Patch(_tabulate_once)
-"""torch makes the table of a program's weights anew for each of its inputs: twice the weights take four times as long.
-Here the table is made once.
-"""
-
-
-def _list_composites_once() -> Undo:
-    try:
-        from torch._export import utils
-
-        fits = "_materialize_cpp_cia_ops" in vars(utils)
-    except ImportError:
-        fits = False
-    if not fits:
-        return nothing
-
-    def make(theirs: PyObject, in_force: InForce) -> PyObject:
-        done: list[bool] = []
-
-        def materialize() -> None:
-            if not (in_force.yes and done):
-                theirs()
-                done.append(True)
-
-        return materialize
-
-    return replace(utils, "_materialize_cpp_cia_ops", make)
-
-
-composites_listed_once = Patch(_list_composites_once)
-"""torch looks up each of its thousand composite ops by name before it lists those of a namespace: for each of some 25
-namespaces, twice where a program is decomposed. Here it does so for the first; they are there for the others. (A small
-program: a third of the time of decomposing it.)
-"""
 
 _without_cache = Mine()
 

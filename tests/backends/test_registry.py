@@ -12,6 +12,7 @@ import moeopt
 from moeopt.backends import registry
 from moeopt.backends.base import Backend
 from moeopt.errors import BundleError, NotSaveableError, UsageError
+from moeopt.pipeline.block import Runtime
 from tests.toy_moe import H, build
 
 TOY = Path(__file__).parent / "toy" / "numpy_backend.py"
@@ -78,11 +79,12 @@ def test_the_page_shows_this_backend():
     assert shown == TOY.read_text()
 
 
-def test_the_page_names_every_public_method_of_a_backend():
+@pytest.mark.parametrize(("head", "of"), [("method", Backend), ("of the plan", Runtime)])
+def test_the_page_names_every_public_method_of_a_backend_and_of_its_plan(head, of):
     page = (Path(__file__).parents[2] / "docs" / "add-a-backend.md").read_text()
-    (table,) = re.findall(r"^\| method \|.*?\n\n", page, re.M | re.S)
+    (table,) = re.findall(rf"^\| {head} \|.*?\n\n", page, re.M | re.S)
     told = {name for row in table.strip().splitlines()[2:] for name in re.findall(r"`(\w+)", row.split("|")[1])}
-    assert told == {name for name in vars(Backend) if not name.startswith("_") and callable(vars(Backend)[name])}
+    assert told == {name for name in vars(of) if not name.startswith("_") and callable(vars(of)[name])}
 
 
 def test_unknown_names():

@@ -18,6 +18,7 @@ def run(tmp_path, step):
     return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.nightly  # twenty seconds of a CPU
 def test_the_first_half_writes_its_results(tmp_path):
     pytest.importorskip("transformers")
     done = run(tmp_path, "first")

@@ -22,7 +22,7 @@ POINTS = (
     "between two layers", "while the weights file is finished", "before the bundle is in place",
     "after the bundle is in place",
 )  # fmt: skip
-SAMPLE = (POINTS[0], POINTS[4], POINTS[6])
+SAMPLE = (POINTS[0], POINTS[4])
 CHILD = """
 import json, os, signal, sys, traceback
 import torch

@@ -106,11 +106,11 @@ def in_int4(path):
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
-    return in_int4(write("qwen3", tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=5, **LAYERS))
+    return in_int4(write("qwen3", tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=4, **LAYERS))
 
 
 def test_a_quantised_checkpoint_is_never_expanded_in_memory(deep, tmp_path):
-    """Five layers of floats are pages of a scratch file while they are verified; what stays are pages of codes."""
+    """Four layers of floats are pages of a scratch file while they are verified; what stays are pages of codes."""
     small = in_int4(write("qwen3", tmp_path / "small", num_hidden_layers=1, hidden_size=64, moe_intermediate_size=64))
     found = watched(deep, "", small, quantize="checkpoint")
     assert found["peak"] < 3 * LAYER and found["left"] < LAYER // 4

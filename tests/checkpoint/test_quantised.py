@@ -69,6 +69,7 @@ def codes(opt):
     return {name: b for name, b in opt.model.named_buffers() if "moeopt_experts" in name}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", [*KINDS, "mxfp4"])
 def test_the_experts_have_the_codes_of_the_files(tmp_path, kind):
     """FP8 has blocks that are partial at both edges, which other loaders take for smaller whole ones."""

@@ -8,6 +8,7 @@ from tests.families import FAMILIES
 pytest.importorskip("transformers")
 
 
+@pytest.mark.sample(4)  # test_families.py builds and calls each of them
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_family_builds_and_generates(name):
     family = FAMILIES[name]

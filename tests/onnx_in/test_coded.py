@@ -76,7 +76,7 @@ def test_plain_floats_have_no_codes_and_half_of_them_none_that_are_kept():
         FileExperts([one]).bank("mlp", 1, lambda e: [one.floats, plain.t()])
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_experts_keep_their_codes(form, tmp_path):
     onnx.save(coded_file(FORMS[form], width=80), tmp_path / "m.onnx")

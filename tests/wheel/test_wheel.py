@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from moeopt.ops.native import build
 from moeopt.ops.native.compile import compiler_named, prebuilt_name
 
 pytestmark = pytest.mark.wheel
@@ -28,7 +29,20 @@ def wheel(tmp_path_factory):
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT]
     subprocess.run(build, check=True)
     (made,) = folder.glob("moeopt-*.whl")
+    keep_the_kernel_of(made)
     return made
+
+
+def keep_the_kernel_of(made):
+    """The kernel of a wheel is that of `make test`, from the same sources: two minutes of a CPU, once in a CI run."""
+    with zipfile.ZipFile(made) as wheel:
+        for name in wheel.namelist():
+            if name.endswith(f"/{prebuilt_name(build.all_isas())}"):
+                kept = build._folder() / build.library_name(build.find_compiler(), build.all_isas())
+                kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                aside = kept.with_suffix(f".{os.getpid()}")
+                aside.write_bytes(wheel.read(name))
+                os.replace(aside, kept)
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +88,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert all(f"/{prebuilt_name(['generic']).removesuffix('.so')}" in n for n in libraries)
     entry = zipfile.ZipFile(wheel).read("moeopt-0.1.0.dist-info/entry_points.txt").decode()
     assert "[pytest11]\nmoeopt.pytest_plugin = moeopt.pytest_plugin" in entry
+
+
+def test_the_kernel_of_the_wheel_is_kept_for_the_suite(wheel):
+    if not compiler_named(None):
+        pytest.skip("no C++ compiler is here")
+    (name,) = (n for n in zipfile.ZipFile(wheel).namelist() if n.startswith("moeopt/ops/native/prebuilt/"))
+    assert build.build(build.all_isas()).read_bytes() == zipfile.ZipFile(wheel).read(name)
 
 
 def built(folder, **variables):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeopt.patches import quicker_decomposition
 from moeopt.value_types import PyObject
 
 aten = torch.ops.aten
@@ -27,7 +28,8 @@ def attributes_written_out(program: torch.export.ExportedProgram) -> torch.expor
     }
     if not any(node.target in table and _is_float64(node.meta.get("val")) for node in program.graph.nodes):
         return program
-    decomposed: torch.export.ExportedProgram = program.run_decompositions(table)
+    with quicker_decomposition():
+        decomposed: torch.export.ExportedProgram = program.run_decompositions(table)
     return decomposed
 
 

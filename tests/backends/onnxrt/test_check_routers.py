@@ -180,14 +180,20 @@ def test_a_right_engine_passes_on_all_rows():
     assert "equal with rows of zeros and tiny rows, huge rows, a row of NaN too" in done.certificate.end_to_end.notes
 
 
-@pytest.mark.parametrize("deep", [False, True])
+DAMAGES = [
+    (drop_epsilon, r"(a row of zeros|a row 10\^-\d times the ordinary|ordinary row)"),
+    (coarse_sigmoid, r"a row with all of its router's logits near -\d+"),
+    (other_constant, "an ordinary row"),
+    (scaled_logits, "an ordinary row"),
+]
+
+
 @pytest.mark.parametrize(
-    ("damage", "rows"),
+    ("damage", "rows", "deep"),
     [
-        (drop_epsilon, r"(a row of zeros|a row 10\^-\d times the ordinary|ordinary row)"),
-        (coarse_sigmoid, r"a row with all of its router's logits near -\d+"),
-        (other_constant, "an ordinary row"),
-        (scaled_logits, "an ordinary row"),
+        pytest.param(damage, rows, deep, marks=pytest.mark.nightly if deep and damage is not drop_epsilon else ())
+        for damage, rows in DAMAGES
+        for deep in (False, True)
     ],
 )
 def test_damage_around_the_experts_is_refused(sabotage, damage, rows, deep):
@@ -199,7 +205,7 @@ def test_damage_around_the_experts_is_refused(sabotage, damage, rows, deep):
     assert ("in layers.0, " if deep else "in Layer, ") in text and "use backend='torch'" in text
 
 
-@pytest.mark.parametrize("damage", [drop_epsilon, coarse_sigmoid])
+@pytest.mark.parametrize("damage", [drop_epsilon, pytest.param(coarse_sigmoid, marks=pytest.mark.nightly)])
 def test_nothing_else_sees_it(sabotage, damage, monkeypatch):
     """What the given inputs do not reach is seen by these rows only."""
     monkeypatch.setattr("moeopt.backends.onnxrt.graph_backend.check_blocks", lambda *args: [])

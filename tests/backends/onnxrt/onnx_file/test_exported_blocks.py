@@ -154,7 +154,7 @@ def exported(model, path, exporter):
     return path
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("form", "exporter", "blocks"),
     [
@@ -189,7 +189,7 @@ def test_experts_on_all_tokens_are_rewritten_in_halves_too(tmp_path):
     assert [(b.status, b.experts) for b in found.report.blocks] == [("rewritten", E)] and found.certificate.passed
 
 
-@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("ends", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_what_the_converter_to_float16_makes_is_rewritten_although_its_nodes_are_out_of_order(ends, tmp_path):
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
