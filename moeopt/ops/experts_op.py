@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -110,8 +111,11 @@ def _backward_fake(
     return [torch.empty_like(whole[i], memory_format=torch.contiguous_format) for i in needs]
 
 
-def _gradients(sizes: list[int], texts: list[str], grad: Tensor, saved: list[Tensor], needs: list[int]) -> list[Tensor]:
-    return gradients_of_lists(sizes, *texts, grad, saved, needs)
+def _gradients(
+    sizes: list[int], texts: Sequence[str], grad: Tensor, saved: list[Tensor], needs: list[int]
+) -> list[Tensor]:
+    (spec,) = texts
+    return gradients_of_lists(sizes, spec, grad, saved, needs)
 
 
 register_experts_op(

@@ -16,7 +16,7 @@ from torch import Tensor
 from moeopt.ops.forward_mode import OpImpl, refusing_tangents
 from moeopt.value_types import PyObject
 
-GradientsOfLists = Callable[[list[int], list[str], Tensor, list[Tensor], list[int]], Sequence[Tensor]]
+GradientsOfLists = Callable[[list[int], Sequence[str], Tensor, list[Tensor], list[int]], Sequence[Tensor]]
 """From the lengths of the lists, the texts, the gradient of the result, [x, ids, weights, *tensors] and ``needs`` to
 the gradients that ``needs`` asks for."""
 

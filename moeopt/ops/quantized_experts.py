@@ -181,7 +181,7 @@ def _backward_fake(
 
 
 def _gradients_of(
-    sizes: list[int], texts: list[str], grad: Tensor, saved: list[Tensor], needs: list[int]
+    sizes: list[int], texts: Sequence[str], grad: Tensor, saved: list[Tensor], needs: list[int]
 ) -> list[Tensor]:
     """Gradients of those of [x, weights, *lists] that ``needs`` indexes; ``saved`` are x, ids, weights, lists."""
     x, ids, weights, *flat = saved

@@ -223,7 +223,9 @@ def _backward_fake(
     return [torch.empty_like(whole[i]) for i in needs]
 
 
-def _gradients(sizes: list[int], texts: list[str], grad: Tensor, saved: list[Tensor], needs: list[int]) -> list[Tensor]:
+def _gradients(
+    sizes: list[int], texts: Sequence[str], grad: Tensor, saved: list[Tensor], needs: list[int]
+) -> list[Tensor]:
     x, ids, weights, *slots = saved
     found: list[Tensor] = torch.ops.moeopt.row_function_backward(grad, x, ids, weights, slots, *texts, needs)
     return found
