@@ -28,8 +28,8 @@ from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.build import build
 from moeopt.rewrite.id_range import IdRange
-from moeopt.rewrite.keep import kept_steps
 from moeopt.rewrite.live_bank import live_bank
+from moeopt.rewrite.plan_kept_steps import kept_steps
 from moeopt.rewrite.replace_experts import experts_rewrite
 from moeopt.value_types import FxTarget, PyObject
 
