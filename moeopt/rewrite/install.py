@@ -249,17 +249,8 @@ class RewrittenForward:
 
 
 for _name in (
-    "watch",
-    "change",
-    "banks",
-    "constants",
-    "_plain",
-    "_run",
-    "_names",
-    "_usual",
-    "_usual_of",
-    "_run_recorded",
-):
+    "watch", "change", "banks", "constants", "_plain", "_run", "_names", "_usual", "_usual_of", "_run_recorded",
+):  # fmt: skip
     setattr(RewrittenForward, _name, PreparedAttribute(_name))
 
 

@@ -9,13 +9,16 @@ from torch import nn
 
 import moeopt
 from moeopt.capture import tape
+from moeopt.capture.replay import ancestors
 from moeopt.errors import Declined
+from moeopt.find import single_products
+from moeopt.find.discover import discover
 from moeopt.pipeline import run
 from moeopt.pipeline.declined_calls import DeclinedCalls
 from tests.capture.tiny import rand
 from tests.pipeline.given_ids import LoopOverUnique, made
 from tests.pipeline.given_ids import call as given_call
-from tests.recognise.tiny import H, MoE, seeded
+from tests.recognise.tiny import E, H, MoE, seeded
 from tests.zoo.declined import ExpertChoice
 
 
@@ -63,6 +66,16 @@ class Flattened(MoE):
         return super().forward(x.reshape(-1, H)).view_as(x)
 
 
+class ReadsIds(MoE):
+    def mix(self, x, w, ids):
+        y = torch.zeros_like(x)
+        for e in range(E):
+            if bool((ids == e).sum().item()):
+                t, k = torch.where(ids == e)
+                y.index_add_(0, t, self.experts[e](x[t]) * w[t, k, None])
+        return y
+
+
 class Tower(nn.Module):
     """Layers of which none can be rewritten, so that the tower around them is tried."""
 
@@ -105,3 +118,12 @@ def test_what_is_remembered_holds_until_something_is_rewritten():
     rewrites["a block"] = None
     with declined.remembered(call):
         pass
+
+
+def test_the_choices_behind_numbers_are_searched_once_for_all_numbers(monkeypatch):
+    """A loop over experts reads a number for each expert and layer: one search each grew with the square of layers."""
+    searched = []
+    monkeypatch.setattr(single_products, "ancestors", lambda nodes, *more: searched.append(nodes) or ancestors(nodes))
+    tower = seeded(lambda: Tower([ReadsIds() for _ in range(4)]))
+    assert len(discover(tower, (rand(24, H),), {})) == 4
+    assert len(searched) <= 4, "none for each number, of which there are more"
