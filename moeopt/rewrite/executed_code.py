@@ -38,7 +38,7 @@ class ExecutedCode:
         numbers: the integer constants.
         sequences: tuples of two or more integer constants.
         reads: (name of the holder, attribute), see :class:`moeopt.rewrite.bytecode.CodeNames`.
-        variables: environment variables that are looked up.
+        variables: variables of the process that are looked up.
         outside: other reads from outside the process (clocks, files), with the line.
         threads: where work is given to another thread or awaited, with the line.
     """
