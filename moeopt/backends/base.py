@@ -28,7 +28,7 @@ from moeopt.bundle.weights_file import is_becoming_one
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import BundleError, NotSaveableError, UsageError
 from moeopt.limits import DEFAULT, LoadLimits
-from moeopt.lower.plain import open_dataclasses
+from moeopt.lower.plain_call import open_dataclasses
 from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.onnx_in.read import is_onnx
 from moeopt.options import Options

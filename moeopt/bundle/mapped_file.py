@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from moeopt.errors import UsageError
+from moeopt.sizes import in_words
 
 
 class MappedFile:
@@ -38,7 +39,7 @@ class MappedFile:
                 self._memory = mmap.mmap(file.fileno(), self.length, flags=flags, prot=access)
             except (OSError, ValueError) as err:
                 raise UsageError(
-                    f"{path} cannot be mapped into memory ({err}): {self.length / 1e9:.1f} GB of addresses are needed; "
+                    f"{path} cannot be mapped into memory ({err}): {in_words(self.length)} of addresses are needed; "
                     "raise the process's limit (ulimit -v), or use a 64-bit Python"
                 ) from err
         self._bytes = self._tensor(torch.uint8, self.length, 0)

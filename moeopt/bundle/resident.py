@@ -93,6 +93,22 @@ class _Expert:
     load: float = 0.0
 
 
+def check_resident(directory: str | os.PathLike[str], where: str) -> None:
+    """``UsageError`` where ``resident=`` cannot be had of the bundle in ``directory``, which will run on ``where``.
+
+    Asked before its graph and weights are read.
+    """
+    if where != "cpu":
+        raise UsageError(f"resident= is for engines on the CPU, and {directory} runs on {where}: leave it out")
+    check_drops_pages()
+
+
+def check_drops_pages(*, needs: Sequence[Path] = ()) -> None:
+    """``UsageError`` where this system drops no pages of files, or lacks one of the files ``needs``."""
+    if not hasattr(os, "posix_fadvise") or not all(path.exists() for path in needs):
+        raise UsageError("resident= drops pages of files, which this system is not asked for here: use Linux")
+
+
 class ResidentExperts:
     """The experts of a loaded graph under a budget of memory.
 
@@ -108,8 +124,7 @@ class ResidentExperts:
     """
 
     def __init__(self, budget: int, file: Path, layers: Sequence[Sequence[Sequence[Tensor]]], others: int = 0) -> None:
-        if not hasattr(os, "posix_fadvise"):
-            raise UsageError("resident= drops pages of files, which this system is not asked for here: use Linux")
+        check_drops_pages()
         self._lock = threading.Lock()
         self._libc = ctypes.CDLL(None, use_errno=True)
         self.budget = budget

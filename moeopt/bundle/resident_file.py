@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moeopt.bundle.resident import DECAY, DONTNEED, PAGE, Residency, in_memory, mappings, said_of
+from moeopt.bundle.resident import DECAY, DONTNEED, PAGE, Residency, check_drops_pages, in_memory, mappings, said_of
 from moeopt.bundle.touched_pages import PAGEMAP, touched_pages
 from moeopt.errors import UsageError
 
@@ -42,8 +42,7 @@ class ResidentFile:
     """
 
     def __init__(self, budget: int, file: Path) -> None:
-        if not hasattr(os, "posix_fadvise") or not PAGEMAP.exists():
-            raise UsageError("resident= drops pages of files, which this system is not asked for here: use Linux")
+        check_drops_pages(needs=[PAGEMAP])
         self._maps = mappings(file)
         if not self._maps:
             raise UsageError(

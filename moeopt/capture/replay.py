@@ -54,6 +54,28 @@ def between(tape: Tape, sources: Iterable[fx.Node], target: fx.Node) -> list[fx.
     return [n for n in descendants(tape, sources, target.meta["index"]) if n in reach]
 
 
+def only_ways_out(tape: Tape, sources: Iterable[fx.Node], nodes: list[fx.Node]) -> set[fx.Node]:
+    """Those of ``nodes`` and ``sources`` through which every path leads from a source to the tape's results.
+
+    The paths of a graph without cycles are counted: those to a node times those from there are as many as there are
+    paths in all where every path passes the node. One look at each node then serves for all of them.
+
+    Args:
+        nodes: what depends on a source, in order.
+    """
+    starts, ends = set(sources), set(tape.results())
+    order = sorted(starts.union(nodes), key=lambda n: n.meta["index"])
+    to, onwards = dict.fromkeys(order, 0), {n: int(n in ends) for n in order}
+    for node in order:
+        to[node] = 1 if node in starts else sum(to.get(a, 0) for a in node.all_input_nodes)
+    for node in reversed(order):
+        for a in node.all_input_nodes:
+            if a in onwards and node not in starts:  # a path begins at the last source on it
+                onwards[a] += onwards[node]
+    paths = sum(onwards[n] for n in starts)
+    return {n for n in order if (not paths if n in starts else to[n] * onwards[n] == paths)}
+
+
 def replay(
     tape: Tape,
     nodes: list[fx.Node],

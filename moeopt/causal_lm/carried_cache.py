@@ -1,4 +1,4 @@
-"""A ``DynamicCache`` as the object that decoder layers hand on, for :mod:`moeopt.lower.carried`.
+"""A ``DynamicCache`` as the object that decoder layers hand on, for :mod:`moeopt.lower.carried_state`.
 
 A layer that is traced may call methods of the cache with its own number, and index ``cache.layers`` with it. All else
 (the length of another layer's keys, a walk over the layers) is told as a reach without a number.
@@ -22,7 +22,7 @@ SlotOf = Callable[[LayerNumber | None], int]
 
 
 class CarriedCache:
-    """How the layers of a ``DynamicCache`` are reached; see :class:`moeopt.lower.carried.Carrier`."""
+    """How the layers of a ``DynamicCache`` are reached; see :class:`moeopt.lower.carried_state.Carrier`."""
 
     def is_one(self, leaf: PyObject) -> bool:
         from transformers import DynamicCache

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from moeopt.lower.carried import Carrier
+from moeopt.lower.carried_state import Carrier
 from moeopt.lower.export import asks_values
 from moeopt.lower.functional import traces_now
 from moeopt.lower.layer_calls import NotStampable

@@ -22,7 +22,7 @@ from moeopt.ops.experts import experts
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.install import RewrittenForward
 from moeopt.rewrite.live_bank import live_bank
-from moeopt.rewrite.stale import Gave
+from moeopt.rewrite.refused_call import KeptResults
 from moeopt.value_types import PyObject
 
 WHY_NO_GRAPH = "experts that lie on several ranks are reached by collectives on sizes that each call decides"
@@ -115,7 +115,7 @@ class DistributedForward(RewrittenForward):
             held = live_bank(self.module, list(local), spec, place=LocalPlace)
         return RankExperts(dispatch, held, own)
 
-    def _fall_back(self, refusal: str, args: PyObject, kwargs: PyObject, gave: Gave) -> PyObject:
+    def _fall_back(self, refusal: str, args: PyObject, kwargs: PyObject, results: KeptResults) -> PyObject:
         name = next(iter(self.sharded.values())).dispatch.block
         raise UsageError(
             f"{name} cannot run its original code, for its experts lie on several ranks, and it would have to: "

@@ -14,6 +14,7 @@ from torch import fx
 from moeopt.capture.op_kinds import WEIGH, is_matmul, is_pointwise, moves_rows, op_name
 from moeopt.capture.replay import ancestors
 from moeopt.find.block_candidates import BlockCandidate, identity_of
+from moeopt.find.forward_walk import ForwardWalk
 from moeopt.find.unread_blocks import UnreadBlocks
 from moeopt.recognise.gemm_sites import is_computed_weight, weight_and_operand
 
@@ -65,18 +66,12 @@ def _numbers_of_rows(comparison: fx.Node) -> fx.Node | None:
 
 def _kept_by(comparison: fx.Node, memo: dict[fx.Node, bool]) -> list[fx.Node]:
     """The products with weights of whose results the ``comparison``, moved and cast, keeps some rows."""
-    stack, seen = [comparison], set[fx.Node]()
-    while stack and len(seen) < _STEPS:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        for user in node.users:
-            if op_name(user) in (*WEIGH, "where"):
-                values = [a for a in user.args if isinstance(a, fx.Node) and a is not node][:1]  # where: the kept one
-                return [p for a in values if (p := _product_behind(a, memo)) is not None]
-            if moves_rows(user) or is_pointwise(user):
-                stack.append(user)
+    for node, user in (walk := ForwardWalk(comparison, _STEPS)):
+        if op_name(user) in (*WEIGH, "where"):
+            values = [a for a in user.args if isinstance(a, fx.Node) and a is not node][:1]  # where: the kept one
+            return [p for a in values if (p := _product_behind(a, memo)) is not None]
+        if moves_rows(user) or is_pointwise(user):
+            walk.follow(user)
     return []
 
 

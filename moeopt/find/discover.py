@@ -16,7 +16,7 @@ from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import record
 from moeopt.capture.unregistered import is_registered, registered, unregistered
 from moeopt.find.block_candidates import BlockCandidate
-from moeopt.find.finder import Finder
+from moeopt.find.block_finder import Finder
 from moeopt.find.light_sites import light_sites
 from moeopt.recognise.ffn_candidates import find_candidates
 

@@ -19,6 +19,7 @@ from torch import fx
 
 from moeopt.capture.op_kinds import CHOICES_AMONG, GATES, WEIGH, is_matmul, is_pointwise, moves_rows, op_name
 from moeopt.find.block_candidates import BlockCandidate, identity_of, laid_out_flat, len_of_stack
+from moeopt.find.forward_walk import ForwardWalk
 from moeopt.find.light_sites import leaf_of
 from moeopt.find.unread_blocks import UnreadBlocks
 from moeopt.recognise.gemm_sites import weight_and_operand
@@ -157,21 +158,14 @@ def _weighed(gate: fx.Node, memo: dict[fx.Node, bool], choices: bool = False) ->
     """The products whose results the ``gate``, moved and cast, is multiplied with; or with ``choices`` what a choice
     left of it."""
     found: dict[fx.Node, None] = {}
-    stack, seen = [gate], set[fx.Node]()
-    while stack and len(seen) < _STEPS:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        values = op_name(node) in CHOICES_AMONG  # these go on, and the ids do not
-        for user in (u for u in node.users if not (values and u.target is operator.getitem and u.args[1] == 1)):
-            others = [a for a in user.all_input_nodes if a is not node]
-            behind = [p for a in others for p in _products_behind(a, memo)] if op_name(user) in WEIGH else []
-            found.update(dict.fromkeys(behind))
-            if not behind and (
-                moves_rows(user) or is_pointwise(user) or (choices and op_name(user) in ("topk", "sort"))
-            ):
-                stack.append(user)
+    for node, user in (walk := ForwardWalk(gate, _STEPS)):
+        if op_name(node) in CHOICES_AMONG and user.target is operator.getitem and user.args[1] == 1:
+            continue  # the ids of a choice: its values alone are followed
+        others = [a for a in user.all_input_nodes if a is not node]
+        behind = [p for a in others for p in _products_behind(a, memo)] if op_name(user) in WEIGH else []
+        found.update(dict.fromkeys(behind))
+        if not behind and (moves_rows(user) or is_pointwise(user) or (choices and op_name(user) in ("topk", "sort"))):
+            walk.follow(user)
     return list(found)
 
 

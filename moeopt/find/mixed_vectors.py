@@ -16,6 +16,7 @@ from torch import fx
 from moeopt.capture.op_kinds import is_matmul, is_pointwise, moves_rows, op_name
 from moeopt.capture.replay import ancestors
 from moeopt.find.block_candidates import BlockCandidate
+from moeopt.find.forward_walk import ForwardWalk
 from moeopt.find.light_sites import leaf_of
 from moeopt.find.module_lists import gate_width
 from moeopt.find.unread_blocks import UnreadBlocks
@@ -83,21 +84,15 @@ def _looked_up_table(unread: UnreadBlocks, node: fx.Node) -> str:
 def _scales(mixed: fx.Node) -> bool:
     """Whether what ``mixed`` holds, weighed, summed and moved, is multiplied with something computed from the input
     that is as large, and through no product before."""
-    stack, seen = [mixed], set[fx.Node]()
-    while stack and len(seen) < _STEPS:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        for user in node.users:
-            others = [a for a in user.all_input_nodes if a is not node]
-            if op_name(user) == "mul" and any(_as_large(a, node) for a in others):
-                if any(map(_of_input, others)):
-                    return True
-            elif op_name(user) in ("add", "sub") and any(_of_input(a) for a in others if _as_large(a, node)):
-                continue  # a bias of experts, looked up for each row
-            elif moves_rows(user) or is_pointwise(user) or op_name(user) in ("sum", "bmm", "mm"):
-                stack.append(user)
+    for node, user in (walk := ForwardWalk(mixed, _STEPS)):
+        others = [a for a in user.all_input_nodes if a is not node]
+        if op_name(user) == "mul" and any(_as_large(a, node) for a in others):
+            if any(map(_of_input, others)):
+                return True
+        elif op_name(user) in ("add", "sub") and any(_of_input(a) for a in others if _as_large(a, node)):
+            continue  # a bias of experts, looked up for each row
+        elif moves_rows(user) or is_pointwise(user) or op_name(user) in ("sum", "bmm", "mm"):
+            walk.follow(user)
     return False
 
 

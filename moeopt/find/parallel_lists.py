@@ -30,14 +30,14 @@ def one_mixture(first: Sequence[Call], other: Sequence[Call], routed: bool, star
         return True
     if _reads(first, other[0]) or _reads(other, first[0]):
         return False
-    ends = {n for c in (*first, *other) for n in leaves_of(fx.Node, c.output)}
-    own, theirs = (_choices(first, ends), _choices(other, ends)) if routed else (set[fx.Node](), set[fx.Node]())
-    if not own and not theirs:
-        own, theirs = _gates(first), _gates(other)
-    inside = [{n for n in nodes if n.meta["index"] >= start} for nodes in (own, theirs)]
+    results = {n for c in (*first, *other) for n in leaves_of(fx.Node, c.output)}
+    of_first, of_other = (_choices(calls, results) if routed else set[fx.Node]() for calls in (first, other))
+    if not of_first and not of_other:
+        of_first, of_other = _gates(first), _gates(other)
+    inside = [{n for n in nodes if n.meta["index"] >= start} for nodes in (of_first, of_other)]
     if all(inside):
-        own, theirs = inside
-    return not own.isdisjoint(theirs) or not (own and theirs)
+        of_first, of_other = inside
+    return not of_first.isdisjoint(of_other) or not (of_first and of_other)
 
 
 def called_by_layers(call: Call, children: Sequence[Call]) -> list[Call]:
@@ -45,15 +45,15 @@ def called_by_layers(call: Call, children: Sequence[Call]) -> list[Call]:
     more of its ``children``, the calls that it makes itself."""
     called = {c.module for c in children}
     lists = {m for one in alike_lists(call.module, same_sizes=False) for m in one if m not in called}
-    of = {part: m for m in lists for part in m.modules()}
+    list_item = {part: m for m in lists for part in m.modules()}
     layers: dict[nn.Module, list[Call]] = {}
     for child in children:
-        if child.module in of:
-            layers.setdefault(of[child.module], []).append(child)
+        if child.module in list_item:
+            layers.setdefault(list_item[child.module], []).append(child)
     return [
-        dataclasses.replace(ran[0], module=m, last=ran[-1].last, output=ran[-1].output)
-        for m, ran in layers.items()
-        if len(ran) > 1
+        dataclasses.replace(calls[0], module=m, last=calls[-1].last, output=calls[-1].output)
+        for m, calls in layers.items()
+        if len(calls) > 1
     ]
 
 
@@ -64,37 +64,37 @@ def are_layers(first: Sequence[Call], second: Sequence[Call]) -> bool:
 
 
 def _reads(calls: Sequence[Call], reader: Call) -> list[Call]:
-    """Those of ``calls`` whose results ``reader`` reads: directly, or through nodes that are no such results."""
-    ends = {n: c for c in calls for n in leaves_of(fx.Node, c.output)}
-    return list({ends[n].index: ends[n] for n in _before(reader, ends) if n in ends}.values())
+    """The ``calls`` whose results the arguments of ``reader`` depend on, by paths without another such result."""
+    results = {n: c for c in calls for n in leaves_of(fx.Node, c.output)}
+    return list({results[n].index: results[n] for n in _dependencies(reader, results) if n in results}.values())
 
 
-def _choices(calls: Sequence[Call], ends: set[fx.Node]) -> set[fx.Node]:
+def _choices(calls: Sequence[Call], results: set[fx.Node]) -> set[fx.Node]:
     """The router's choices by which the rows of ``calls`` were picked."""
     found = set()
-    for node in _before(calls[0], ends):
+    for node in _dependencies(calls[0], results):
         source = node.args[0] if node.target is operator.getitem else node
-        if isinstance(source, fx.Node) and op_name(source) in CHOICES and node not in ends:
+        if isinstance(source, fx.Node) and op_name(source) in CHOICES and node not in results:
             found.add(source)
     return found
 
 
 def _gates(calls: Sequence[Call]) -> set[fx.Node]:
     """The softmax and sigmoid nodes from which the factor of the first call's result is computed."""
-    after, stack = set[fx.Node](), leaves_of(fx.Node, calls[0].output)
+    reached, stack = set[fx.Node](), leaves_of(fx.Node, calls[0].output)
     while stack:
         node = stack.pop()
-        if node in after:
+        if node in reached:
             continue
-        after.add(node)
+        reached.add(node)
         for user in node.users:
-            others = [a for a in user.all_input_nodes if a not in after]
+            others = [a for a in user.all_input_nodes if a not in reached]
             if op_name(user) in WEIGH and others:
                 return {n for n in ancestors(others) if op_name(n) in GATES}
             stack.append(user)
     return set()
 
 
-def _before(call: Call, ends: Collection[fx.Node]) -> set[fx.Node]:
-    """What the arguments of ``call`` depend on, up to the nodes ``ends``."""
-    return ancestors(leaves_of(fx.Node, [call.args, call.kwargs]), ends)
+def _dependencies(call: Call, results: Collection[fx.Node]) -> set[fx.Node]:
+    """The nodes that the arguments of ``call`` depend on, by paths that stop at ``results``."""
+    return ancestors(leaves_of(fx.Node, [call.args, call.kwargs]), results)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from moeopt.capture.op_kinds import is_matmul, moves_rows, op_name, picks_rows
-from moeopt.capture.replay import ancestors
+from moeopt.capture.replay import ancestors, descendants
 from moeopt.find.block_candidates import BlockCandidate, identity_of
 from moeopt.find.compared_products import compared_products
 from moeopt.find.gated_products import gated_products
@@ -129,7 +129,9 @@ def _named_by_python(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
     """Calls in which Python read a number that was chosen, and which ran some modules of a list, or multiplied by some
     parts of a stack, one after another on parts of their input."""
     numbers = [r for r in unread.tape.reads if not getattr(r.node.meta.get("dtype"), "is_floating_point", True)]
-    chosen = {r.call for r in numbers if any(op_name(n) in _CHOICES for n in ancestors([r.node]))}
+    choices = [n for n in unread.tape.nodes if op_name(n) in _CHOICES]
+    depending = {*choices, *(descendants(unread.tape, choices) if choices else ())}  # once, not for each number
+    chosen = {r.call for r in numbers if r.node in depending}
     for index in sorted(chosen):
         call = unread.tape.calls[index]
         for alike in alike_lists(call.module):

@@ -8,6 +8,7 @@ from typing import Any
 
 from moeopt.errors import UsageError
 from moeopt.html.bars import bars
+from moeopt.sizes import in_three_figures
 
 SHOWN = 24
 """Layers whose cost of imbalance is drawn: those where it is largest, or smallest below 1."""
@@ -55,18 +56,13 @@ def memory_view(inspection: Mapping[str, Any] | None) -> tuple[str, str] | None:
         return None
     memory = inspection["memory"]
     rows = [
-        (f"weights at {bits} bits", float(fit["bytes"]), size(fit["bytes"])) for bits, fit in memory["bits"].items()
+        (f"weights at {bits} bits", float(fit["bytes"]), in_three_figures(fit["bytes"]))
+        for bits, fit in memory["bits"].items()
     ]
     device = memory["device"]
-    mark, words = float(device["memory_bytes"]), f"{device['name']} has {size(device['memory_bytes'])}"
+    mark, words = float(device["memory_bytes"]), f"{device['name']} has {in_three_figures(device['memory_bytes'])}"
     near = mark < 3 * rows[0][1]  # further away, the bars would vanish
     return bars(rows, f"Memory for the weights; {words}", (mark, device["name"]) if near else None), words
-
-
-def size(count: float) -> str:
-    """Bytes in three figures: 14.3 GB."""
-    unit, word = next(((u, w) for u, w in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= u), (1.0, "B"))
-    return f"{count / unit:.3g} {word}"
 
 
 def ratio(cost: Mapping[str, Any]) -> str:

@@ -7,7 +7,8 @@ from html import escape
 from typing import Any
 
 from moeopt.html.certificate import loss_view
-from moeopt.html.numbers import ratio, size
+from moeopt.html.numbers import ratio
+from moeopt.sizes import in_three_figures
 from moeopt.value_types import PyObject
 
 SHOWN = 40
@@ -87,7 +88,7 @@ def inspection_table(found: Mapping[str, Any]) -> str:
     rows += [
         (f"active, {name.replace('_', ' ')}", "?" if n is None else f"{n:,}") for name, n in params["active"].items()
     ]
-    rows += [(f"weights at {bits} bits", size(fit["bytes"])) for bits, fit in memory["bits"].items()]
+    rows += [(f"weights at {bits} bits", in_three_figures(fit["bytes"])) for bits, fit in memory["bits"].items()]
     return table(f"moeopt inspect: {found['model']}", ("", ""), rows)
 
 

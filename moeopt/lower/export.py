@@ -21,7 +21,7 @@ from moeopt.lower.asked_lengths import asks_lengths
 from moeopt.lower.constant_reads import ConstantReads
 from moeopt.lower.export_errors import hidden_child, made_for_inference, obstacle_of, odd_argument, unwritable_name
 from moeopt.lower.layer_calls import replaced_forward
-from moeopt.lower.plain import free_sizes, plain_call
+from moeopt.lower.plain_call import free_sizes, plain_call
 from moeopt.lower.second_call import differs_at_second_call
 from moeopt.lower.settled_reads import settled_reads
 from moeopt.lower.specialization_guards import collect_specialization_guards, keeps_ones

@@ -22,7 +22,7 @@ from moeopt.bundle.golden import check_golden, golden_run
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.lower.export import export_program
 from moeopt.lower.layer_calls import NotStampable
-from moeopt.lower.plain import plain_call
+from moeopt.lower.plain_call import plain_call
 from moeopt.lower.stamp_graph import OnCopy, write_out
 from moeopt.lower.stamps import Stamps
 from moeopt.patches import one_trace, quicker_decomposition, quiet

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from moeopt.lower.alike_layers import weights_by_name
-from moeopt.lower.carried import Carrier, one_carried
+from moeopt.lower.carried_state import Carrier, one_carried
 from moeopt.lower.layer_calls import PLAIN, Same, replaced_forward
 from moeopt.ops.override import default_impl
 from moeopt.value_types import FxTarget, PyObject

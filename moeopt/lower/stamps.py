@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moeopt.lower.alike_layers import Likeness, repeated_modules, weights_by_name
-from moeopt.lower.carried import Carrier, SlotCall, one_carried, put_back
+from moeopt.lower.carried_state import Carrier, SlotCall, one_carried, put_back
 from moeopt.lower.layer_calls import (
     NotStampable,
     attributes,

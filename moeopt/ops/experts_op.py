@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from moeopt.ops.expert_weights import how_they_lie
 from moeopt.ops.experts import Lists, decode, gradients_of_lists, run_kernel, unflatten
-from moeopt.ops.forward_mode import refusing_tangents
 from moeopt.ops.gradients import fits, lists_gradients
+from moeopt.ops.op_registration import BANK_LISTS, register_experts_op
 from moeopt.ops.reference import experts_reference
 from moeopt.ops.unfit import Unfit
 from moeopt.value_types import PyObject
@@ -25,13 +26,6 @@ MOST_BANKS = 256
 """Ways in which the weights of calls lie that are known."""
 
 _calls: dict[PyObject, dict[PyObject, PyObject]] = {}  # addresses and no tensor: what lies otherwise is another entry
-
-_WEIGHTS = "Tensor[] w_in, Tensor[] w_out, Tensor[]? b_in, Tensor[]? b_out, Tensor[]? norm"
-# optional, though an absent part is an empty list here: AOTInductor hands an empty list over as None
-_ARGS = f"Tensor x, Tensor ids, Tensor weights, {_WEIGHTS}"
-_LIB = torch.library.Library("moeopt", "FRAGMENT")
-_LIB.define(f"experts({_ARGS}, str spec) -> Tensor")
-_LIB.define(f"experts_backward(Tensor grad, {_ARGS}, str spec, int[] needs) -> Tensor[]")
 
 
 def _experts(
@@ -117,30 +111,14 @@ def _backward_fake(
     return [torch.empty_like(whole[i], memory_format=torch.contiguous_format) for i in needs]
 
 
-def _setup_context(ctx: PyObject, inputs: tuple[PyObject, ...], output: Tensor) -> None:
-    x, ids, weights, *lists, spec = inputs
-    ctx.save_for_backward(x, ids, weights, *(t for part in lists for t in part))
-    ctx.sizes = [len(part) for part in lists]
-    ctx.spec = spec
+def _gradients(
+    sizes: list[int], texts: Sequence[str], grad: Tensor, saved: list[Tensor], needs: list[int]
+) -> list[Tensor]:
+    (spec,) = texts
+    return gradients_of_lists(sizes, spec, grad, saved, needs)
 
 
-def _gradients(ctx: PyObject, grad: Tensor) -> tuple[PyObject, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "moeopt::experts has no second derivative (create_graph=True); take it of the original model instead"
-        )
-    wants_x, _, wants_weights, *wants_lists, _ = ctx.needs_input_grad
-    wants = [wants_x, wants_weights, *(w for part in wants_lists for w in part)]
-    needs = [i for i, wanted in enumerate(wants) if wanted]
-    found = iter(gradients_of_lists(ctx.sizes, ctx.spec, grad, list(ctx.saved_tensors), needs))
-    grads = iter([next(found) if wanted else None for wanted in wants])
-    grad_x, grad_weights = next(grads), next(grads)
-    return grad_x, None, grad_weights, *([next(grads) for _ in range(size)] for size in ctx.sizes), None
-
-
-for _key in ("CPU", "CUDA"):
-    _LIB.impl("experts", refusing_tangents("experts", _experts), _key)
-    _LIB.impl("experts_backward", _backward, _key)
-torch.library.register_fake("moeopt::experts", _experts_fake, lib=_LIB)
-torch.library.register_fake("moeopt::experts_backward", _backward_fake, lib=_LIB)
-torch.library.register_autograd("moeopt::experts", _gradients, setup_context=_setup_context, lib=_LIB)
+register_experts_op(
+    "experts", BANK_LISTS, ["spec"],
+    kernel=_experts, fake=_experts_fake, backward=_backward, backward_fake=_backward_fake, gradients=_gradients,
+)  # fmt: skip

@@ -22,13 +22,12 @@ from moeopt.errors import UsageError
 from moeopt.ir.bank_format import BankFormat, MatrixFormat
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import Biases
-from moeopt.ops.forward_mode import refusing_tangents
 from moeopt.ops.native.call import transformed
 from moeopt.ops.native.dispatch import quantized_on_cpu
+from moeopt.ops.op_registration import BANK_LISTS, gradients_by_autograd, register_experts_op
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices, check_bank
 from moeopt.ops.recorded import recorded
 from moeopt.ops.reference import dtypes, experts_reference
-from moeopt.value_types import PyObject
 
 decode_spec = functools.lru_cache(ExpertsSpec.decode)
 decode_formats = functools.lru_cache(BankFormat.decode)
@@ -136,13 +135,6 @@ def _present(parts: Sequence[Tensor]) -> list[Tensor | None] | None:
     return [t if t.numel() else None for t in parts] or None
 
 
-_WEIGHTS = "Tensor[] w_in, Tensor[] w_out, Tensor[]? b_in, Tensor[]? b_out, Tensor[]? norm, str spec, str formats"
-_ARGS = f"Tensor x, Tensor ids, Tensor weights, {_WEIGHTS}"
-_LIB = torch.library.Library("moeopt", "FRAGMENT")
-_LIB.define(f"quantized_experts({_ARGS}) -> Tensor")
-_LIB.define(f"quantized_experts_backward(Tensor grad, {_ARGS}, int[] needs) -> Tensor[]")
-
-
 def _op(
     x: Tensor, ids: Tensor, weights: Tensor, w_in: list[Tensor], w_out: list[Tensor], b_in: list[Tensor],
     b_out: list[Tensor], norm: list[Tensor], spec: str, formats: str,
@@ -177,8 +169,7 @@ def _backward(
     bank = in_spec(bank, known, dtypes(x, known)[0])
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         y = experts_reference(leaves[0], ids, leaves[1], bank, known)
-        found = torch.autograd.grad(y, wanted, grad, allow_unused=True) if y.requires_grad else [None] * len(wanted)
-    return [torch.zeros_like(w) if g is None else g.clone() for w, g in zip(wanted, found, strict=True)]
+        return gradients_by_autograd(y, wanted, grad)
 
 
 def _backward_fake(
@@ -189,26 +180,8 @@ def _backward_fake(
     return [torch.empty_like(whole[i]) for i in needs]
 
 
-def _setup_context(ctx: PyObject, inputs: tuple[PyObject, ...], output: Tensor) -> None:
-    x, ids, weights, *lists, spec, formats = inputs
-    ctx.save_for_backward(x, ids, weights, *(t for part in lists for t in part))
-    ctx.sizes, ctx.texts = [len(part) for part in lists], (spec, formats)
-
-
-def _gradients(ctx: PyObject, grad: Tensor) -> tuple[PyObject, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("moeopt::quantized_experts has no second derivative (create_graph=True)")
-    wants_x, _, wants_weights, *wants_lists = ctx.needs_input_grad[:8]
-    wants = [wants_x, wants_weights, *(w for part in wants_lists for w in part)]
-    needs = [i for i, wanted in enumerate(wants) if wanted]
-    found = iter(_gradients_of(ctx.sizes, ctx.texts, grad, list(ctx.saved_tensors), needs))
-    grads = iter([next(found) if wanted else None for wanted in wants])
-    grad_x, grad_weights = next(grads), next(grads)
-    return grad_x, None, grad_weights, *([next(grads) for _ in range(size)] for size in ctx.sizes), None, None
-
-
 def _gradients_of(
-    sizes: list[int], texts: tuple[str, str], grad: Tensor, saved: list[Tensor], needs: list[int]
+    sizes: list[int], texts: Sequence[str], grad: Tensor, saved: list[Tensor], needs: list[int]
 ) -> list[Tensor]:
     """Gradients of those of [x, weights, *lists] that ``needs`` indexes; ``saved`` are x, ids, weights, lists."""
     x, ids, weights, *flat = saved
@@ -224,12 +197,10 @@ def _gradients_of(
     return found
 
 
-for _key in ("CPU", "CUDA"):
-    _LIB.impl("quantized_experts", refusing_tangents("quantized_experts", _op), _key)
-    _LIB.impl("quantized_experts_backward", _backward, _key)
-torch.library.register_fake("moeopt::quantized_experts", _fake, lib=_LIB)
-torch.library.register_fake("moeopt::quantized_experts_backward", _backward_fake, lib=_LIB)
-torch.library.register_autograd("moeopt::quantized_experts", _gradients, setup_context=_setup_context, lib=_LIB)
+register_experts_op(
+    "quantized_experts", BANK_LISTS, ["spec", "formats"],
+    kernel=_op, fake=_fake, backward=_backward, backward_fake=_backward_fake, gradients=_gradients_of,
+)  # fmt: skip
 
 
 def in_float64(

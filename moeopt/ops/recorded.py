@@ -21,6 +21,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.bank_gradients import HeldAt
 from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights
 from moeopt.ops.gradients import fits, held_gradients
+from moeopt.ops.op_registration import refuse_second_derivative
 from moeopt.ops.reference import experts_reference
 from moeopt.ops.unfit import Unfit
 from moeopt.value_types import PyObject
@@ -62,10 +63,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: PyObject, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{ctx.op} has no second derivative (create_graph=True); take it of the original model instead"
-            )
+        refuse_second_derivative(ctx.op)
         wants_x, _, *wants = ctx.needs_input_grad[3:]
         needs = [i for i, wanted in enumerate((wants_x, *wants)) if wanted]
         *saved, kept = _saved(ctx)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moeopt.errors import UsageError
 from moeopt.ir.row_function import GETITEM, RowCount, RowFunction, Value
-from moeopt.ops.forward_mode import refusing_tangents
+from moeopt.ops.op_registration import gradients_by_autograd, register_experts_op
 from moeopt.value_types import FxTarget, PyObject
 
 
@@ -193,12 +193,6 @@ def _dtype(name: str | None, otherwise: torch.dtype) -> torch.dtype:
 decode = functools.lru_cache(RowFunction.decode)
 
 
-_ARGS = "Tensor x, Tensor ids, Tensor weights, Tensor[] slots, str spec"
-_LIB = torch.library.Library("moeopt", "FRAGMENT")
-_LIB.define(f"row_function({_ARGS}) -> Tensor")
-_LIB.define(f"row_function_backward(Tensor grad, {_ARGS}, int[] needs) -> Tensor[]")
-
-
 def _op(x: Tensor, ids: Tensor, weights: Tensor, slots: list[Tensor], spec: str) -> Tensor:
     known = decode(spec)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -219,8 +213,7 @@ def _backward(
     wanted = [leaves[i].requires_grad_() for i in needs]
     with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         y = expert_by_expert(leaves[0], ids, leaves[1], FlatSlots(leaves[2:], len(known.body.slots)), known)
-        found = torch.autograd.grad(y, wanted, grad, allow_unused=True) if y.requires_grad else [None] * len(wanted)
-    return [torch.zeros_like(w) if g is None else g.clone() for w, g in zip(wanted, found, strict=True)]
+        return gradients_by_autograd(y, wanted, grad)
 
 
 def _backward_fake(
@@ -230,32 +223,18 @@ def _backward_fake(
     return [torch.empty_like(whole[i]) for i in needs]
 
 
-def _setup_context(ctx: PyObject, inputs: tuple[PyObject, ...], output: Tensor) -> None:
-    x, ids, weights, slots, spec = inputs
-    ctx.save_for_backward(x, ids, weights, *slots)
-    ctx.spec = spec
+def _gradients(
+    sizes: list[int], texts: Sequence[str], grad: Tensor, saved: list[Tensor], needs: list[int]
+) -> list[Tensor]:
+    x, ids, weights, *slots = saved
+    found: list[Tensor] = torch.ops.moeopt.row_function_backward(grad, x, ids, weights, slots, *texts, needs)
+    return found
 
 
-def _gradients(ctx: PyObject, grad: Tensor) -> tuple[PyObject, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "moeopt::row_function has no second derivative (create_graph=True); take it of the original model instead"
-        )
-    x, ids, weights, *slots = ctx.saved_tensors
-    wants_x, _, wants_weights, wants_slots, _ = ctx.needs_input_grad
-    wants = [wants_x, wants_weights, *wants_slots]
-    needs = [i for i, wanted in enumerate(wants) if wanted]
-    found = iter(torch.ops.moeopt.row_function_backward(grad, x, ids, weights, slots, ctx.spec, needs))
-    grads = [next(found) if wanted else None for wanted in wants]
-    return grads[0], None, grads[1], grads[2:], None
-
-
-for _key in ("CPU", "CUDA"):
-    _LIB.impl("row_function", refusing_tangents("row_function", _op), _key)
-    _LIB.impl("row_function_backward", _backward, _key)
-torch.library.register_fake("moeopt::row_function", _fake, lib=_LIB)
-torch.library.register_fake("moeopt::row_function_backward", _backward_fake, lib=_LIB)
-torch.library.register_autograd("moeopt::row_function", _gradients, setup_context=_setup_context, lib=_LIB)
+register_experts_op(
+    "row_function", "Tensor[] slots", ["spec"],
+    kernel=_op, fake=_fake, backward=_backward, backward_fake=_backward_fake, gradients=_gradients,
+)  # fmt: skip
 
 
 def in_float64(x: Tensor, ids: Tensor, weights: Tensor, slots: Sequence[Tensor], spec: str) -> Tensor:

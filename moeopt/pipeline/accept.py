@@ -10,8 +10,8 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
 from moeopt.options import Options
 from moeopt.pipeline.no_model import model_hint
-from moeopt.rewrite.floats_gone import floats_of
 from moeopt.rewrite.install import rewritten_forward, uninstall
+from moeopt.rewrite.replaced_floats import floats_of
 from moeopt.value_types import PyObject
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 
@@ -23,6 +24,7 @@ from moeopt.pipeline.block import Rewrite, Runtime, rewrite_block
 from moeopt.pipeline.block_capture import original_forward
 from moeopt.pipeline.block_reports import Attempt, PipelineResult, expert_parameters
 from moeopt.pipeline.coverage import Mixture
+from moeopt.pipeline.declined_calls import DeclinedCalls
 from moeopt.pipeline.finished_blocks import note
 from moeopt.pipeline.obstacles_met import ObstaclesMet
 from moeopt.pipeline.pays import WouldNotPay
@@ -57,6 +59,7 @@ class BlockAttempts:
         self.model, self.call, self.outcome, self.changed = model, call, outcome, changed
         self.options, self.runtime, self.manager = options, runtime, manager
         self.alike = _alike_blocks(options)
+        self._declined = DeclinedCalls(outcome.rewrites)
 
     def attempt(self, place: BlockCandidate) -> Attempt:
         """What became of the block at ``place``."""
@@ -141,8 +144,11 @@ class BlockAttempts:
                 "makes other ops; leave the mode, or begin it in the block's own forward: it runs the original code"
             )
         known = None if reader.assume is not None or takes_open_integers(level) else self.alike
-        module_call = self.outcome.calls[path]
-        rewrite = rewrite_block(name, module, module_call, self.options, self.runtime, reader, self.manager, known)
+        remembered = contextlib.nullcontext() if reader.assume is not None else self._declined.remembered(level)
+        with remembered:
+            rewrite = rewrite_block(
+                name, module, self.outcome.calls[path], self.options, self.runtime, reader, self.manager, known
+            )
         if not expert_parameters(self.model, path, rewrite.found) & place.weights:
             raise Declined("other experts of this module were recognised, these were not", rank=Rank.READING)
         _refuse_outside_readers(self.model, self.call, path, rewrite)

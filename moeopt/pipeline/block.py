@@ -42,7 +42,7 @@ from moeopt.rewrite.equal_rows import equal_rows_reason
 from moeopt.rewrite.install import BlockProgram, RewrittenForward
 from moeopt.rewrite.legality import check_module, non_finite_reason
 from moeopt.rewrite.live_codes import dequantized
-from moeopt.rewrite.no_news import no_news
+from moeopt.rewrite.silent_refusals import silent_refusals
 from moeopt.value_types import PyObject
 from moeopt.verification.block import verify_block
 from moeopt.verification.cases import adversarial_cases
@@ -99,7 +99,7 @@ def rewrite_block(
         check_module(module)
         if needed := needs_own_hooks(module, call):
             raise Declined(needed, rank=Rank.FORBIDS)
-        with no_news(module), without_own_hooks(module):
+        with silent_refusals(module), without_own_hooks(module):
             bound = None if alike is None else _rebind(name, module, call, options, runtime, alike, manager)
             return bound or _rewrite(name, module, call, options, runtime, reader or Mixture(), manager, alike)
     except Declined as err:

@@ -30,6 +30,7 @@ from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.install import RewrittenForward
 from moeopt.rewrite.legality import check_skipped
 from moeopt.rewrite.live_weights import LiveExpertWeights
+from moeopt.sizes import in_megabytes
 from moeopt.verification.state import RestoreState
 
 EVERYONE = "every token goes to every group, with weight 1"
@@ -118,7 +119,7 @@ def in_words(module: nn.Module, recognitions: list[Recognition]) -> str:
         if e.neurons
     )
     if picked:
-        words.append(f"{picked / 1e6:.3g} MB of weights picked at each call")
+        words.append(f"{in_megabytes(picked)} of weights picked at each call")
     return "; ".join(words)
 
 

@@ -28,8 +28,8 @@ from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.build import build
 from moeopt.rewrite.id_range import IdRange
-from moeopt.rewrite.keep import kept_steps
 from moeopt.rewrite.live_bank import live_bank
+from moeopt.rewrite.plan_kept_steps import kept_steps
 from moeopt.rewrite.replace_experts import experts_rewrite
 from moeopt.value_types import FxTarget, PyObject
 
@@ -95,6 +95,7 @@ class _Probe:
         build(self.block, kept_steps(tape, [experts_rewrite(f, i, IdRange()) for i, f in enumerate(found)]))
         self._run = compiled(self.block.graph)
         self.tensors = [leaf for leaf in tree_leaves(list(call)) if isinstance(leaf, Tensor)]
+        self._by_own_code: dict[int, list[Tensor] | None] = {}
         self.given = [n for n in tape.nodes if n.op == "placeholder"]
 
     def runs(self) -> bool:
@@ -130,7 +131,12 @@ class _Probe:
         return self._told_apart(op, self.rewritten(v)) and self._same(self.own(v), op)
 
     def own(self, v: int) -> list[Tensor] | None:
-        """What the block's own code returns with ``v`` for the id; None where it raises."""
+        """What the block's own code returns with ``v`` for the id, recorded once; None where it raises."""
+        if v not in self._by_own_code:
+            self._by_own_code[v] = self._recorded(v)
+        return self._by_own_code[v]
+
+    def _recorded(self, v: int) -> list[Tensor] | None:
         value = self.value.clone()
         value.view(-1)[self.entry] = v
         if int(value.view(-1)[self.entry]) != v:  # its dtype has no such value

@@ -1,4 +1,4 @@
-"""Every obstacle that was met while one block was looked for, level by level, and the one that its report shows."""
+"""The obstacles that were met while one block was looked for, by module, and the one that the report shows."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ class ObstaclesMet:
         self._levels: dict[str, list[Obstacle]] = {}
 
     def add(self, module: str, err: Declined) -> None:
-        """What ended the attempt on the module at the path ``module``."""
-        found = [err.obstacle, *err.others]
+        """Add the obstacle that ended the attempt on the module at the path ``module``."""
+        obstacles = [err.obstacle, *err.others]
         self._levels.setdefault(module, []).extend(
-            dataclasses.replace(o, module=module, where=o.where or self.place.source) for o in found
+            dataclasses.replace(o, module=module, where=o.where or self.place.source) for o in obstacles
         )
 
     def decide(self) -> Obstacle | None:
         """The obstacle that the report shows; None where nothing was tried."""
-        own = [met for path, met in self._levels.items() if path in self.place.own_levels()]
-        found = decisive(own)
-        if found is None or found.rank <= Rank.PROBE:  # the block could not be watched alone: what holds it may tell
-            apart = {level.path for level in self.place.levels[: self.place.apart]}
-            near = [met for path, met in self._levels.items() if path in apart]
-            found = decisive(near) or decisive(self._levels.values()) or found
-        return found
+        inside = [obstacles for path, obstacles in self._levels.items() if path in self.place.own_levels()]
+        deciding = decisive(inside)
+        if deciding is None or deciding.rank <= Rank.PROBE:
+            # the block could not be recorded alone: a module around it may name the cause
+            outside = {level.path for level in self.place.levels[: self.place.apart]}
+            around = [obstacles for path, obstacles in self._levels.items() if path in outside]
+            deciding = decisive(around) or decisive(self._levels.values()) or deciding
+        return deciding
 
     def others(self) -> tuple[Obstacle, ...]:
-        """All but the one that decides, each reason once."""
-        first = self.decide()
-        every = distinct(o for met in self._levels.values() for o in met)
-        return tuple(o for o in every if first is None or o.reason != first.reason)
+        """The obstacles other than the deciding one, each reason once."""
+        deciding = self.decide()
+        obstacles = distinct(o for level in self._levels.values() for o in level)
+        return tuple(o for o in obstacles if deciding is None or o.reason != deciding.reason)

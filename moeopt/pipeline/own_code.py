@@ -29,7 +29,7 @@ from moeopt.options import measuring
 from moeopt.patches import quiet
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.dense_forms import buffers_kept, sized_calls
-from moeopt.rewrite.code import fingerprint
+from moeopt.rewrite.bytecode import fingerprint
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.rewrite.own_code import OwnCode, own_code_of
 from moeopt.verification.gradients import hooks_of

@@ -19,8 +19,8 @@ from moeopt.pipeline.call_guards import tensors_of
 from moeopt.pipeline.coverage import Reader
 from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.id_range import IdRange
-from moeopt.rewrite.keep import kept_steps
 from moeopt.rewrite.kept_steps import KeptSteps, StepRef
+from moeopt.rewrite.plan_kept_steps import kept_steps
 from moeopt.rewrite.replace_experts import experts_rewrite
 from moeopt.rewrite.symbolic_shapes import generalize, step_names
 from moeopt.verification.state import in_mode

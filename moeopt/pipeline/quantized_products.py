@@ -28,6 +28,7 @@ from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.enclosing import with_router
 from moeopt.pipeline.real_calls import real_calls
 from moeopt.rewrite.product_codes import CodesProduct, ModuleProduct, on_floats, product_of
+from moeopt.sizes import in_megabytes
 
 
 @dataclass
@@ -108,13 +109,13 @@ class QuantizedProducts:
         told = []
         if self.found:
             codes, floats = (
-                sum(sizes) / 1e6
+                in_megabytes(sum(sizes))
                 for sizes in zip(*((one.codes.held.nbytes, one.float_bytes) for one in self.found), strict=True)
             )
             count = f"{len(self.found)} product{'s' * (len(self.found) > 1)}"
             told.append(
-                f"{count} outside of MoE blocks {'are' if self.found[1:] else 'is'} quantised, {floats:.3g} MB of "
-                f"floats to {codes:.3g} MB"
+                f"{count} outside of MoE blocks {'are' if self.found[1:] else 'is'} quantised, {floats} of "
+                f"floats to {codes}"
             )
         return told + [f"not quantised: {sentence}" for sentence in self.left]
 

@@ -25,7 +25,8 @@ from moeopt.options import Options
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.size_classes import SizeClasses, SizedCall
 from moeopt.pipeline.size_limits import max_tokens
-from moeopt.pipeline.size_values import SizeValues, call_places
+from moeopt.pipeline.size_values import SizeValues
+from moeopt.pipeline.tests_taken import call_places
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.install import RewrittenForward, bind
 from moeopt.rewrite.known_sizes import KnownSizes, SizeUses

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import dis
-import functools
 import inspect
 import itertools
 import sys
@@ -26,7 +25,7 @@ from moeopt.pipeline.decisive_values import Unknown, called, position
 from moeopt.pipeline.operand_facts import is_own, is_torch, is_unknown, plain
 from moeopt.pipeline.operand_values import SizeScope, operand_value
 from moeopt.pipeline.size_uses import Use, lines_that_catch, uses_in
-from moeopt.pipeline.tests_taken import Position
+from moeopt.pipeline.tests_taken import Position, call_places
 from moeopt.value_types import PyObject
 
 _LIBRARIES = ("/numpy/", "/einops/")
@@ -151,15 +150,6 @@ class _FrameOperands(_Returns):
         except Exception:  # noqa: BLE001  it would end the user's own call, and the watching with it
             self._into.unread.add(place)
             return True
-
-
-@functools.lru_cache(maxsize=1024)
-def call_places(code: types.CodeType) -> dict[int, Position]:
-    """Where each word of ``code`` stands in its source: while a function of Python's runs, its caller is at the last
-    word of the instruction that calls it, which has several. Before Python 3.11, which keeps no columns, none is known.
-    """
-    words = enumerate(getattr(code, "co_positions", tuple)())
-    return {2 * at: (line, begin, last, end) for at, (line, last, begin, end) in words if None not in (line, begin)}
 
 
 def _watched(frame: types.FrameType | None) -> _FrameOperands | None:

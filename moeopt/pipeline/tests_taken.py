@@ -108,7 +108,7 @@ class TestsTaken:
     def came_back(self, caller: types.FrameType | None, value: PyObject) -> None:
         """Enter what a function returned."""
         if self._look is not None and caller is not None and of_a_model(caller.f_code.co_filename):
-            self.returned[caller.f_code, _positions(caller.f_code).get(caller.f_lasti, ())] = value
+            self.returned[caller.f_code, call_places(caller.f_code).get(caller.f_lasti, ())] = value
 
 
 def _frees(frame: types.FrameType) -> bool:
@@ -204,9 +204,13 @@ def _position(instruction: dis.Instruction) -> Position:
     return (at.lineno, at.col_offset, at.end_lineno, at.end_col_offset)
 
 
-@functools.lru_cache(maxsize=4096)
-def _positions(code: types.CodeType) -> dict[int, Position]:
-    return {one.offset: _position(one) for one in dis.get_instructions(code)}
+@functools.lru_cache(maxsize=1024)
+def call_places(code: types.CodeType) -> dict[int, Position]:
+    """Where each word of ``code`` stands in its source: while a function of Python's runs, its caller is at the last
+    word of the instruction that calls it, which has several. Before Python 3.11, which keeps no columns, none is known.
+    """
+    words = enumerate(getattr(code, "co_positions", tuple)())
+    return {2 * at: (line, begin, last, end) for at, (line, last, begin, end) in words if None not in (line, begin)}
 
 
 @functools.lru_cache(maxsize=4096)

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from moeopt.capture.op_kinds import op_name
-from moeopt.capture.replay import ancestors, descendants, replay
+from moeopt.capture.replay import ancestors, descendants, only_ways_out, replay
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
@@ -86,8 +86,9 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
     nodes = descendants(tape, [s.node for s in sites])
     apart = _apart(tape, sites)
     nearest = "their outputs never meet in one tensor with a row per token" + apart
+    held_together = only_ways_out(tape, [s.node for s in sites], nodes)
     for target in _meeting_points(sites, nodes):
-        if _leaks(tape, target, sites):
+        if target not in held_together:
             nearest = (
                 "beside their sum something else (another gate, another layer) reads the result of single experts; add "
                 "up in one sum whatever reads them, return or store single results only where they are needed, or "
@@ -179,21 +180,6 @@ def _apart(tape: Tape, sites: list[GemmSite]) -> str:
         ", but in several, each with some of the experts (several mixtures in one forward); give each mixture a module "
         "of its own"
     )
-
-
-def _leaks(tape: Tape, target: fx.Node, sites: list[GemmSite]) -> bool:
-    """True where an output still depends on an expert's result by another way than through ``target``."""
-    matmuls = {s.node for s in sites}
-    seen = {target}
-    stack = tape.results()
-    while stack:
-        node = stack.pop()
-        if node in matmuls:
-            return True
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return False
 
 
 def entry_weights(

@@ -27,6 +27,7 @@ from moeopt.obstacles import Obstacle, Rank, Stage
 from moeopt.recognise.changed_rows import changed_rows
 from moeopt.recognise.column_products import column_products
 from moeopt.recognise.combine import Labels, SeveralSums, SumsOfGates, read_combine
+from moeopt.recognise.decline_reasons import no_experts
 from moeopt.recognise.expert_function import OtherFunction
 from moeopt.recognise.expert_rows import label_chain, seed_rows, sites_in
 from moeopt.recognise.experts_hit import ExpertsNotHit, check_all_hit
@@ -40,7 +41,6 @@ from moeopt.recognise.routing_of_experts import with_frontier
 from moeopt.recognise.routing_types import NoIds
 from moeopt.recognise.token_rows import Tokens, match_tokens, token_readings
 from moeopt.recognise.weights_for_rows import single_neurons
-from moeopt.recognise.why_not import no_experts
 
 _STAGES = (Stage.EXPERTS, Stage.FUNCTION, Stage.SUM, Stage.ROUTING, Stage.ROUTING)
 """By how many questions were answered before the attempt failed."""

@@ -2,7 +2,7 @@
 
 Looked for where the reading found no experts that the op could run, and only to say why: a wrong name would send the
 owner to the wrong line, so each is found from what the block computed, and a block that shows none of them gets the
-general words of ``moeopt.recognise.why_not``.
+general words of ``moeopt.recognise.decline_reasons``.
 """
 
 from __future__ import annotations

@@ -28,10 +28,10 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
 from moeopt.recognise.ids_of_masks import table_to_ids
-from moeopt.recognise.readings import axis_orders, rebuilt
 from moeopt.recognise.routing_by_ids import by_ids, id_recipes, ids_of_sequences, unserved_ids
 from moeopt.recognise.routing_by_sum import SumOfCodes
 from moeopt.recognise.routing_by_tables import by_choice, by_dense, by_flags, by_mask
+from moeopt.recognise.routing_candidates import axis_orders, rebuilt
 from moeopt.recognise.routing_types import Extraction, FixedShares, Key, NoIds, Routing, Search, Table, fits_table
 from moeopt.value_types import PyObject
 

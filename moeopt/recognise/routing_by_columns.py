@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from moeopt.capture.tape import Tape
-from moeopt.recognise.readings import possible_sources
+from moeopt.recognise.routing_candidates import possible_sources
 from moeopt.recognise.routing_types import Extraction, Routing, RoutingForm, Table, same_values
 
 

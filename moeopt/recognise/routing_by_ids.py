@@ -14,7 +14,7 @@ from moeopt.capture.replay import descendants
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.recognise.named_ids import places_of
-from moeopt.recognise.readings import (
+from moeopt.recognise.routing_candidates import (
     axis_orders,
     constant_weight,
     constant_weights,

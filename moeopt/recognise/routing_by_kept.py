@@ -21,8 +21,8 @@ from torch import fx
 
 from moeopt.capture.tape import Tape
 from moeopt.recognise.ids_of_masks import kept_ids
-from moeopt.recognise.readings import axis_orders, possible_sources, reread_nodes
 from moeopt.recognise.routing_by_ids import IdRecipe, by_ids
+from moeopt.recognise.routing_candidates import axis_orders, possible_sources, reread_nodes
 from moeopt.recognise.routing_types import Extraction, Routing, RoutingForm, Table
 
 MOST_PAIRS = 256

@@ -11,7 +11,7 @@ from torch import fx
 from moeopt.capture.op_kinds import moves_rows, op_name
 from moeopt.capture.tape import Tape
 from moeopt.recognise.ids_of_masks import for_each_slot, mask_to_ids, mask_to_slots, positive_to_ids, table_to_ids
-from moeopt.recognise.readings import (
+from moeopt.recognise.routing_candidates import (
     CASTS,
     asked_positive,
     axis_orders,

@@ -44,7 +44,7 @@ from moeopt.recognise.routing_weights import (
 )
 from moeopt.recognise.rows_carried import check_rows_carried
 from moeopt.recognise.slot_vectors import by_slots
-from moeopt.recognise.sum_base import base_of, held_base
+from moeopt.recognise.sum_base import checked_base, tensor_of_base
 from moeopt.recognise.token_rows import Tokens
 from moeopt.recognise.weight_position import WeightPosition, weight_position
 from moeopt.value_types import PyObject
@@ -67,7 +67,7 @@ def with_frontier(
             rank=Rank.READING,
         )
     flow = _flow(tape, combine, ins, inside)
-    held = held_base(tape, combine, before)
+    held = tensor_of_base(tape, combine, before)
     table = _table(tape, group, tokens, labels, experts, combine, bool(known), _is_linear(spec, experts), held)
     tables = _routing_tables(tape, flow, table)
     prior = next((k for k in known or [] if list(dict.fromkeys(k.experts)) == experts), None)
@@ -96,7 +96,7 @@ def with_frontier(
     identity = _adds_own_row(tape, tokens, combine, routing, ids, len(experts), prior)
     if ids is None or identity:
         routing.leave_out = None
-    base = None if identity else base_of(tape, tokens, combine, held, experts, ids)
+    base = None if identity else checked_base(tape, tokens, combine, held, experts, ids)
     _check_what_is_left_out(tape, group, tokens, labels, combine, routing, base)
     ordered = [experts[c] for c in routing.experts]
     if isinstance(spec, ExpertsSpec):

@@ -28,17 +28,17 @@ _VIEWS = (
     "_to_copy",
     "clone",
 )
-"""Movement that picks no rows."""
+"""Calls that move rows and select none."""
 
 
 _SPLITS = ("split", "split_with_sizes", "chunk", "unbind")
 
 
-MOST_BESIDE = 3
-"""Tensors that an expert may read beside its rows."""
+MOST_EXTRA_INPUTS = 3
+"""Tensors that an expert may read in addition to its rows."""
 
-_PLACES = ("argmax", "argmin", "argsort", "sort", "topk", "bucketize", "searchsorted", "sum", "cumsum")
-"""Calls that make integers of a row's features."""
+_FEATURE_INTEGERS = ("argmax", "argmin", "argsort", "sort", "topk", "bucketize", "searchsorted", "sum", "cumsum")
+"""Calls whose integer results may index the features of a row."""
 
 
 _SIZES_VARY = (
@@ -48,55 +48,59 @@ _SIZES_VARY = (
 
 
 class Flow:
-    """Of each node: whether it depends on the input, the regions it was computed with (bits), and how (a hash).
+    """Dependencies of each node of a tape.
 
-    ``consumed``: paths of Parameters that some rows met.
+    Attributes:
+        from_input: the nodes that depend on the block's input.
+        regions: of each such node, the regions of Parameters that it depends on, as a bit mask.
+        computed_as: a hash of the calls that lead to a node, without weights and sizes; equal for parallel experts.
+        consumed: paths of the Parameters that were applied to at least one row.
     """
 
     def __init__(self, tape: Tape) -> None:
         self.tape = tape
-        self.data: set[fx.Node] = set()
-        self.touched: dict[fx.Node, int] = {}
-        self.how: dict[fx.Node, int] = {}
+        self.from_input: set[fx.Node] = set()
+        self.regions: dict[fx.Node, int] = {}
+        self.computed_as: dict[fx.Node, int] = {}
         self.consumed: set[str] = set()
-        self._bit: dict[Any, int] = {}
+        self._bit_of_region: dict[Any, int] = {}
         self._keys: dict[fx.Node, frozenset[Any]] = {}
         for node in tape.nodes:
-            self._enter(node)
+            self._add(node)
 
-    def _enter(self, node: fx.Node) -> None:
+    def _add(self, node: fx.Node) -> None:
         inputs = node.all_input_nodes
-        if node.op != "placeholder" and not any(a in self.data for a in inputs):
-            self.how[node] = self._weight(node)
+        if node.op != "placeholder" and not any(a in self.from_input for a in inputs):
+            self.computed_as[node] = self._weight_signature(node)
             return
-        self.data.add(node)
+        self.from_input.add(node)
         dtype = node.meta.get("dtype")
         integer = dtype is not None and not dtype.is_floating_point and dtype != torch.bool
-        if node.op == "placeholder" or (integer and not _of_features(node)):
-            self.touched[node], self.how[node] = 0, hash((node.op == "placeholder", str(dtype)))
+        if node.op == "placeholder" or (integer and not _may_index_features(node)):
+            self.regions[node], self.computed_as[node] = 0, hash((node.op == "placeholder", str(dtype)))
             return
-        bits = 0
+        mask = 0
         for a in inputs:
-            if a in self.data:
-                bits |= self.touched[a]
+            if a in self.from_input:
+                mask |= self.regions[a]
                 continue
-            keys = self._regions(a)
+            keys = self._regions_of(a)
             if 0 not in (node.meta.get("shape") or ()):
                 self.consumed.update(path for path, _ in keys)
             for key in keys:
-                bits |= 1 << self._bit.setdefault(key, len(self._bit))
-        self.touched[node] = bits
-        chosen = integer or dtype == torch.bool  # which expert it is about is no part of how it is computed
-        self.how[node] = hash((False, str(dtype))) if chosen else self._hash(node)
+                mask |= 1 << self._bit_of_region.setdefault(key, len(self._bit_of_region))
+        self.regions[node] = mask
+        is_selection = integer or dtype == torch.bool  # ids and masks of different experts are computed alike
+        self.computed_as[node] = hash((False, str(dtype))) if is_selection else self._signature(node)
 
-    def _weight(self, node: fx.Node) -> int:
-        """A weight is its dtype and shape, whichever place of a bank it comes from; expanded to rows, what it was."""
+    def _weight_signature(self, node: fx.Node) -> int:
+        """Dtype and shape: parallel experts differ in the place of a weight; ``expand`` keeps its operand's."""
         if op_name(node) == "expand":
-            return self.how[node.all_input_nodes[0]]
+            return self.computed_as[node.all_input_nodes[0]]
         return hash(("weight", str(node.meta.get("dtype")), node.meta.get("shape")))
 
-    def _regions(self, node: fx.Node) -> frozenset[Any]:
-        """(path, origin) of each region of a Parameter that a value is made of, the input aside."""
+    def _regions_of(self, node: fx.Node) -> frozenset[Any]:
+        """(path, origin) of each region of a Parameter that a value depends on."""
         if node not in self._keys:
             shape = node.meta.get("shape") or ()
             source = element_source(self.tape, node, (0,) * len(shape)) if 0 not in shape and len(shape) else None
@@ -106,33 +110,33 @@ class Flow:
             elif node.op == "get_attr":
                 self._keys[node] = frozenset() if "constant" in node.meta else frozenset([(str(node.target), ())])
             else:
-                self._keys[node] = frozenset().union(*(self._regions(a) for a in node.all_input_nodes))
+                self._keys[node] = frozenset().union(*(self._regions_of(a) for a in node.all_input_nodes))
         return self._keys[node]
 
-    def _hash(self, node: fx.Node) -> int:
+    def _signature(self, node: fx.Node) -> int:
         name = op_name(node)
 
         def word(a: PyObject) -> PyObject:
             if isinstance(a, fx.Node):
-                return self.how[a]
+                return self.computed_as[a]
             return tuple(word(x) for x in a) if isinstance(a, (list, tuple)) else repr(a)
 
-        of_split = name == "getitem" and op_name(node.args[0]) in _SPLITS  # type: ignore[arg-type]
-        args = node.all_input_nodes if name in _SIZES_VARY or of_split else node.args
+        is_split_part = name == "getitem" and op_name(node.args[0]) in _SPLITS  # type: ignore[arg-type]
+        args = node.all_input_nodes if name in _SIZES_VARY or is_split_part else node.args
         return hash((name, word(args), repr(sorted(node.kwargs, key=str))))
 
 
-def _of_features(node: fx.Node) -> bool:
-    """Whether integers may be places among a row's own features (a rank, a code), not places among the rows."""
-    return op_name(node) in _PLACES or moves_rows(node) or is_pointwise(node)
+def _may_index_features(node: fx.Node) -> bool:
+    """Whether the integers of ``node`` may index a row's own features (a rank, a code) rather than rows."""
+    return op_name(node) in _FEATURE_INTEGERS or moves_rows(node) or is_pointwise(node)
 
 
 @dataclass
 class Branch:
     """One expert on some rows: from ``start``, a rows tensor, to ``end``, through the calls ``inside``.
 
-    ``beside``: further tensors with a row for each row of ``start`` (a condition, a product that all experts share).
-    ``axis``: the dimension of ``start`` in which a row's features stand.
+    ``beside``: further tensors with one row for each row of ``start``: a condition, a product that all experts share.
+    ``axis``: the dimension of ``start`` that holds the features.
     """
 
     start: fx.Node
@@ -147,8 +151,7 @@ class Branch:
 
 
 def features_axis(start: fx.Node, inside: set[fx.Node], readers: Iterable[fx.Node]) -> int:
-    """1 where what reads ``start`` leads, element by element, to convolutions and no movement: channels; else the last
-    dimension."""
+    """The features' dimension: 1 (channels) where ``start`` reaches a convolution by element-wise calls, else -1."""
     queue = list(readers)
     for node in queue:  # it grows
         if op_name(node) == "convolution":
@@ -159,25 +162,25 @@ def features_axis(start: fx.Node, inside: set[fx.Node], readers: Iterable[fx.Nod
     return -1
 
 
-def parallel(flow: Flow) -> Iterator[list[Branch]]:
-    """Sets of values computed alike from Parameters of their own, the largest and latest first."""
+def parallel_values(flow: Flow) -> Iterator[list[Branch]]:
+    """Sets of values that are computed alike from disjoint Parameters, the largest and latest first."""
     alike: dict[int, list[fx.Node]] = defaultdict(list)
-    for node, bits in flow.touched.items():
+    for node, mask in flow.regions.items():
         dtype = node.meta.get("dtype")
-        if bits and dtype is not None and dtype.is_floating_point:
-            alike[flow.how[node]].append(node)
+        if mask and dtype is not None and dtype.is_floating_point:
+            alike[flow.computed_as[node]].append(node)
     sets = []
     for nodes in alike.values():
         common = -1
         for node in nodes:
-            common &= flow.touched[node]
-        own = {flow.touched[n] & ~common for n in nodes}
-        if len(own) > 1 and 0 not in own and sum(own) == _union(own):
-            sets.append((len(own), max(n.meta["index"] for n in nodes), common, nodes))
+            common &= flow.regions[node]
+        private = {flow.regions[n] & ~common for n in nodes}
+        if len(private) > 1 and 0 not in private and sum(private) == _union(private):
+            sets.append((len(private), max(n.meta["index"] for n in nodes), common, nodes))
     seen: set[tuple[fx.Node, ...]] = set()
     for _, _, common, nodes in sorted(sets, key=lambda s: (-s[0], -s[1])):
         for strip in (True, False):
-            branches = [_branch(flow, n, common, strip) for n in nodes]
+            branches = [_branch_to(flow, n, common, strip) for n in nodes]
             ends = tuple(b.end for b in branches if b is not None)
             if len(ends) == len(nodes) and ends not in seen:
                 seen.add(ends)
@@ -185,80 +188,84 @@ def parallel(flow: Flow) -> Iterator[list[Branch]]:
 
 
 def _union(masks: set[int]) -> int:
-    """The union of sets of bits; it equals their sum where no two share a bit."""
-    whole = 0
+    """The union of bit masks; it equals their sum where no two share a bit."""
+    union = 0
     for mask in masks:
-        whole |= mask
-    return whole
+        union |= mask
+    return union
 
 
-def _branch(flow: Flow, end: fx.Node, common: int, strip: bool) -> Branch | None:
-    """The calls over this expert's own Parameters that lead to ``end``; None where they start from several tensors."""
-    own = flow.touched[end] & ~common
+def _branch_to(flow: Flow, end: fx.Node, common: int, strip: bool) -> Branch | None:
+    """The calls over one expert's Parameters that lead to ``end``; None where the calls read several input tensors."""
+    private = flow.regions[end] & ~common
     while strip and moves_rows(end):
-        inputs = [a for a in end.all_input_nodes if a in flow.data]
-        if len(inputs) != 1 or flow.touched[inputs[0]] & own != own or inputs[0].meta.get("dtype") is None:
+        inputs = [a for a in end.all_input_nodes if a in flow.from_input]
+        if len(inputs) != 1 or flow.regions[inputs[0]] & private != private or inputs[0].meta.get("dtype") is None:
             break
         end = inputs[0]
     inside, stack = {end}, [end]
-    cuts: dict[fx.Node, None] = {}
+    live_ins: dict[fx.Node, None] = {}
     while stack:
         for a in stack.pop().all_input_nodes:
-            if a in inside or a not in flow.data:
+            if a in inside or a not in flow.from_input:
                 continue
-            if flow.touched[a] & own:
+            if flow.regions[a] & private:
                 inside.add(a)
                 stack.append(a)
             else:
-                cuts[a] = None
-    wider = widened(flow, inside, cuts)
-    return closed(inside, cuts) or closed(*wider) or closed(*wider, most=MOST_BESIDE)
+                live_ins[a] = None
+    widened = with_private_calls(flow, inside, live_ins)
+    return branch_of(inside, live_ins) or branch_of(*widened) or branch_of(*widened, most_extra=MOST_EXTRA_INPUTS)
 
 
-def closed(inside: set[fx.Node], cuts: dict[fx.Node, None], end: fx.Node | None = None, most: int = 0) -> Branch | None:
-    """The branch of the calls ``inside``, which read the tensors ``cuts``: one of rows, and at most ``most`` more."""
-    if not 1 <= len(cuts) <= 1 + most:
+def branch_of(
+    inside: set[fx.Node], live_ins: dict[fx.Node, None], end: fx.Node | None = None, most_extra: int = 0
+) -> Branch | None:
+    """The branch of the calls ``inside``, of which one live-in holds the rows; at most ``most_extra`` more."""
+    if not 1 <= len(live_ins) <= 1 + most_extra:
         return None
-    start, *beside = sorted(cuts, key=lambda n: n.meta["index"])
+    start, *beside = sorted(live_ins, key=lambda n: n.meta["index"])
     end = end or max(inside, key=lambda n: n.meta["index"])
-    if any(len(n.meta.get("shape") or ()) < 2 for n in (*cuts, end)):
+    if any(len(n.meta.get("shape") or ()) < 2 for n in (*live_ins, end)):
         return None
-    if beside and not all(_alike_rows(start, other) for other in beside):
+    if beside and not all(_same_rows(start, other) for other in beside):
         return None
     readers = sorted((n for n in inside if start in n.all_input_nodes), key=lambda n: n.meta["index"])
     return Branch(start, end, inside, readers, tuple(beside))
 
 
-def _alike_rows(one: fx.Node, other: fx.Node) -> bool:
-    """Whether both hold floats of one dtype and as many rows, features last: several, as one may be a weight."""
+def _same_rows(one: fx.Node, other: fx.Node) -> bool:
+    """Whether both hold floats of one dtype with equally many rows and several features (one may be a weight)."""
     a, b = one.meta["shape"], other.meta["shape"]
     floating = bool(one.meta["dtype"].is_floating_point)
     return floating and bool(a[:-1] == b[:-1]) and min(a[-1], b[-1]) > 1 and one.meta["dtype"] == other.meta["dtype"]
 
 
-def widened(flow: Flow, inside: set[fx.Node], cuts: dict[fx.Node, None]) -> tuple[set[fx.Node], dict[fx.Node, None]]:
-    """With the calls before them that serve this expert alone (a norm without weights of its own)."""
-    inside, cuts = set(inside), dict(cuts)
+def with_private_calls(
+    flow: Flow, inside: set[fx.Node], live_ins: dict[fx.Node, None]
+) -> tuple[set[fx.Node], dict[fx.Node, None]]:
+    """``inside`` and its live-ins, once preceding calls that only this expert uses (a norm) have moved inside."""
+    inside, live_ins = set(inside), dict(live_ins)
     while True:
-        more = next((c for c in cuts if _alone(c, inside)), None)
-        if more is None:
-            return inside, cuts
-        del cuts[more]
-        inside.add(more)
-        cuts.update(dict.fromkeys(a for a in more.all_input_nodes if a in flow.data and a not in inside))
+        private = next((c for c in live_ins if _serves_only(c, inside)), None)
+        if private is None:
+            return inside, live_ins
+        del live_ins[private]
+        inside.add(private)
+        live_ins.update(dict.fromkeys(a for a in private.all_input_nodes if a in flow.from_input and a not in inside))
 
 
-def _alone(node: fx.Node, inside: set[fx.Node]) -> bool:
-    """Whether ``node`` computes something, or only views it, for these calls and no others."""
+def _serves_only(node: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether every user of ``node``, which selects no rows, is one of the calls ``inside``."""
     source = node.all_input_nodes[0] if node.all_input_nodes else None
     result = op_name(node) == "getitem" and source is not None and not moves_rows(source)
-    moved = moves_rows(node) and op_name(node) not in _VIEWS and not result and not _parts_features(node)
+    moved = moves_rows(node) and op_name(node) not in _VIEWS and not result and not _takes_features(node)
     users = [u for u in node.users if "index" in u.meta]
     return node.op == "call_function" and not moved and all(u in inside for u in users)
 
 
-def _parts_features(node: fx.Node) -> bool:
-    """Whether ``node`` takes some of the last dimension of its operand, so that every row stays where it is."""
+def _takes_features(node: fx.Node) -> bool:
+    """Whether ``node`` takes a part of its operand's last dimension, so that all rows are kept."""
     if op_name(node) == "getitem" and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     name, source = op_name(node), node.all_input_nodes[0] if node.all_input_nodes else None

@@ -30,7 +30,7 @@ from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.gemm_sites import GemmSite
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing_of_experts import with_frontier
-from moeopt.recognise.row_flow import Branch, Flow, closed, parallel, widened
+from moeopt.recognise.row_flow import Branch, Flow, branch_of, parallel_values, with_private_calls
 from moeopt.recognise.row_graph import RowGraphReader
 from moeopt.recognise.row_graph_channels import LAST, rows_last
 from moeopt.recognise.rows_beside import check_beside, tokens_beside, with_distinct_rows_first
@@ -53,7 +53,7 @@ def recognize_functions(tape: Tape, known: list[Recognition] | None = None, *, i
     flow = Flow(tape)
     found: list[Recognition] = []
     nearest, far = Declined("no values on its tape are computed alike from Parameters of their own"), -1
-    for tries, branches in enumerate(parallel(flow)):
+    for tries, branches in enumerate(parallel_values(flow)):
         if tries == MOST_TRIES:
             break
         if any(b.end in r.interior for b in branches for r in found):
@@ -80,7 +80,7 @@ def recognize_functions(tape: Tape, known: list[Recognition] | None = None, *, i
 def _readings(flow: Flow, branches: list[Branch]) -> Iterator[list[Branch]]:
     """The branches as they are; then from further back, where what leads to them serves single experts."""
     yield branches
-    wider = [closed(*widened(flow, b.inside, {b.start: None}), b.end) for b in branches]
+    wider = [branch_of(*with_private_calls(flow, b.inside, {b.start: None}), b.end) for b in branches]
     found = [b for b in wider if b is not None]
     if len(found) == len(branches) and any(a.start is not b.start for a, b in zip(found, branches, strict=True)):
         yield found

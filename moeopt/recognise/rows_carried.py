@@ -1,10 +1,10 @@
-"""Does the code around the experts carry rows as they are, however large? Asked by running it.
+"""Check by running it that the dispatch and combine code is linear in the rows at every magnitude.
 
     rows into an expert = the tokens' rows (times a weight)      sum = linear in the experts' outputs
 
-The rewrite leaves this code out, so whatever else it does to rows would be lost: a mask of large values, a soft
-limit, a rounding, a repair of infinite rows. On likely rows such code changes nothing, and it may be written with
-any op. So it runs again in float64 on rows of many sizes, with the routing as it was, and must answer in proportion.
+The rewrite replaces this code, so any other effect on rows would be lost: a mask of large values, a soft limit, a
+rounding, a repair of infinite rows. Such an effect may be written with any op, and changes nothing on typical rows. So
+the code is replayed in float64 on rows of several magnitudes, with the recorded routing, and must scale with them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moeopt.recognise.limits import magnitudes
 
 _SIZES = (1e-6, 1e4)
 _BEYOND = 64
-"""By how much rows exceed a number that the code reads: a norm or a mean of a row lies beyond as well."""
+"""Factor by which rows exceed a constant in the code, so that a norm or mean of a row exceeds the constant too."""
 _NEAR = 1e-7
 """Relative, in float64."""
 
@@ -32,26 +32,26 @@ def check_rows_carried(
     tape: Tape, tokens: fx.Node, entries: Iterable[fx.Node], outs: Iterable[fx.Node], end: fx.Node,
     kept: Iterable[fx.Node], source: str | None = None,
 ) -> None:  # fmt: skip
-    """Raise ``Declined`` where ``tokens`` reach ``entries``, or ``outs`` reach ``end``, otherwise than in proportion.
+    """Raise ``Declined`` where ``entries`` are not linear in ``tokens``, or ``end`` is not linear in ``outs``.
 
     Args:
-        tokens: the rows that the experts are said to read.
-        entries: what the experts' first calls read.
+        tokens: the rows that were recognised as the experts' input.
+        entries: the operands of the experts' first calls.
         outs: the experts' outputs.
         end: their sum.
-        kept: what the rewrite computes from other values, the routing above all; all that leads there is as recorded.
+        kept: what the rewrite still computes, the routing above all; its inputs keep their recorded values.
     """
     outs, entries = list(outs), list(dict.fromkeys(entries))
-    again = [n for n in tape.nodes if n is not tokens and n.op == "call_function" and same_call(n, tokens)]
-    moved = {tokens, *again, *outs}
-    nodes = _moved_by(tape.nodes[: end.meta["index"] + 1], moved, list(kept))
+    recomputed = [n for n in tape.nodes if n is not tokens and n.op == "call_function" and same_call(n, tokens)]
+    carried = {tokens, *recomputed, *outs}
+    nodes = _carried_by(tape.nodes[: end.meta["index"] + 1], carried, list(kept))
     nodes = _needed(nodes, [end, *entries])
     if not nodes:
         return
     generator = torch.Generator().manual_seed(0)
     base = {n: torch.randn(n.meta["shape"], generator=generator, dtype=torch.float64) for n in (tokens, *outs)}
-    base.update(dict.fromkeys(again, base[tokens]))
-    watched = [end, *(n for n in entries if n in moved)]
+    base.update(dict.fromkeys(recomputed, base[tokens]))
+    watched = [end, *(n for n in entries if n in carried)]
 
     def at(size: float) -> list[torch.Tensor]:
         values = replay(tape, nodes, {n: (v * size).to(tape.value(n).device) for n, v in base.items()}, torch.float64)
@@ -60,39 +60,39 @@ def check_rows_carried(
     def slope(size: float) -> list[torch.Tensor]:
         return [(b - a) / size for a, b in zip(at(size), at(2 * size), strict=True)]
 
-    want = slope(1.0)
+    expected = slope(1.0)
     for size in (*_SIZES, *(_BEYOND * m for m in magnitudes(tape, nodes))):
-        for one, other in zip(want, slope(size), strict=True):
-            scale = one[one.isfinite()].abs().max() if one.isfinite().any() else torch.tensor(0.0)
-            if not bool(((one - other).abs() <= _NEAR * scale).logical_or(~one.isfinite()).all()):
+        for reference, actual in zip(expected, slope(size), strict=True):
+            scale = reference[reference.isfinite()].abs().max() if reference.isfinite().any() else torch.tensor(0.0)
+            if not bool(((reference - actual).abs() <= _NEAR * scale).logical_or(~reference.isfinite()).all()):
                 raise _declined(nodes, f"rows {size:g} times as large", source)
-    for one, broken in zip(want, at(torch.inf), strict=True):
-        if bool(((one != 0) & broken.isfinite()).any()):
+    for reference, beyond in zip(expected, at(torch.inf), strict=True):
+        if bool(((reference != 0) & beyond.isfinite()).any()):
             raise _declined(nodes, "infinite rows", source)
 
 
-def _moved_by(nodes: list[fx.Node], moved: set[fx.Node], kept: list[fx.Node]) -> list[fx.Node]:
-    """Those of ``nodes`` that are computed from ``moved``, to which they are added, and not for ``kept``."""
+def _carried_by(nodes: list[fx.Node], carried: set[fx.Node], kept: list[fx.Node]) -> list[fx.Node]:
+    """The ``nodes`` that depend on ``carried`` and that ``kept`` does not depend on; each is added to ``carried``."""
     fixed, found = ancestors(kept), []
     for node in nodes:
         random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if node in moved or node in fixed or random or not any(a in moved for a in node.all_input_nodes):
+        if node in carried or node in fixed or random or not any(a in carried for a in node.all_input_nodes):
             continue
         if not any(same_call(node, other) for other in kept):  # the routing, computed anew for each expert
-            moved.add(node)
+            carried.add(node)
             found.append(node)
     return found
 
 
 def _needed(nodes: list[fx.Node], targets: list[fx.Node]) -> list[fx.Node]:
-    """Those of ``nodes`` that lead to ``targets`` through one another."""
-    own, seen = set(nodes), set[fx.Node]()
-    stack = [t for t in targets if t in own]
+    """The ``nodes`` on a path within ``nodes`` to one of the ``targets``."""
+    within, seen = set(nodes), set[fx.Node]()
+    stack = [t for t in targets if t in within]
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            stack.extend(a for a in node.all_input_nodes if a in own)
+            stack.extend(a for a in node.all_input_nodes if a in within)
     return [n for n in nodes if n in seen]
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import fx
 
 from moeopt.capture.tape import Tape
-from moeopt.recognise.readings import rebuilt
 from moeopt.recognise.routing_by_ids import id_recipes
+from moeopt.recognise.routing_candidates import rebuilt
 from moeopt.recognise.routing_types import Extraction, Routing, RoutingForm, Table, same_values
 
 aten = torch.ops.aten

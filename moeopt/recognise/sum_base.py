@@ -1,4 +1,4 @@
-"""What the experts' sum is added onto: a residual, what a shared expert gives; or why it is no tensor of the block.
+"""The tensor onto which the experts' sum is added (a residual, a shared expert's result), or why there is none.
 
 Legend: T tokens, K ids of each, H features.
 """
@@ -17,9 +17,11 @@ from moeopt.recognise.experts_hit import siblings
 from moeopt.recognise.token_rows import Tokens, rows_of
 
 
-def held_base(tape: Tape, combine: Combine, before: list[fx.Node]) -> fx.Node | None:
-    """The last node of ``before`` whose rows are what stays of the sum without the experts; None where there is none,
-    or nothing stays."""
+def tensor_of_base(tape: Tape, combine: Combine, before: list[fx.Node]) -> fx.Node | None:
+    """The last node of ``before`` whose value is the base of the sum, that is the sum with all experts' results zero.
+
+    None where the base is zero, or no node has it.
+    """
     if combine.base is None:
         return None
     for node in reversed(before):
@@ -29,38 +31,38 @@ def held_base(tape: Tape, combine: Combine, before: list[fx.Node]) -> fx.Node | 
     return None
 
 
-def base_of(
-    tape: Tape, tokens: Tokens, combine: Combine, held: fx.Node | None, experts: list[ExpertRef],
+def checked_base(
+    tape: Tape, tokens: Tokens, combine: Combine, tensor: fx.Node | None, experts: list[ExpertRef],
     ids: torch.Tensor | None,
 ) -> fx.Node | None:  # fmt: skip
-    """The tensor that the experts' sum is added onto, when there is one.
+    """The tensor onto which the experts' sum is added; None where the base is zero.
 
     Args:
-        held: the tensor that has what stays of the sum without the experts. It may hold what a shared expert out of
-            the experts' own list gives, which no router has a part in.
+        tensor: what :func:`tensor_of_base` found. It may be the result of a shared expert that stands in the list of
+            the routed ones.
         ids: (T, K), of the experts.
 
     Raises:
-        Declined: something stays that no tensor has, or that other experts of the block gave.
+        Declined: no tensor holds the base, or other routed experts of the block computed it.
     """
     if combine.base is None:
         return None
-    want = combine.base
-    if held is not None:
+    base = combine.base
+    if tensor is not None:
         names = dict(tape.root.named_parameters(remove_duplicate=False))
         each_part = zip(*(parts_of(e) for e in experts), strict=True)
-        others = set[str]().union(*(siblings({p.path for p in parts}, names) for parts in each_part))
-        read = {str(a.target) for a in ancestors([held], {tokens.node}) if a.op == "get_attr"}
-        if others & read and not read <= others:
+        sibling_weights = set[str]().union(*(siblings({p.path for p in parts}, names) for parts in each_part))
+        read_weights = {str(a.target) for a in ancestors([tensor], {tokens.node}) if a.op == "get_attr"}
+        if sibling_weights & read_weights and not read_weights <= sibling_weights:
             raise Declined(
                 "other experts of the same block are computed in another way and added to these; all of a block's "
                 "experts or none are rewritten",
                 combine.node.meta.get("source"),
             )
-        return held
-    beyond = torch.zeros(len(want), 0) if ids is None else (ids < 0) | (ids >= len(experts))
-    if ids is not None and not bool((want.any(-1) & ~beyond.any(-1)).any()):
-        named = ", ".join(map(str, ids[beyond].unique().tolist()))
+        return tensor
+    no_expert = torch.zeros(len(base), 0) if ids is None else (ids < 0) | (ids >= len(experts))
+    if ids is not None and not bool((base.any(-1) & ~no_expert.any(-1)).any()):
+        named = ", ".join(map(str, ids[no_expert].unique().tolist()))
         raise Declined(
             f"its router also chooses ids ({named}) whose experts are not like the other {len(experts)} (zeros, "
             "copies of the token, constants, another function), and one tensor joins what all of them give (cat, "
@@ -82,8 +84,10 @@ def base_of(
 
 
 def _experts_with_constants(combine: Combine) -> int | None:
-    """How many experts add a constant to what they give, where that is what stays of the sum without their products;
-    None where it is something else, or all of them do it."""
+    """How many experts add a constant to their last product, where these constants explain the base of the sum.
+
+    None where they do not, or all experts add one.
+    """
     assert combine.base is not None
     weights, base = combine.weights.double(), combine.base.double()
     served = (weights != 0).any(0)

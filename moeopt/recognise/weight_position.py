@@ -26,7 +26,7 @@ from moeopt.recognise.combine import Combine, Labels, entry_weights
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.gemm_sites import GemmSite
 from moeopt.recognise.ids_of_masks import table_to_ids
-from moeopt.recognise.readings import rebuilt
+from moeopt.recognise.routing_candidates import rebuilt
 from moeopt.recognise.routing_types import Routing, Table, same_values
 from moeopt.recognise.token_rows import Tokens, rows_as_bytes, rows_of
 

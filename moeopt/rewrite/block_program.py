@@ -13,7 +13,7 @@ from moeopt.ir.specs import RouterSpec
 from moeopt.ir.weight_refs import expert_paths
 from moeopt.rewrite.block_graph import BlockGraph
 from moeopt.rewrite.call_guard import BoundArguments, CallGuard, overlap
-from moeopt.rewrite.kept_effects import RunNoting, noting
+from moeopt.rewrite.kept_effects import RecordedRun, recorder_for
 from moeopt.rewrite.live_weights import own_code_of
 from moeopt.rewrite.module_facts import Fact, take_facts
 from moeopt.rewrite.module_guard import Watch
@@ -67,9 +67,9 @@ class BlockProgram:
             return "it writes to tensors in place, which the rewritten code does not differentiate"
         return ""
 
-    def noting(self, module: nn.Module) -> RunNoting:
+    def recorder_for(self, module: nn.Module) -> RecordedRun:
         """What runs a call and notes what the kept submodules of ``module`` give, for a call that is refused."""
-        return noting(module, self.block.kept_modules, self.written)
+        return recorder_for(module, self.block.kept_modules, self.written)
 
     def watch(self, module: nn.Module) -> Watch:
         """What was verified of ``module``'s own code, bound to it; the first module to ask is the verified one."""

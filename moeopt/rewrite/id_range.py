@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
-from moeopt.rewrite.stale import Stale
+from moeopt.rewrite.refused_call import Stale
 
 
 @dataclass(frozen=True)

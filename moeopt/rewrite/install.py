@@ -28,16 +28,16 @@ from moeopt.ops.experts import experts
 from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.call_guard import OPAQUE, TENSOR, CallGuard, bind, by_position
-from moeopt.rewrite.floats_gone import check_dtypes
-from moeopt.rewrite.kept_effects import given_again
+from moeopt.rewrite.kept_effects import replayed_results
 from moeopt.rewrite.live_bank import watched_bank
 from moeopt.rewrite.live_codes import LiveCodes, dequantized
 from moeopt.rewrite.own_code import LOOK, OwnCode
 from moeopt.rewrite.prepared_attribute import PreparedAttribute
+from moeopt.rewrite.refused_call import KeptResults, Stale
+from moeopt.rewrite.replaced_floats import check_dtypes
 from moeopt.rewrite.scratch import UNSET
 from moeopt.rewrite.shallow_copies import REFERENCES, shallow_copy_of
 from moeopt.rewrite.source import Source
-from moeopt.rewrite.stale import Gave, Stale
 from moeopt.rewrite.usual_call import usual_call
 from moeopt.value_types import PyObject
 
@@ -88,7 +88,7 @@ class RewrittenForward:
         program, block = self.program, self.program.block
         self.watch = watch = program.watch(self.module)
         self.change = _change_of(self)
-        self.constants, self._noting = block.constants, program.noting(self.module)
+        self.constants, self._run_recorded = block.constants, program.recorder_for(self.module)
         self._plain = isinstance(block.output, Slot) and not block.mutations and not block.attributes
         self._run = compiled(block.graph)
         self._names = by_position(program.signature)
@@ -127,7 +127,7 @@ class RewrittenForward:
         self._prepare()
 
     def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
-        left, refusal, tensors, gave = False, "", cast("Sequence[torch.Tensor] | None", None), Stale.gave
+        left, refusal, tensors, results = False, "", cast("Sequence[torch.Tensor] | None", None), Stale.results
         if not torch.compiler.is_compiling():
             other = shallow_copy_of(self.module) if getrefcount(self) != _REFERENCES else None
             if other is not None:
@@ -160,12 +160,12 @@ class RewrittenForward:
                     if left:
                         self._unlooked = LOOK - 1
                         return self.own()(*args, **kwargs)
-                    return self._noting(self._forward, tensors)
+                    return self._run_recorded(self._forward, tensors)
                 self._changed = True
             except Stale as stale:
-                refusal, gave = str(stale), stale.gave
+                refusal, results = str(stale), stale.results
                 self._stale |= type(stale) is Stale  # an id out of range is none of the module's
-        return self._fall_back(refusal, args, kwargs, gave)
+        return self._fall_back(refusal, args, kwargs, results)
 
     def _asked(self, args: tuple[PyObject, ...], kwargs: dict[str, PyObject]) -> tuple[str, Sequence[torch.Tensor]]:
         """Why a call that is not known as the usual one is refused; and its tensors."""
@@ -209,7 +209,7 @@ class RewrittenForward:
         """The block's own forward."""
         return self.original if self.original is not None else MethodType(type(self.module).forward, self.module)
 
-    def _fall_back(self, refusal: str, args: PyObject, kwargs: PyObject, gave: Gave) -> PyObject:
+    def _fall_back(self, refusal: str, args: PyObject, kwargs: PyObject, results: KeptResults) -> PyObject:
         if self.last_refusal != refusal:
             self.last_refusal = refusal
             if not self.silent:
@@ -221,7 +221,7 @@ class RewrittenForward:
                 )
         self.fallbacks += 1
         coded = [bank for bank, _ in self.banks] if self.program.block.formats else []
-        with dequantized(self.module, coded), given_again(gave):
+        with dequantized(self.module, coded), replayed_results(results):
             try:
                 return self.own()(*args, **kwargs)
             except RuntimeError as err:  # torch's, of two dtypes that meet
@@ -248,7 +248,9 @@ class RewrittenForward:
         return {k: getattr(self, k) for k in keep} | {"calls": 0, "fallbacks": 0, "last_refusal": "", "_stale": False}
 
 
-for _name in ("watch", "change", "banks", "constants", "_plain", "_run", "_names", "_usual", "_usual_of", "_noting"):
+for _name in (
+    "watch", "change", "banks", "constants", "_plain", "_run", "_names", "_usual", "_usual_of", "_run_recorded",
+):  # fmt: skip
     setattr(RewrittenForward, _name, PreparedAttribute(_name))
 
 

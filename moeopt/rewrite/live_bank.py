@@ -8,11 +8,11 @@ from collections.abc import Callable
 from torch import nn
 
 from moeopt.ir.row_function import RowFunction
-from moeopt.rewrite.as_it_lay import Arm
 from moeopt.rewrite.live_slots import LiveSlots
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place
 from moeopt.rewrite.module_guard import Watch
-from moeopt.rewrite.stale import Stale
+from moeopt.rewrite.refused_call import Stale
+from moeopt.rewrite.same_layout import Arm
 from moeopt.value_types import PyObject
 
 

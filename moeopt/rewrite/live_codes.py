@@ -27,10 +27,10 @@ from moeopt.ir.weight_refs import ExpertRef, tensor_at
 from moeopt.ops.expert_weights import Biases, how_they_lie
 from moeopt.ops.quantize import quantize
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices, from_tensors
-from moeopt.rewrite.as_it_lay import Remembered
 from moeopt.rewrite.block_graph import GivenCodes
-from moeopt.rewrite.floats_gone import floats_of, places_of
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place
+from moeopt.rewrite.replaced_floats import floats_of, places_of
+from moeopt.rewrite.same_layout import Remembered
 from moeopt.rewrite.weight_regions import region
 from moeopt.value_types import PyObject
 

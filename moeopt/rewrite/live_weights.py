@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef
 from moeopt.ops.expert_weights import ListExpertWeights, StackedExpertWeights
-from moeopt.rewrite.all_places import AllPlaces
-from moeopt.rewrite.as_it_lay import FEW, Arm, AsItLay, Remembered
+from moeopt.rewrite.bank_layout import BankLayout
+from moeopt.rewrite.refused_call import Stale
 from moeopt.rewrite.regular_steps import flat, steps_between
-from moeopt.rewrite.stale import Stale
+from moeopt.rewrite.same_layout import FEW, Arm, Remembered, SameLayout
 from moeopt.rewrite.weight_regions import IRREGULAR, from_origin, region, region_of
 from moeopt.rewrite.whole_experts import WholeExperts
 from moeopt.rewrite.whole_stacks import WholeStacks, detached, numbers_of
@@ -116,9 +116,9 @@ class LiveExpertWeights:
         self._steps = steps_between(experts)
         made_anew = place is not Place or any(ref.neurons is not None for ref in experts)
         self._wholes: WholeExperts | None = None
-        self._all = None if made_anew else AllPlaces(self._places.values())
-        self._lay = None if made_anew else AsItLay(list(self._places.values()), self.num_experts, check, arm)
-        self._each: dict[int, AllPlaces] = {}
+        self._all = None if made_anew else BankLayout(self._places.values())
+        self._lay = None if made_anew else SameLayout(list(self._places.values()), self.num_experts, check, arm)
+        self._each: dict[int, BankLayout] = {}
         self.known: PyObject = None  # what a kernel worked out of these tensors, and how they lay then
         self.entries: dict[int, Any] = {}  # the same of each expert alone
         w_out = experts[0].w_out
@@ -219,7 +219,7 @@ class LiveExpertWeights:
         if places is None:
             ref = self._experts[e]
             parts = [part for part in (*ref.w_in, *ref.b_in, ref.w_out, ref.b_out) if part is not None]
-            places = self._each[e] = AllPlaces([self._places[part.path] for part in parts])
+            places = self._each[e] = BankLayout([self._places[part.path] for part in parts])
         tensors = places.tensors()
         return None if tensors is None else (places.lie(tensors), tensors)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moeopt.rewrite.code import fingerprint
+from moeopt.rewrite.bytecode import fingerprint
 from moeopt.value_types import PyObject
 
 _BOOKKEEPING = frozenset(nn.Module().__dict__)

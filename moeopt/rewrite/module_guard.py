@@ -1,16 +1,15 @@
-"""Has the code that a rewrite leaves out changed since it was verified?
+"""Guard on the Python code and attributes that a rewrite replaced: unchanged since verification?
 
-A rewritten block reads its weights live and calls its router live. What it no longer runs is the
-Python of the experts and of the block itself, so what that Python would have read is remembered:
-classes, plain attributes (``top_k``, an activation function), children, absent biases, hooks, patched
-forwards. Modules that belong to one expert are looked at only when that expert runs. Tensors whose values
-that Python turned into the rewritten code are compared with what they were.
+A rewritten block reads its weights and calls its router live. The Python code of the experts and of the block itself no
+longer runs, so the guard holds what that code would read: classes, plain attributes (``top_k``, an activation
+function), children, absent biases, hooks, patched forwards. Modules of one expert are compared only when that expert
+runs. Tensors whose values became part of the rewritten graph are compared by value.
 
-What its functions read elsewhere (a configuration, globals, closures, class attributes) is in ``moeopt.rewrite.reads``.
-All of it is one generated comparison (``moeopt.rewrite.guard_expression``) by identity; where that finds another
-object, the values decide, and name what changed.
+What the code reads outside its modules (a configuration, globals, closures, class attributes) is in
+``moeopt.rewrite.reads``. The whole guard is one generated comparison by identity
+(``moeopt.rewrite.guard_expression``); where an object was replaced, values are compared, and the change is named.
 
-Not seen: in code compiled by ``torch.compile``, anything changed after it was compiled.
+Not seen: in code compiled by ``torch.compile``, anything changed after compilation.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moeopt.rewrite.code import fingerprint
+from moeopt.rewrite.bytecode import fingerprint
 from moeopt.rewrite.frozen_values import Frozen
 from moeopt.rewrite.guard_expression import GuardExpression, holds
 from moeopt.rewrite.live_codes import PREFIX
@@ -36,12 +35,12 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def _of_pytorch(module: nn.Module) -> bool:
-    """Whether its code is PyTorch's, which reads no Parameters or buffers but its own."""
+    """Whether ``module`` is one of ``torch.nn``, whose code reads its own Parameters and buffers only."""
     return type(module).__module__.startswith("torch.nn.")
 
 
-class _Watched:
-    """One module and what it should still be.
+class _WatchedModule:
+    """One module, and the facts about it that were verified.
 
     Args:
         weights: the names of its Parameters and buffers that are weights of experts.
@@ -58,7 +57,7 @@ class _Watched:
         self.tables = [(name, d[name]) for name in (["_modules"] if d["_modules"] else []) + tables]
 
     def compare(self, probe: GuardExpression) -> None:
-        """Terms that hold as long as nothing that ``changed`` looks at is touched."""
+        """Add terms to ``probe`` that hold while everything that ``changed`` compares is the same object."""
         fact, module = self.fact, self.module
         d: dict[str, Any] = module.__dict__
         probe.attribute(module, "__class__", module.__class__)
@@ -93,7 +92,7 @@ class _Watched:
                     probe.equal(table[name], table[name].copy())
 
     def changed(self) -> str:
-        """What differs from what was verified; "" where nothing does."""
+        """The first difference from the verified facts, in words; "" where there is none."""
         fact, module = self.fact, self.module
         d, name = module.__dict__, fact.path or "the block"
         if module.__class__ is not fact.cls or fingerprint(fact.cls.forward) != fact.forward:
@@ -114,28 +113,28 @@ class _Watched:
         except KeyError as missing:
             return f"{missing} was removed from {name}"
         if not same:
-            return self._which(d, name)
+            return self._changed_attribute(d, name)
         for tensor in fact.absent:
             if tensors_of(module).get(tensor) is not None:
                 return f"{name} has a {tensor}, and had none"
         for live, training in fact.modes:
             if (child := module._modules.get(live)) is not None and child.training != training:
                 return f"training of {f'{fact.path}.{live}'.lstrip('.')} is {child.training} and was {training}"
-        return self._more(name)
+        return self._additions(name)
 
-    def _more(self, name: str) -> str:
-        """What the module holds besides what it held, or in another order; "" where it is as it was."""
+    def _additions(self, name: str) -> str:
+        """A module, Parameter or buffer that was added, or children in another order; "" without either."""
         fact, children = self.fact, self.module._modules
-        if new := children.keys() - {*fact.children, *fact.live, *fact.written}:
-            return f"the module {min(new)} was added to {name}"
-        more = {n for n in tensors_of(self.module) if not n.startswith(PREFIX)} - {*fact.tensors, *fact.written}
-        if more and not _of_pytorch(self.module):
-            return f"the Parameter or buffer {min(more)} was added to {name}"
+        if added := children.keys() - {*fact.children, *fact.live, *fact.written}:
+            return f"the module {min(added)} was added to {name}"
+        added = {n for n in tensors_of(self.module) if not n.startswith(PREFIX)} - {*fact.tensors, *fact.written}
+        if added and not _of_pytorch(self.module):
+            return f"the Parameter or buffer {min(added)} was added to {name}"
         if tuple(n for n in children if n in fact.children) != fact.children:
             return f"the modules in {name} are in another order"
         return ""
 
-    def _which(self, d: dict[str, Any], name: str) -> str:
+    def _changed_attribute(self, d: dict[str, Any], name: str) -> str:
         for attribute, value in zip(self.fact.names, self.fact.values, strict=True):
             if d[attribute] != value:
                 return f"{attribute} of {name} is {d[attribute]!r} and was {value!r}"
@@ -143,7 +142,7 @@ class _Watched:
 
 
 class Watch:
-    """The facts of one block, bound to its modules; ``shared`` and ``expert`` say what changed.
+    """The guard of one block, bound to its modules; ``shared`` and ``expert`` say what changed.
 
     Args:
         root: the block.
@@ -172,8 +171,8 @@ class Watch:
         self._frozen = [Frozen(root, path, value) for path, value in frozen.items()]
         modules = dict(root.named_modules(remove_duplicate=False))
         self.gone = next((f"{f.path} was removed" for f in facts if f.path not in modules), "")
-        self._shared: list[_Watched] = []
-        self._of: dict[Any, list[_Watched]] = {key: [] for key in experts}
+        self._shared: list[_WatchedModule] = []
+        self._by_expert: dict[Any, list[_WatchedModule]] = {key: [] for key in experts}
         self._opaque: dict[str, Any] | None = None
         self.cost = 0
         if self.gone:
@@ -188,38 +187,39 @@ class Watch:
                     path = path.rpartition(".")[0]
                     self._owners.setdefault(path, set()).add(key)
         for fact in facts:
-            keys = self._keys(fact.path)
-            own = sorted(weights.get(fact.path, ()))
-            watched = _Watched(fact, modules[fact.path], own)
-            (self._of[keys[0]] if keys else self._shared).append(watched)
-        self._look()
+            keys = self._expert_of(fact.path)
+            expert_weights = sorted(weights.get(fact.path, ()))
+            watched = _WatchedModule(fact, modules[fact.path], expert_weights)
+            (self._by_expert[keys[0]] if keys else self._shared).append(watched)
+        self._compare_values()
 
-    def _keys(self, path: str) -> tuple[Any, ...]:
-        """The one expert that the module at ``path`` belongs to; () where that is none or several."""
+    def _expert_of(self, path: str) -> tuple[Any, ...]:
+        """The key of the one expert to which the module at ``path`` belongs; () for none or several."""
         while path and path not in self._owners:
             path = path.rpartition(".")[0]
         keys = self._owners.get(path, set())
         return tuple(keys) if len(keys) == 1 and path else ()
 
-    def _look(self) -> None:
-        """Compare all values, and arm the probes with the objects that are there now."""
-        shared, own = GuardExpression(), {key: GuardExpression() for key in self._of}
-        for one in self._shared:
-            one.compare(shared)
-        for key, watched in self._of.items():
-            for one in watched:
-                one.compare(own[key])
-        self._read = "" if self._reads is None else self._compare(self._reads, shared, own)
-        self._reason = _first(self._shared)
-        self._reasons = {key: _first(watched) for key, watched in self._of.items()}
+    def _compare_values(self) -> None:
+        """Compare all values, and compile the identity guards anew for the objects that are there now."""
+        shared, by_expert = GuardExpression(), {key: GuardExpression() for key in self._by_expert}
+        for module in self._shared:
+            module.compare(shared)
+        for key, watched in self._by_expert.items():
+            for module in watched:
+                module.compare(by_expert[key])
+        self._read_reason = "" if self._reads is None else self._compare_reads(self._reads, shared, by_expert)
+        self._shared_reason = _first_change(self._shared)
+        self._expert_reasons = {key: _first_change(watched) for key, watched in self._by_expert.items()}
         self.cost = shared.cost
-        self._sound = not (self._reason or self._read or self._frozen)
-        self._same, self._sames = shared.compiled(), {key: probe.compiled() for key, probe in own.items()}
+        self._unchanged = not (self._shared_reason or self._read_reason or self._frozen)
+        self._shared_guard = shared.compiled()
+        self._expert_guards = {key: probe.compiled() for key, probe in by_expert.items()}
 
-    def _compare(self, reads: Reads, shared: GuardExpression, own: dict[Any, GuardExpression]) -> str:
+    def _compare_reads(self, reads: Reads, shared: GuardExpression, by_expert: dict[Any, GuardExpression]) -> str:
         def links(path: str) -> GuardExpression:
-            keys = self._keys(path)
-            return own[keys[0]] if keys else shared
+            keys = self._expert_of(path)
+            return by_expert[keys[0]] if keys else shared
 
         walk = reads.walk(self._root, shared, links)
         before, self._opaque = self._opaque, self._opaque or walk.opaque
@@ -234,46 +234,51 @@ class Watch:
         if self.gone or self.misfit:
             return self.gone or self.misfit
         try:
-            if self._same() and self._sound:
+            if self._shared_guard() and self._unchanged:
                 return ""
         except Exception:  # the same as in ``holds``, without the cost of a call
             pass
-        if not holds(self._same):
-            self._look()
-        if self._reason or self._read:
-            return self._reason or next(filter(None, self._reasons.values()), "") or self._read
-        return _first(self._frozen) if self._frozen else ""
+        if not holds(self._shared_guard):
+            self._compare_values()
+        if self._shared_reason or self._read_reason:
+            return self._shared_reason or next(filter(None, self._expert_reasons.values()), "") or self._read_reason
+        return _first_change(self._frozen) if self._frozen else ""
 
     def expert(self, key: PyObject) -> str:
-        """What changed in the modules of one expert; as often as it is asked, also once another has looked."""
-        if self.paused or holds(self._sames[key]):
-            return "" if self.paused else self._reasons[key] or self._read
-        self._look()
-        return self._reasons[key] or self._reason or self._read
+        """What changed in the modules of one expert, also where another call noticed the change first."""
+        if self.paused or holds(self._expert_guards[key]):
+            return "" if self.paused else self._expert_reasons[key] or self._read_reason
+        self._compare_values()
+        return self._expert_reasons[key] or self._shared_reason or self._read_reason
 
     def arm(self, bank: int, probe: GuardExpression) -> None:
         """Add the terms that hold while no module of an expert of the bank number ``bank`` changes."""
-        keys, unused = [key for key in self._of if key[0] == bank], GuardExpression()
-        own = {(key,) for key in keys}
+        keys, unused = [key for key in self._by_expert if key[0] == bank], GuardExpression()
+        own_keys = {(key,) for key in keys}
         if self.paused:  # what is there now may be an exporter's own
             probe.add("{0}.paused", self)
         for key in keys:
-            for one in self._of[key]:
-                one.compare(probe)
+            for module in self._by_expert[key]:
+                module.compare(probe)
         if self._reads is not None and keys:
-            self._reads.walk(self._root, unused, lambda path: probe if self._keys(path)[:1] in own else unused)
+
+            def guard_of(path: str) -> GuardExpression:
+                return probe if self._expert_of(path)[:1] in own_keys else unused
+
+            self._reads.walk(self._root, unused, guard_of)
 
     def everything(self) -> str:
-        """What changed anywhere, in the modules first: what they are decides what their code reads."""
+        """What changed anywhere; modules first, since they decide what their code reads."""
         shared = self.shared()
-        for key in self._of:
+        for key in self._by_expert:
             self.expert(key)
-        return self._reason or next(filter(None, self._reasons.values()), "") or self._read or shared
+        of_an_expert = next(filter(None, self._expert_reasons.values()), "")
+        return self._shared_reason or of_an_expert or self._read_reason or shared
 
 
-def _first(watched: Sequence[_Watched | Frozen]) -> str:
-    for one in watched:
-        reason = one.changed()
+def _first_change(watched: Sequence[_WatchedModule | Frozen]) -> str:
+    for module in watched:
+        reason = module.changed()
         if reason:
             return reason
     return ""

@@ -17,9 +17,9 @@ from torch import nn
 
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
+from moeopt.rewrite.executed_code import ExecutedCode, observing
 from moeopt.rewrite.guard_expression import GuardExpression
-from moeopt.rewrite.ran import Ran, observing
-from moeopt.rewrite.spell import Spelled
+from moeopt.rewrite.value_text import Spelled
 from moeopt.rewrite.walk import MOST, Walk
 from moeopt.rewrite.walk_live import read_live
 
@@ -41,7 +41,7 @@ class Reads:
         written: (path, attribute) pairs that the forward sets on its modules.
     """
 
-    ran: Ran
+    ran: ExecutedCode
     kept: tuple[str, ...]
     written: frozenset[tuple[str, str]]
     names: frozenset[str] = frozenset()

@@ -22,8 +22,8 @@ from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing_by_sum import SumOfCodes, unit_rows
 from moeopt.recognise.routing_types import Extraction
 from moeopt.rewrite.id_range import ALL_IDS, IdRange, ids_within, weights_within
-from moeopt.rewrite.keep import VIEWS, NodeRewrite
 from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
+from moeopt.rewrite.plan_kept_steps import VIEWS, NodeRewrite
 
 aten = torch.ops.aten
 _VIEWS = (aten.reshape.default, aten.movedim.int, aten.unsqueeze.default)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moeopt.rewrite.floats_gone import FLOATS
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.rewrite.live_codes import LiveCodes
+from moeopt.rewrite.replaced_floats import FLOATS
 
 Holders = dict[int, set[str]]
 """By the identity of a tensor, every name that it has in a model."""

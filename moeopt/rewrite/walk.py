@@ -25,10 +25,10 @@ from torch import nn
 from moeopt.capture.held_contents import foreign
 from moeopt.options import ASKED_WITH
 from moeopt.patches import stands_for_builtin
-from moeopt.rewrite.code import digest, filled, fingerprint, installed, words
+from moeopt.rewrite.bytecode import digest, fingerprint, has_contents, in_installed_package, names_in
+from moeopt.rewrite.executed_code import ExecutedCode
 from moeopt.rewrite.guard_expression import GuardExpression
-from moeopt.rewrite.ran import Ran
-from moeopt.rewrite.spell import Spelled, inert, is_array, plain, tells_nothing
+from moeopt.rewrite.value_text import Spelled, inert, is_array, plain, tells_nothing
 from moeopt.rewrite.walk_ambient import bare_lookup, read_ambient, read_library, read_modes
 from moeopt.rewrite.walk_containers import SMALL, read_array, read_dict, read_sequence, read_set, read_tensor
 from moeopt.value_types import PyObject
@@ -44,7 +44,7 @@ _BUILTIN = (
 class Bounds(Protocol):
     """What a walk follows: see :class:`moeopt.rewrite.reads.Reads`."""
 
-    ran: Ran
+    ran: ExecutedCode
     names: frozenset[str]
     ignored: frozenset[str]
     whole: frozenset[str]
@@ -109,7 +109,7 @@ class Walk:
                 self.visit(with_dots, held)
 
     def _globals(self, table: dict[str, Any], names: tuple[str, ...]) -> None:
-        module, writable = str(table.get("__name__")), not installed(table.get("__file__"))
+        module, writable = str(table.get("__name__")), not in_installed_package(table.get("__file__"))
         self.tables.setdefault(module, table)
         for name in () if foreign(module) else names:
             there = name in table and not stands_for_builtin(table[name])
@@ -192,12 +192,12 @@ class Walk:
 
     def _function(self, place: str, value: types.FunctionType) -> None:
         self.note(place, "function", fingerprint(value))
-        code, writable = value.__code__, not installed(value.__code__.co_filename)
+        code, writable = value.__code__, not in_installed_package(value.__code__.co_filename)
         if writable:
             self.probe.attribute(value, "__code__", code)
         if digest(code) not in self.ran.codes:
-            if words(code).names & ASKED_WITH:  # a variable that it looks up is called by a name in it
-                self.strings |= words(code).names
+            if names_in(code).names & ASKED_WITH:  # a variable that it looks up is called by a name in it
+                self.strings |= names_in(code).names
             return
         self._named(place, value.__dict__)
         where = f"of {value.__qualname__}"
@@ -210,10 +210,10 @@ class Walk:
             self.visit(f"the defaults {where}", value.__kwdefaults__)
         for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=False):
             spot = f"{name} in the closure {where}"
-            if name != "__class__" and filled(cell) and spot not in self.ignored:
+            if name != "__class__" and has_contents(cell) and spot not in self.ignored:
                 self.probe.attribute(cell, "cell_contents", cell.cell_contents)
                 self.visit(spot, cell.cell_contents)
-        self._globals(value.__globals__, words(code).globals)
+        self._globals(value.__globals__, names_in(code).globals)
 
     def klass(self, cls: type) -> None:
         """The attributes of a class and its bases that the code names; Python's and PyTorch's stay as they are."""
@@ -225,7 +225,7 @@ class Walk:
                 continue
             self._classes[place] = owner
             self._named(place, owner.__dict__)
-            if not installed(getattr(sys.modules.get(owner.__module__), "__file__", "")):
+            if not in_installed_package(getattr(sys.modules.get(owner.__module__), "__file__", "")):
                 # a new attribute may hide one of a base class
                 self.probe.add(f"{{0}}({{1}}) == {len(owner.__dict__)}", len, owner.__dict__)
 
@@ -265,7 +265,7 @@ class Walk:
             else:
                 self.probe.add("{0}({1}, {2}) is {3}", bare, value, "__dict__", held)
             self.probe.keys(held)
-            self._named(place, held, self.ran.open)
+            self._named(place, held, self.ran.computes_names)
             for registry in ("_parameters", "_buffers", "_modules") if isinstance(value, nn.Module) else ():
                 self._named(place, held[registry])
         user = self._slots(place, value)
@@ -276,7 +276,7 @@ class Walk:
         """The slots of an object of the user's that the code names, each visited."""
         cls = type(value)
         slots = [n for c in cls.__mro__ for n, v in vars(c).items() if type(v) is types.MemberDescriptorType]
-        user = [n for n in slots if (n in self.names or self.ran.open) and not foreign(cls.__module__)]
+        user = [n for n in slots if (n in self.names or self.ran.computes_names) and not foreign(cls.__module__)]
         for name in user:
             part = getattr(value, name, self)
             if part is not self and f"{place}.{name}" not in self.ignored:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from moeopt.rewrite.spell import array_text, key_text, plain, readable, tensor_text
+from moeopt.rewrite.value_text import array_text, key_text, plain, readable, tensor_text
 from moeopt.value_types import PyObject
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from moeopt.errors import BundleError
 from moeopt.listed import listed
 from moeopt.options.loss_limits import AT_LEAST, FIGURES, missed
+from moeopt.sizes import in_megabytes
 from moeopt.value_types import JsonValue
 from moeopt.verification.loss import BlockLoss, Loss
 
@@ -48,10 +49,10 @@ def quantized_note(quantized: Mapping[str, str], sizes: Sequence[tuple[int, int]
     what stayed float."""
     told = []
     if quantized:
-        codes, floats = (sum(size[i] for size in sizes) / 1e6 for i in (0, 1))
+        codes, floats = (in_megabytes(sum(size[i] for size in sizes)) for i in (0, 1))
         count = f"{len(quantized)} block{'s' * (len(quantized) > 1)}"
         told.append(
-            f"the experts of {count} are quantised, {floats:.3g} MB of floats to {codes:.3g} MB: this is another "
+            f"the experts of {count} are quantised, {floats} of floats to {codes}: this is another "
             "function near the original's; certificate.loss says how near"
         )
     return told + [f"not quantised: {sentence}" for sentence in left]
@@ -70,10 +71,10 @@ def few_rows_note(few: Mapping[str, int], experts: int) -> list[str]:
 
 def published_note(sizes: Sequence[tuple[int, int]], home: str) -> str:
     """A sentence on experts that have the codes of their ``home``, by (codes, floats) bytes of each block."""
-    codes, floats = (sum(size[i] for size in sizes) / 1e6 for i in (0, 1))
+    codes, floats = (in_megabytes(sum(size[i] for size in sizes)) for i in (0, 1))
     count = f"{len(sizes)} block{'s' * (len(sizes) > 1)}"
     return (
-        f"the experts of {count} have the codes of the {home}, {codes:.3g} MB in place of {floats:.3g} MB of "
+        f"the experts of {count} have the codes of the {home}, {codes} in place of {floats} of "
         "floats: the weights are the same to the bit, so nothing is lost"
     )
 
@@ -118,7 +119,7 @@ def loss_lines(
         told = [f"{k} {v:.2g}" for k, v in block["figures"].items() if k in ("kl_mean", "error_mean", "top1")]
         figures = ", ".join(told) or "not measured"
         ids = f"; ids changed {block['ids_differ']} of {block['ids_compared']}" if block.get("ids_compared") else ""
-        size = f"; {block['bytes'] / 1e6:.3g} MB, as floats {block['float_bytes'] / 1e6:.3g} MB"
+        size = f"; {in_megabytes(block['bytes'])}, as floats {in_megabytes(block['float_bytes'])}"
         yield f"  {block['name']}: {block['format']}; alone {figures}{ids}{size}"
     for sentence in loss.get("missed", ()):
         yield f"  LIMIT MISSED: {sentence}"

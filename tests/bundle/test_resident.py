@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import moeopt
+from moeopt.backends.torch import bundle as torch_bundle
 from moeopt.bundle import resident
 from moeopt.bundle.expert_tensors import tensors_by_expert
 from moeopt.bundle.mapped_file import MappedFile
@@ -307,6 +308,13 @@ def test_threads_share_one_budget(bundle):
 def test_a_budget_below_one_expert_is_refused(bundle):
     with pytest.raises(UsageError, match=rf"resident=1000 is less than the {EXPERT} bytes of one expert: give that"):
         moeopt.load(bundle, resident=1000)
+
+
+def test_a_gpu_is_refused_before_weights_are_read(bundle, monkeypatch):
+    monkeypatch.setattr(torch_bundle, "_target_device", lambda *given: torch.device("cuda"))
+    monkeypatch.setattr(torch_bundle, "_opened", lambda *given: pytest.fail("the weights were read"))
+    with pytest.raises(UsageError, match="resident= is for engines on the CPU, and .* runs on cuda: leave it out"):
+        moeopt.load(bundle, resident="1GB")
 
 
 def test_a_bundle_without_experts_is_refused(tmp_path):

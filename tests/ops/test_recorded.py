@@ -11,8 +11,8 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef
 from moeopt.ops import ListExpertWeights, StackedExpertWeights, experts, experts_reference
 from moeopt.ops import recorded as module
-from moeopt.rewrite.as_it_lay import AsItLay
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place
+from moeopt.rewrite.same_layout import SameLayout
 from tests.capture.tiny import Run, rand
 from tests.ops.cases import make
 from tests.rewrite.test_live_weights import E, H, I, listed, stacked
@@ -249,8 +249,8 @@ def test_a_recorded_call_looks_once_at_how_its_weights_lie(monkeypatch):
     """One look for what is recorded and for the kernel: two took a tenth of a small block's time."""
     root, refs = listed()
     bank = LiveExpertWeights(root, refs, ("oi", "oi"))
-    looks, honest = [], AsItLay.look
-    monkeypatch.setattr(AsItLay, "look", lambda self: (looks.append(self), honest(self))[1])
+    looks, honest = [], SameLayout.look
+    monkeypatch.setattr(SameLayout, "look", lambda self: (looks.append(self), honest(self))[1])
     for skip_idle in (False, True):
         looks.clear()
         y = experts(torch.randn(2, H), torch.tensor([[0, 1], [1, 2]]), torch.rand(2, 2), bank, SPEC, skip_idle)

@@ -103,9 +103,17 @@ def none_below(ids, least):
     return min(ids.flatten().tolist()) >= least
 
 
+def code_of(ids):
+    """One number of many ids: no case of verification is made for it."""
+    code = 0
+    for i in ids.flatten().tolist():
+        code = (7 * code + i) % 10007
+    return code
+
+
 def matched(ids):
     match counts(ids):
-        case [_, _, *rest] if not any(rest):
+        case held if not any(held[2:]):
             return True
     return False
 
@@ -125,6 +133,8 @@ def once(ids):
 
 NUMBERS = {
     "an int": (lambda ids, x: int(ids.max()) < E // 2, "int(ids.max()) < E // 2", False),
+    "of a loop": (lambda ids, x: any([True for c in [counts(ids)] if c[2:] == [0] * 6]), "c[2:] == [0] * 6", False),
+    "a function's": (lambda ids, x: code_of(ids) == 1234, "code_of(ids) == 1234", False),
     "an item": (lambda ids, x: ids.min().item() >= E // 2, "ids.min().item() >= E // 2", False),
     "a set": (lambda ids, x: set(ids.flatten().tolist()) == {0, 1}, "== {0, 1}", False),
     "a list": (lambda ids, x: E - 1 not in ids.flatten().tolist(), "E - 1 not in ids", False),
@@ -135,9 +145,8 @@ NUMBERS = {
     "in a function": (lambda ids, x: none_below(ids, 3), "min(ids.flatten().tolist()) >= least", False),
     "a chain": (lambda ids, x: -1 < int(ids.min()) * 0 <= int(ids.max()) < E // 2, "<= int(ids.max()) < E // 2", False),
     "an order": (lambda ids, x: next((2 for c in [counts(ids)] if c == [12, 12, 0, 0]), 1) == 2, "c == [", False),
-    "of a loop": (lambda ids, x: any([True for c in [counts(ids)] if c[2:] == [0] * 6]), "c[2:] == [0] * 6", False),
     "an iterator": (lambda ids, x: once(ids), "set(numbers) == {0, 2}", False),
-    "a pattern": (lambda ids, x: matched(ids), "(any(rest))", True),
+    "a pattern": (lambda ids, x: matched(ids), "(any(held[2:]))", True),
     "a pattern's numbers": (lambda ids, x: is_first(ids), "int(ids.max())", False),
     "of equal tokens": (lambda ids, x: len(x) > 1 and torch.equal(ids[0], ids[1] + 1), "torch.equal(", False),
 }

@@ -16,7 +16,7 @@ import torch
 
 from moeopt.errors import StaleModelWarning
 from moeopt.options import EVERY_VARIABLE
-from moeopt.rewrite.ran import observing
+from moeopt.rewrite.executed_code import observing
 from tests.toy_moe import Block, build, close, optimized, seeded
 
 X = seeded(2, 8, 16)

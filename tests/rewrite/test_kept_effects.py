@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moeopt.errors import StaleModelWarning
-from moeopt.rewrite.kept_effects import given_again, just_run
+from moeopt.rewrite.kept_effects import replayed_results, run_unrecorded
 from tests.toy_moe import Block, E, H, build, close, optimized, seeded
 
 X = seeded(2, 8, H)
@@ -227,13 +227,13 @@ def test_each_call_of_a_router_that_is_called_twice_is_given_its_own_result():
 def test_a_result_is_given_again_for_the_same_rows_only():
     gate = nn.Linear(H, E)
     x, y = seeded(3, H), seeded(3, H, seed=6)
-    gave = [(gate, (x,), torch.ones(3, E))]
-    with given_again(gave):
+    results = [(gate, (x,), torch.ones(3, E))]
+    with replayed_results(results):
         close(gate(y), nn.functional.linear(y, gate.weight, gate.bias))
         assert torch.equal(gate(x.clone()), torch.ones(3, E))
         close(gate(x), nn.functional.linear(x, gate.weight, gate.bias))
     nothing = torch.full((3, H), torch.nan)
-    with given_again([(gate, (nothing,), torch.ones(3, E))]):
+    with replayed_results([(gate, (nothing,), torch.ones(3, E))]):
         assert torch.equal(gate(nothing), torch.ones(3, E))
 
 
@@ -281,9 +281,9 @@ def test_another_thread_is_not_given_what_this_one_has():
 def test_nothing_is_noted_where_nobody_watches():
     fast = optimized(build(Plain)).model
     fast(X)
-    assert not fast.gate._forward_hooks and fast.forward._noting._idle()
+    assert not fast.gate._forward_hooks and fast.forward._run_recorded._idle()
     fast.gate.register_forward_hook(lambda *args: None)
-    assert not fast.forward._noting._idle()
+    assert not fast.forward._run_recorded._idle()
     fast(X)
     assert len(fast.gate._forward_hooks) == 1
 
@@ -294,4 +294,4 @@ def test_a_block_without_modules_that_are_kept_notes_nothing():
             w, ids = torch.nn.functional.linear(x, self.gate.weight).softmax(-1).topk(2)
             return ids, w
 
-    assert optimized(build(Inline)).model.forward._noting is just_run
+    assert optimized(build(Inline)).model.forward._run_recorded is run_unrecorded

@@ -9,8 +9,8 @@ from moeopt.ops import experts_reference
 from moeopt.ops.native.call import call
 from moeopt.ops.native.library import library
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place
-from moeopt.rewrite.stale import Stale
-from tests.rewrite.test_all_places import deleted_and_new, new_parameter, swapped_data
+from moeopt.rewrite.refused_call import Stale
+from tests.rewrite.test_bank_layout import deleted_and_new, new_parameter, swapped_data
 from tests.rewrite.test_live_weights import H, listed
 
 SPEC = ExpertsSpec(rows="plain", activation="relu")

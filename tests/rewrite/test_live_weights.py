@@ -13,7 +13,7 @@ import moeopt
 from moeopt.ir.weight_refs import ExpertRef, MatrixRef, VectorRef, expert_paths, tensor_at
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.rewrite.live_weights import LiveExpertWeights
-from moeopt.rewrite.stale import Stale
+from moeopt.rewrite.refused_call import Stale
 from tests.capture.tiny import Run, rand
 
 E, H, I = 3, 4, 5

@@ -24,7 +24,6 @@ from moeopt.backends.onnxrt.save_bundle import save_onnx_bundle
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE, VERIFIED, data_of, mapped_options
 from moeopt.bundle.manifest import Manifest
 from moeopt.capture.tree import ArgsKwargs
-from moeopt.errors import UsageError
 from moeopt.limits import LoadLimits
 from moeopt.listed import listed
 from moeopt.onnx_in.read import read_onnx
@@ -137,12 +136,11 @@ class OnnxRuntimeBackend(GraphBackend):
         self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue,
         limits: LoadLimits, resident: int | None,
     ) -> PyObject:  # fmt: skip
-        engine = self._open_impl(directory, device, mapped_options(session_options), limits)
-        if resident is not None:
-            if isinstance(engine, OfflineEngine):
-                raise UsageError(
-                    f"resident= is for engines on the CPU, and {directory} runs on {engine.provider}: leave it out"
-                )
+        engine = load_onnx_bundle(
+            directory, device, session_options=mapped_options(session_options), limits=limits,
+            resident=resident is not None,
+        )  # fmt: skip
+        if resident is not None and isinstance(engine, OnnxEngine):
             engine.keep_resident(resident)
         return engine
 

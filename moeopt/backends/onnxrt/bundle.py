@@ -35,6 +35,7 @@ from moeopt.backends.onnxrt.session import GRAPH, NATIVE, data_of
 from moeopt.backends.onnxrt.trial import check_calls, within_limits
 from moeopt.bundle import golden as goldens
 from moeopt.bundle.manifest import Manifest, read_manifest
+from moeopt.bundle.resident import check_resident
 from moeopt.bundle.schemas import Form, SignatureFile
 from moeopt.errors import (
     BundleError,
@@ -59,6 +60,7 @@ def load_onnx_bundle(
     replay: bool = True,
     session_options: JsonValue = None,
     limits: LoadLimits = DEFAULT,
+    resident: bool = False,
 ) -> OnnxEngine | OfflineEngine:
     """Check a bundle, test it on this machine, and load it.
 
@@ -70,6 +72,8 @@ def load_onnx_bundle(
         replay: run the golden inputs too; :func:`verify_onnx_bundle` does so itself.
         session_options: an ``onnxruntime.SessionOptions``.
         limits: what the self-test and the golden runs may take.
+        resident: whether :meth:`OnnxEngine.keep_resident` will be asked of it, which is refused before the graph is
+            read.
 
     Raises:
         BundleError: it is damaged, hostile or from a newer moeopt; the message names the file and the reason. A
@@ -82,6 +86,8 @@ def load_onnx_bundle(
     if manifest.backend != "onnxruntime":
         raise BundleError(f"{manifest.directory}: it is a bundle for {manifest.backend}: use moeopt.load")
     provider = _provider(manifest, device)
+    if resident:
+        check_resident(directory, provider)
     for name in (GRAPH, probes.FILE, goldens.FILE, CERTIFICATE):  # also where this process tested the same graph before
         manifest.path(name)
     signature = read_signature(manifest)

@@ -32,7 +32,7 @@ from moeopt.errors import NotEquivalentError
 from moeopt.limits import LoadLimits
 from moeopt.lower.export_errors import declined_blocks_named
 from moeopt.lower.onnx.plan import BlockPlan
-from moeopt.lower.plain import open_dataclasses
+from moeopt.lower.plain_call import open_dataclasses
 from moeopt.lower.wrapped_weights import wrapped_weights_named
 from moeopt.onnx_in.coded import coded_weights
 from moeopt.options import Options

@@ -24,6 +24,7 @@ from moeopt.backends.tensorrt.product import REGULAR
 from moeopt.backends.tensorrt.target import Target
 from moeopt.errors import EngineBuildError
 from moeopt.options import inherited
+from moeopt.sizes import in_words
 
 WORKER = Path(__file__).with_name("worker.py")
 ProfileRanges = Mapping[str, Sequence[Sequence[int]]]
@@ -172,7 +173,7 @@ def _run(folder: Path, job: Job) -> tuple[str, int]:
                     pause = min(2 * pause, 0.25)
                 peak = max(peak, _resident(child.pid))
                 if limit is not None and peak > limit:
-                    return f"took more than {limit / 1e9:.1f} GB of memory and was stopped", peak
+                    return f"took more than {in_words(limit)} of memory and was stopped", peak
                 if time.monotonic() - started > job.seconds:
                     return f"did not end within {job.seconds:g} seconds and was stopped", peak
         finally:

@@ -26,7 +26,7 @@ from moeopt.backends.tensorrt.causal_profiles import causal_sizes
 from moeopt.backends.tensorrt.engine import PLAN, OfflineTensorRTEngine, TensorRTEngine, open_built, provider_of
 from moeopt.backends.tensorrt.engine_plan import CPUFallbackPlan
 from moeopt.backends.tensorrt.graph_check import check_graph
-from moeopt.backends.tensorrt.layers import counted, format_counts, in_block, size
+from moeopt.backends.tensorrt.layers import counted, format_counts, in_block
 from moeopt.backends.tensorrt.plan import TensorRTPlan
 from moeopt.backends.tensorrt.product import product
 from moeopt.backends.tensorrt.profiles import Profile, default_sizes, profiles_for
@@ -48,6 +48,7 @@ from moeopt.lower.specialization_guards import counted_sizes
 from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.options import Options
 from moeopt.patches import quiet
+from moeopt.sizes import in_words
 from moeopt.value_types import PyObject
 from moeopt.verification.language import find_ids
 
@@ -84,10 +85,12 @@ class BuiltEngine:
 
     def summary(self) -> str:
         """The engine in a sentence."""
-        plan, made_by = self.plan, f"{self.needs.product} {self.needs.version}"
+        plan = self.plan
+        activations = "an unknown amount" if plan.activation_bytes is None else in_words(plan.activation_bytes)
+        made_by = f"{self.needs.product} {self.needs.version}"
         return (
-            f"{PLAN} for {self.target} by {made_by}: {plan.bytes / 1e6:.1f} MB, {len(plan.layers)} layers "
-            f"({format_counts(counted(plan.layers))}), {size(plan.activation_bytes)} of activations at most"
+            f"{PLAN} for {self.target} by {made_by}: {in_words(plan.bytes)}, {len(plan.layers)} layers "
+            f"({format_counts(counted(plan.layers))}), {activations} of activations at most"
         )
 
 

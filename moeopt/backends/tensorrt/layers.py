@@ -65,10 +65,6 @@ def format_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in counts.items())
 
 
-def size(count: int | None) -> str:
-    return "an unknown amount" if count is None else f"{count / 1e6:.1f} MB"
-
-
 def in_block(layers: Iterable[Layer], block: str) -> list[Layer]:
     """The layers that compute nodes of a block, or are named after one."""
     lead = f"{block}/"

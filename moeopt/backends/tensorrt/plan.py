@@ -24,6 +24,7 @@ from moeopt.lower.onnx.lowerings.base import Cost, Lowering
 from moeopt.lower.onnx.lowerings.types import types_of
 from moeopt.lower.onnx.plan import BlockPlan, LoweringChoice, Runnable
 from moeopt.lower.onnx.upcast import upcast_node
+from moeopt.sizes import in_three_figures, in_words
 
 TOKENS = (1, 4, 16, 128)
 """Token counts that count alike when the user names none: decode, small batches, a prompt."""
@@ -58,8 +59,8 @@ class TensorRTPlan(BlockPlan):
         self.max_tokens = max_tokens or max(tokens or TOKENS)
         self.device = DEVICES[target.sm]
         self.memory = memory or int(self.device.memory / SHARE)
-        of_device = f"an eighth of the {self.device.memory / 1e9:g} GB of {self.device.name}"
-        self.bound = f"{size(self.memory)} ({'as given' if memory else of_device})"
+        of_device = f"an eighth of the {in_three_figures(self.device.memory)} of {self.device.name}"
+        self.bound = f"{in_words(self.memory)} ({'as given' if memory else of_device})"
 
     def check(self, site: ExpertsNode) -> None:
         """``Declined`` where the target has not the dtypes that ``site`` computes in."""
@@ -116,7 +117,7 @@ class TensorRTPlan(BlockPlan):
         return LoweringChoice(
             form.name,
             form,
-            f"{size(largest.memory)} of activations for {self.max_tokens} tokens, "
+            f"{in_words(largest.memory)} of activations for {self.max_tokens} tokens, "
             f"{largest.flops / routed:.3g}x the routed FLOPs, estimated {1e3 * time:.3g} ms",
             time,
         )
@@ -131,8 +132,3 @@ class _Widened:
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         kinds = {"x": self._wide.dtype, "weights": self._wide.weights_dtype}
         return self._session.run({name: t.to(kinds.get(name, t.dtype)) for name, t in inputs.items()})
-
-
-def size(count: float) -> str:
-    """Bytes in words: "20.8 MB", "3.2 GB"."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

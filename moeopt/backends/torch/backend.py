@@ -137,7 +137,7 @@ class TorchBackend(Backend):
         self, directory: str | os.PathLike[str], device: PyObject, session_options: JsonValue, limits: LoadLimits,
         resident: int | None,
     ) -> PyObject:  # fmt: skip
-        engine = self._open_impl(directory, device, session_options, limits)
+        engine = load_torch_bundle(directory, device, limits, resident is not None)
         if resident is not None:
             engine.keep_resident(resident)
         return engine

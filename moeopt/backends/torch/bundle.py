@@ -19,7 +19,7 @@ from moeopt.bundle.engine import Engine
 from moeopt.bundle.graph import write_graph
 from moeopt.bundle.holds import notes_on_sizes, sentences
 from moeopt.bundle.manifest import Manifest, read_manifest, write_bundle
-from moeopt.bundle.resident import Residency, ResidentExperts
+from moeopt.bundle.resident import Residency, ResidentExperts, check_resident
 from moeopt.bundle.runner import GraphRunner
 from moeopt.bundle.tree import build
 from moeopt.bundle.weights import pack, unpack
@@ -129,8 +129,6 @@ class LoadedEngine(Engine):
                 f"resident= keeps experts on disk, and {self.manifest.directory} has none that its graph reads as they "
                 "are in the file: leave it out"
             )
-        if self.device.type != "cpu":
-            raise UsageError(f"resident= keeps experts in the pages of a file, and the engine runs on {self.device}")
         others = len(self._runner.expert_calls) - len(layers)
         self._resident = ResidentExperts(budget, self.manifest.path(WEIGHTS), layers, others)
         self._runner.before_experts = self._resident.before
@@ -150,12 +148,13 @@ class LoadedEngine(Engine):
 
 
 def load_torch_bundle(
-    directory: str | os.PathLike[str], device: PyObject = None, limits: LoadLimits = DEFAULT
+    directory: str | os.PathLike[str], device: PyObject = None, limits: LoadLimits = DEFAULT, resident: bool = False
 ) -> LoadedEngine:
     """Check a bundle and load it on ``device``, or on the device it was saved from.
 
     ``BundleError`` names the file and the reason; ``UsageError`` when this machine lacks the device. ``limits`` hold
-    for calls too: one that takes more memory is a ``LimitError``.
+    for calls too: one that takes more memory is a ``LimitError``. ``resident``: whether experts will be kept on disk,
+    which is refused before weights are read.
     """
     manifest = read_manifest(directory)
     if manifest.backend != "torch":
@@ -170,6 +169,8 @@ def load_torch_bundle(
     except (RuntimeError, ValueError):
         raise BundleError(f"{manifest.directory}: it was saved on {saved!r:.60}, which is no device") from None
     where = _target_device(saved, device)
+    if resident:
+        check_resident(directory, where.type)
     try:
         with _opened(manifest.path(WEIGHTS), where) as blocks:
             views = graph["views"]

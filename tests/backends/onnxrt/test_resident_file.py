@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import moeopt
-from moeopt.backends.onnxrt.backend import OnnxRuntimeBackend
-from moeopt.backends.onnxrt.offline_engine import OfflineEngine
+from moeopt.backends.onnxrt import bundle as onnx_bundle
 from moeopt.bundle import resident_file
 from moeopt.bundle.resident_file import WINDOW, ResidentFile
 from moeopt.errors import UsageError
@@ -94,6 +93,13 @@ def test_pages_that_the_process_has_written_to_stay(tmp_path):
     assert pages.measured() == 4 * WINDOW  # what is mapped twice is there once
 
 
+def test_a_budget_is_refused_before_a_graph_is_read(bundle, monkeypatch):
+    monkeypatch.setattr(onnx_bundle, "_checked", lambda *given: pytest.fail("the graph was read"))
+    monkeypatch.setattr(onnx_bundle, "_provider", lambda *given: "cuda")
+    with pytest.raises(UsageError, match="resident= is for engines on the CPU, and .* runs on cuda: leave it out"):
+        moeopt.load(bundle, resident="1MB")
+
+
 def test_weights_that_are_not_mapped_are_refused(bundle, tmp_path, monkeypatch):
     (tmp_path / "w").write_bytes(b"none")
     with pytest.raises(UsageError, match=r"and none of these lie there: the session made copies of them; leave it out"):
@@ -102,9 +108,6 @@ def test_weights_that_are_not_mapped_are_refused(bundle, tmp_path, monkeypatch):
     engine.graph = "absent.onnx"
     with pytest.raises(UsageError, match=r"of a file of their own, and absent.onnx holds them itself: leave it out"):
         engine.keep_resident(1 << 20)
-    monkeypatch.setattr(OnnxRuntimeBackend, "_open_impl", lambda *given: OfflineEngine(tmp_path, {}, "cuda"))
-    with pytest.raises(UsageError, match="resident= is for engines on the CPU, and .* runs on cuda: leave it out"):
-        moeopt.load(bundle, resident="1MB")
     monkeypatch.setattr(resident_file, "PAGEMAP", tmp_path / "absent")
     with pytest.raises(UsageError, match="which this system is not asked for here: use Linux"):
         ResidentFile(1 << 20, tmp_path / "w")

@@ -50,8 +50,8 @@ def test_the_choice_follows_the_tokens(name, tokens, form):
 
 def test_the_choice_is_told_in_a_line():
     assert plan("sm_89", (128,)).why(sized("mixtral")) == (
-        "dense, 96.3 MB of activations for 128 tokens, 4x the routed FLOPs, estimated 10.1 ms; "
-        "next loop, 372.6 MB of activations for 128 tokens, 4x the routed FLOPs, estimated 29.2 ms"
+        "dense, 96.27 MB of activations for 128 tokens, 4x the routed FLOPs, estimated 10.1 ms; "
+        "next loop, 0.37 GB of activations for 128 tokens, 4x the routed FLOPs, estimated 29.2 ms"
     )
 
 
@@ -59,18 +59,18 @@ def test_the_bound_is_the_users_or_an_eighth_of_the_device():
     site = sized("qwen3")
     of_device = {c.name: c.reason for c in plan("sm_89", (4096,)).rank(site)}
     assert "dense" in of_device and "more than" not in of_device["dense"]
-    assert "more than the bound of 3.0 GB (an eighth of the 24 GB of L4)" in of_device["gather"]
+    assert "more than the bound of 3.00 GB (an eighth of the 24 GB of L4)" in of_device["gather"]
     small = plan("sm_89", (1, 4096), memory=100_000_000)
     ranked = small.rank(site)
     assert [c.name for c in ranked if c.lowering] == ["loop"]
-    assert "more than the bound of 100.0 MB (as given)" in {c.name: c.reason for c in ranked}["dense"]
+    assert "more than the bound of 0.10 GB (as given)" in {c.name: c.reason for c in ranked}["dense"]
     assert plan("sm_89", (1,), max_tokens=4096, memory=100_000_000).choice(site).name == "loop"
 
 
 def test_where_none_fits_the_least_is_taken_and_said_to_be_too_large():
     choice = plan("sm_89", (128,), memory=1).choice(sized("mixtral"))
     assert choice.name == "dense" and choice.reason.endswith(
-        "more than the bound of 0.0 MB (as given), and the least there is"
+        "more than the bound of 0.0 kB (as given), and the least there is"
     )
 
 

@@ -16,6 +16,7 @@ from moeopt.options.quant_plan import CHECKPOINT
 from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.rewrite.store_codes import codes_of
+from moeopt.sizes import in_megabytes
 
 _WHY = (
     "the file holds its experts as codes, and they would become floats, several times as large: {}; the block is left "
@@ -68,6 +69,6 @@ def keep_codes(twin: nn.Module, outcome: PipelineResult) -> None:
     floats -= sum(bank.float_bytes for block in blocks for bank in codes_of(block))
     if floats > 0:
         outcome.notes.append(
-            f"{floats / 1e6:.3g} MB of floats stand where blocks had other weights as codes (routers, shared experts): "
-            "only routed experts keep theirs"
+            f"{in_megabytes(floats)} of floats stand where blocks had other weights as codes (routers, shared "
+            "experts): only routed experts keep theirs"
         )

@@ -1,11 +1,11 @@
-"""Whether all weights of a bank lie as they lay: one generated comparison in the place of a look at each.
+"""A guard that all weights of a bank still have the same addresses and layouts: one generated comparison.
 
-    lay = AsItLay(places, experts, check, arm)
-    lay.look()          what was worked out of the weights as they lie, and the weights; anew once one of them moved
+    layout = SameLayout(places, experts, check, arm)
+    layout.look()       what a kernel derived from this layout, and the weights; derived anew once a weight moved
 
-A small block of separate experts has a dozen weights or two and takes a hundred microseconds, and to look at each of
-them by itself takes fifteen. The comparison asks the same of each (``AllPlaces``, ``Place``, ``Watch.expert``), and
-holds no weight. What it does not know is read one by one as before, which alone says what is stale.
+A small block of separate experts has one or two dozen weights and runs for a hundred microseconds; checking each weight
+by itself takes fifteen of these. The comparison checks the same facts (``BankLayout``, ``Place``, ``Watch.expert``) and
+holds no weight. Where it fails, weights are read one by one, which also tells what is stale.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from moeopt.rewrite.all_places import AllPlaces, OnePlace
+from moeopt.rewrite.bank_layout import BankLayout, OnePlace
 from moeopt.rewrite.guard_expression import GuardExpression
 
 MOST = 64
-"""Weights of a bank beyond which a generated comparison would be long, and they are compared in a few calls."""
+"""Weights of a bank above which ``BankLayout`` compares them in a few calls instead of a generated comparison."""
 FEW = 24
-"""Weights up to which all are looked at together sooner than two or three experts alone."""
+"""Weights up to which comparing all takes less time than reading two or three experts."""
 PATIENCE = 32
-"""Calls after which it is tried again to know a bank of which one weight could not be read."""
+"""Calls until a bank in which a weight could not be read is tried again."""
 
 Arm = Callable[[GuardExpression], None]
 """Adds the terms that hold while no expert changes."""
 Remembered = tuple[dict[Any, Any], tuple[Tensor, ...]]
-"""What a kernel has worked out of the weights as they lie, for it to fill, and all weights."""
+"""A table for a kernel to store what it derives from this layout, and all weights."""
 
 
 class ReadablePlace(OnePlace, Protocol):
-    """A place that tells by an error what is not as it was verified."""
+    """A place whose ``read`` raises where something differs from what was verified."""
 
     def read(self) -> Tensor:
         """The tensor as it is now."""
 
 
-class AsItLay:
+class SameLayout:
     """See the module's docstring.
 
     Args:
@@ -51,7 +51,7 @@ class AsItLay:
     def __init__(
         self, places: Sequence[ReadablePlace], experts: int, check: Callable[[int], None], arm: Arm | None
     ) -> None:
-        self._places, self._all, self._experts = places, AllPlaces(places), experts
+        self._places, self._all, self._experts = places, BankLayout(places), experts
         self._check, self._arm = check, arm if len(places) <= MOST else None
         self._known: tuple[Callable[[], Any], dict[Any, Any]] | None = None  # replaced whole: threads may call
         self._wait = 0

@@ -8,8 +8,8 @@ from moeopt.capture.op_kinds import op_name
 from moeopt.capture.replay import descendants
 from moeopt.capture.tape import record
 from moeopt.errors import Declined
-from moeopt.rewrite.keep import NodeRewrite, kept_steps, tensor_leaf
 from moeopt.rewrite.kept_steps import StepRef
+from moeopt.rewrite.plan_kept_steps import NodeRewrite, kept_steps, tensor_leaf
 from tests.capture.tiny import rand
 
 H = 4
@@ -137,7 +137,7 @@ def test_an_output_from_inside_is_declined():
     with pytest.raises(Declined, match=r"a result of single experts \(mul\) is used outside the experts' sum; return it "  # noqa: E501
                        "from the experts only if you need it") as caught:  # fmt: skip
         kept_steps(tape, [change])
-    assert "test_keep.py:" in caught.value.where
+    assert "test_plan_kept_steps.py:" in caught.value.where
 
 
 class PythonCounter(Block):

@@ -1,4 +1,7 @@
-"""What a function is, as a string: equal for equal code, also after a pickle, a reload or a notebook cell run twice."""
+"""Bytecode of a user's functions: the names that a code object holds, and a fingerprint that equal code shares.
+
+A fingerprint is the same after a pickle, a reload, or a second run of a notebook cell.
+"""
 
 from __future__ import annotations
 
@@ -18,95 +21,95 @@ _WORD = re.compile(r"[^\n]{1,64}\Z")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _COMPUTES = ("BINARY_", "FORMAT_", "BUILD_STRING")
 _IDLE = ("CACHE", "PRECALL", "NOP", "RESUME", "PUSH_NULL", "EXTENDED_ARG")
-"""Steps that leave the last value on the stack."""
+"""Instructions that leave the top of the stack as it is."""
 _OPEN = {"vars", "__dict__", "attrgetter", "asdict", "astuple", "globals"}
-"""Names whose use means that attributes are read which no name in the code tells."""
+"""Names whose use means that the code may read attributes that it does not name."""
 
 
 @dataclass(frozen=True)
 class CodeNames:
-    """What one code object names.
+    """The names and constants of one code object.
 
     Attributes:
-        globals: the names that it reads as globals.
-        imports: (level, module) of each import statement in it.
-        names: every attribute, global, method and short string in it.
-        open: whether it reads attributes whose names are computed.
-        numbers: the whole numbers in it.
-        sequences: of such numbers, two or more after each other.
-        reads: (name of what is asked, attribute) of each attribute that it reads; "" where no name tells what is asked.
+        globals: names that are read as globals.
+        imports: (level, module) of each import statement.
+        names: every attribute, global, method and short string constant.
+        computes_names: whether attributes are read whose names are computed.
+        numbers: the integer constants.
+        sequences: tuples of two or more integer constants.
+        reads: (name of the holder, attribute) of each attribute read; the holder is "" where the code does not name it.
     """
 
     globals: tuple[str, ...]
     imports: tuple[tuple[int, str], ...]
     names: frozenset[str]
-    open: bool
+    computes_names: bool
     numbers: frozenset[int]
     sequences: frozenset[tuple[int, ...]]
     reads: frozenset[tuple[str, str]]
 
 
-_WORDS: weakref.WeakKeyDictionary[types.CodeType, CodeNames] = weakref.WeakKeyDictionary()
+_NAMES: weakref.WeakKeyDictionary[types.CodeType, CodeNames] = weakref.WeakKeyDictionary()
 _DIGESTS: weakref.WeakKeyDictionary[types.CodeType, str] = weakref.WeakKeyDictionary()
 
 
-def words(code: types.CodeType) -> CodeNames:
-    """The names in ``code``, without those of functions inside it."""
-    found = _WORDS.get(code)
+def names_in(code: types.CodeType) -> CodeNames:
+    """The names in ``code``; functions defined inside have code objects of their own."""
+    found = _NAMES.get(code)
     if found is None:
-        found = _WORDS[code] = _read(code)
+        found = _NAMES[code] = _names_of(code)
     return found
 
 
-def _read(code: types.CodeType) -> CodeNames:
-    reads: dict[str, None] = {}
+def _names_of(code: types.CodeType) -> CodeNames:
+    global_reads: dict[str, None] = {}
     imports: list[tuple[int, str]] = []
-    level, open_ = 0, bool(_OPEN & {*code.co_names})
-    asked, constant, computed = False, False, False
+    level, computes_names = 0, bool(_OPEN & {*code.co_names})
+    in_getattr, constant_name, computed_name = False, False, False
     for step in dis.get_instructions(code):
         name = step.opname
         if name in ("LOAD_GLOBAL", "LOAD_NAME"):
-            reads[step.argval] = None
+            global_reads[step.argval] = None
         elif name == "IMPORT_NAME":
             imports.append((level, str(step.argval)))
         if isinstance(step.argval, int) and name.startswith("LOAD_"):
-            level = step.argval  # what IMPORT_NAME takes from the stack
+            level = step.argval  # the import level, which IMPORT_NAME pops
         if name.startswith("LOAD_") and step.argval == "getattr" and "CONST" not in name:
-            asked, constant, computed = True, False, False
-        elif asked and name.startswith("CALL"):
-            open_, asked = open_ or computed or not constant, False
-        elif asked:
-            constant = constant or ("CONST" in name and isinstance(step.argval, str))
-            computed = computed or name.startswith(_COMPUTES)
+            in_getattr, constant_name, computed_name = True, False, False
+        elif in_getattr and name.startswith("CALL"):
+            computes_names, in_getattr = computes_names or computed_name or not constant_name, False
+        elif in_getattr:
+            constant_name = constant_name or ("CONST" in name and isinstance(step.argval, str))
+            computed_name = computed_name or name.startswith(_COMPUTES)
     strings = {s for s in _strings(code.co_consts) if _WORD.match(s)}
     named = frozenset({*code.co_names, code.co_name, *strings})
     numbers, lists = frozenset(_numbers(code.co_consts)), frozenset(_sequences(code.co_consts))
     attributes = frozenset((*_attributes(code), *(("", s) for s in strings)))  # getattr(logger, "level")
-    return CodeNames(tuple(reads), tuple(imports), named, open_, numbers, lists, attributes)
+    return CodeNames(tuple(global_reads), tuple(imports), named, computes_names, numbers, lists, attributes)
 
 
 def _attributes(code: types.CodeType) -> Iterator[tuple[str, str]]:
-    """Each attribute with the name of what it is read from: of ``self.config.level`` it is ``config``."""
-    given = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    assigned = {name: {""} for name in given}  # by local variable, the names of what it was set to
-    found: list[tuple[str, str, bool]] = []
-    last, local = "", False  # what the step before loaded; "" where no name tells
+    """(holder, attribute) of each attribute read: ("config", "level") for ``self.config.level``."""
+    parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    assigned = {name: {""} for name in parameters}  # by local variable, the names of what it was set to
+    loads: list[tuple[str, str, bool]] = []
+    loaded, is_local = "", False  # the name that the previous instruction loaded; "" for an unnamed value
     for step in dis.get_instructions(code):
         name, value = step.opname, step.argval
-        if step.is_jump_target:  # ``a or b``, ``a if there else b``: the last value may be another one
-            last, local = "", False
+        if step.is_jump_target:  # ``a or b``, ``a if c else b``: the value may come from either branch
+            loaded, is_local = "", False
         if name in ("LOAD_ATTR", "LOAD_METHOD"):
-            found.append((last, value, local))
+            loads.append((loaded, value, is_local))
         elif name == "STORE_FAST":
-            assigned.setdefault(value, set()).add("" if local else last)
+            assigned.setdefault(value, set()).add("" if is_local else loaded)
         if name in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME"):
-            last, local = value, False
+            loaded, is_local = value, False
         elif name.startswith("LOAD_") and isinstance(value, (str, tuple)) and "CONST" not in name:
-            last, local = value if isinstance(value, str) else value[-1], True
+            loaded, is_local = value if isinstance(value, str) else value[-1], True
         elif name not in _IDLE:
-            last, local = "", False
-    for holder, attribute, local in found:
-        sources = assigned.get(holder, {""}) if local and holder != "self" else {holder}
+            loaded, is_local = "", False
+    for holder, attribute, is_local in loads:
+        sources = assigned.get(holder, {""}) if is_local and holder != "self" else {holder}
         yield from ((source, attribute) for source in sources)
 
 
@@ -137,7 +140,7 @@ def _strings(value: PyObject) -> Iterator[str]:
 
 
 def digest(code: types.CodeType) -> str:
-    """Equal for code objects that do the same, wherever they were compiled."""
+    """A hash that equal code objects share, wherever they were compiled."""
     found = _DIGESTS.get(code)
     if found is None:
         parts = (code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_argcount,
@@ -155,19 +158,19 @@ def _constant(value: PyObject) -> PyObject:
 
 
 def fingerprint(function: Callable[..., Any], depth: int = 4) -> str:
-    """A function with the plain values and the functions that its defaults and its closure hold."""
+    """The fingerprint of a function, with the plain values and functions in its defaults and its closure."""
     if not isinstance(function, types.FunctionType):
         inner = getattr(function, "__func__", None)
         if inner is not None and depth:
             return fingerprint(inner, depth - 1)
         return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-    held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    held += [cell.cell_contents for cell in function.__closure__ or () if filled(cell)]
-    parts = [_held(value, depth) for value in held]
+    values = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    values += [cell.cell_contents for cell in function.__closure__ or () if has_contents(cell)]
+    parts = [_value_text(value, depth) for value in values]
     return f"{function.__module__}.{function.__qualname__}:{digest(function.__code__)}:{'|'.join(parts)}"
 
 
-def _held(value: PyObject, depth: int) -> str:
+def _value_text(value: PyObject, depth: int) -> str:
     if type(value) in _PLAIN:
         return repr(value)
     if isinstance(value, types.FunctionType) and depth:
@@ -175,8 +178,8 @@ def _held(value: PyObject, depth: int) -> str:
     return type(value).__qualname__
 
 
-def filled(cell: PyObject) -> bool:
-    """Whether a closure's cell has a value."""
+def has_contents(cell: PyObject) -> bool:
+    """Whether the cell of a closure holds a value."""
     try:
         cell.cell_contents  # noqa: B018
     except ValueError:
@@ -184,6 +187,6 @@ def filled(cell: PyObject) -> bool:
     return True
 
 
-def installed(filename: object) -> bool:
-    """Whether a file is an installed package's: its functions may be replaced, but nobody writes into them."""
+def in_installed_package(filename: object) -> bool:
+    """Whether a source file belongs to an installed package, whose functions may be replaced but are not edited."""
     return "site-packages" in str(filename)

@@ -1,7 +1,7 @@
-"""All Parameters of a bank looked at together: where each lies, or that one of them is to be looked at alone.
+"""The addresses and layouts of all Parameters of a bank, read together.
 
 A bank of E experts reads some 3 E tensors at each call of a GPU kernel, since only the GPU knows which experts are hit.
-Reading them one by one costs milliseconds of Python; the same questions asked of all at once, in C, a third of that.
+One by one this takes milliseconds of Python; ``map`` over all of them, which runs in C, takes a third of that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _GEOMETRY: tuple[Callable[[Any], object], ...] = (
 
 
 class OnePlace(Protocol):
-    """Where one tensor of a module tree is: see ``live_weights.Place``."""
+    """The place of one tensor in a module tree; see ``live_weights.Place``."""
 
     links: list[tuple[dict[str, Any], str, nn.Module]]
     owner: nn.Module
@@ -35,8 +35,8 @@ class OnePlace(Protocol):
     key: str
 
 
-class AllPlaces:
-    """The places of one bank, each of which was read once: what is said of them is what each said then."""
+class BankLayout:
+    """The places of one bank. Each place was read once by itself, and had no reason to refuse."""
 
     def __init__(self, places: Iterable[OnePlace]) -> None:
         places = list(places)

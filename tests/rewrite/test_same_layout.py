@@ -16,12 +16,12 @@ from moeopt.ops import experts, experts_reference
 from moeopt.ops.every_ids import every_ids
 from moeopt.ops.native import again
 from moeopt.ops.native.library import library
-from moeopt.rewrite import as_it_lay, live_weights, module_guard
-from moeopt.rewrite.all_places import AllPlaces
+from moeopt.rewrite import live_weights, module_guard, same_layout
+from moeopt.rewrite.bank_layout import BankLayout
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place
-from moeopt.rewrite.stale import Stale
-from tests.rewrite.test_all_places import deleted_and_new, new_parameter, swapped_data
+from moeopt.rewrite.refused_call import Stale
+from tests.rewrite.test_bank_layout import deleted_and_new, new_parameter, swapped_data
 from tests.rewrite.test_known_entries import negated, transposed, written
 from tests.rewrite.test_live_weights import E, H, listed
 
@@ -39,7 +39,7 @@ def no_gradients():
 def many(request, monkeypatch):
     """A bank of few weights, and one of so many that they are compared in a few calls."""
     if request.param == "compared":
-        monkeypatch.setattr(as_it_lay, "MOST", 3)
+        monkeypatch.setattr(same_layout, "MOST", 3)
 
 
 @pytest.fixture
@@ -161,10 +161,10 @@ def test_what_is_stale_is_told_where_its_expert_runs_and_only_there(bank, change
 
 
 def test_a_bank_with_a_stale_expert_is_looked_at_anew_once_in_a_while_and_known_again(bank, monkeypatch):
-    others, looks, honest = torch.tensor([[2, 0]]), [], as_it_lay.AsItLay._know
-    monkeypatch.setattr(as_it_lay.AsItLay, "_know", lambda lay: (looks.append(1), honest(lay))[1])
+    others, looks, honest = torch.tensor([[2, 0]]), [], same_layout.SameLayout._know
+    monkeypatch.setattr(same_layout.SameLayout, "_know", lambda lay: (looks.append(1), honest(lay))[1])
     handle = bank.root.experts[1][0].register_forward_hook(lambda *a: None)
-    for _ in range(as_it_lay.PATIENCE + 1):
+    for _ in range(same_layout.PATIENCE + 1):
         assert right(bank, others) and bank._lay._known is None
     assert len(looks) == 1
     handle.remove()
@@ -230,7 +230,7 @@ def test_of_many_weights_few_experts_are_looked_at_alone(monkeypatch):
     monkeypatch.setattr(live_weights, "FEW", 3)
     root, refs = listed()
     bank = LiveExpertWeights(root, refs, ("oi", "oi"))
-    monkeypatch.setattr(AllPlaces, "arm", lambda *args: pytest.fail("all were looked at"))
+    monkeypatch.setattr(BankLayout, "arm", lambda *args: pytest.fail("all were looked at"))
     assert bank.remembered(E - 1) is None and right(bank, CALLS["some"])
     monkeypatch.undo()
     assert bank.remembered(E) is not None

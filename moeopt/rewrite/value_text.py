@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from moeopt.capture.held_contents import foreign
-from moeopt.rewrite.code import fingerprint
+from moeopt.rewrite.bytecode import fingerprint
 from moeopt.value_types import PyObject
 
 Spelled = tuple[str, str]

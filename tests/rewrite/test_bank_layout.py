@@ -7,7 +7,7 @@ from torch import nn
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.triton.addresses import weights_of
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place
-from moeopt.rewrite.stale import Stale
+from moeopt.rewrite.refused_call import Stale
 from tests.rewrite.test_live_weights import H, listed
 
 SPEC = ExpertsSpec(rows="plain", activation="relu")
