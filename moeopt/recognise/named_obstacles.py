@@ -25,7 +25,7 @@ from moeopt.recognise.rows_of_others import adds_up_neighbours, chosen_among_tok
 from moeopt.recognise.weights_for_rows import mixed_kernels, single_neurons
 
 _REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
-_ATTENTION = ("_scaled_dot_product", "_softmax", "softmax")
+_ATTENTION = ("scaled_dot_product", "_scaled_dot_product", "_softmax", "softmax")
 _ATTENDS = (
     "between its experts' matmuls stands attention or a softmax: the experts are projections around it (a mixture "
     "inside attention), or mix their tokens by it; only functions of each token's own row are grouped, so this block "
