@@ -89,10 +89,8 @@ def with_frontier(
         last = by_sum(labels, combine, tokens, group, levels)
         routing = find_routing(tape, dispatch, table, weight_dtype(tape, group), again, accept, rarer, last)
     except (FixedShares, NoIds, NoWeights) as err:
-        if (told := _told_by_flow(tape, err, tokens, labels, combine, len(experts))) is not None:
-            raise told from None
         _say_more(err, group, tokens, labels, combine)
-        raise
+        raise _told_by_flow(tape, err, tokens, labels, combine, len(experts)) from None
     progress[0] = 4
     ids = routing.ids.run(tape) if routing.ids is not None else None
     if missing:
@@ -116,11 +114,14 @@ def with_frontier(
 
 def _told_by_flow(
     tape: Tape, err: Declined, tokens: Tokens, labels: Labels, combine: Combine, experts: int
-) -> Declined | None:
-    """The cause behind a refusal, where what stands before or behind the experts shows one."""
+) -> Declined:
+    """The cause behind a refusal, where what stands before or behind the experts shows one; else the refusal."""
+    told = None
     if isinstance(err, FixedShares):
-        return layers_of_all_before(tape, tokens.node, experts)
-    return numbers_of_experts(tape, combine, list(labels.token)) if isinstance(err, NoWeights) else None
+        told = layers_of_all_before(tape, tokens.node, experts)
+    elif isinstance(err, NoWeights):
+        told = numbers_of_experts(tape, combine, list(labels.token))
+    return told or err
 
 
 def _say_more(err: Declined, group: list[FFNCandidate], tokens: Tokens, labels: Labels, combine: Combine) -> None:

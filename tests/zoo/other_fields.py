@@ -169,3 +169,97 @@ class NumbersOfTheirOwn(CapacityAndMore):
 @case(seq(D), experts=N, expect="declined", reason=r"multiplied by a number of each expert's own \(mul\)")
 def numbers_of_each_experts_own():
     return NumbersOfTheirOwn()
+
+
+class Bilinear(nn.Module):
+    """Every expert is one bilinear form of the row with itself, and a gate weighs all."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.forms = nn.Linear(D, N), nn.ModuleList(nn.Bilinear(D, D, 8) for _ in range(N))
+
+    def forward(self, x):
+        weights = self.gate(x).softmax(-1)
+        return sum(weights[..., e : e + 1] * form(x, x) for e, form in enumerate(self.forms))
+
+
+@case(seq(D), experts=N, expect="either", moe=1)
+def bilinear_forms_of_a_gate():
+    return Bilinear()
+
+
+class OfSoftmaxes(nn.Module):
+    """Several contexts by one product, one matrix of words for all, and a prior over their softmaxes."""
+
+    def __init__(self):
+        super().__init__()
+        self.prior, self.contexts, self.words = nn.Linear(D, N), nn.Linear(D, N * D), nn.Linear(D, 30)
+
+    def forward(self, x):
+        parts = self.words(self.contexts(x).tanh().view(*x.shape[:-1], N, D)).softmax(-1)
+        return (parts * self.prior(x).softmax(-1)[..., None]).sum(-2).log()
+
+
+@case(seq(D), experts=N, expect="declined", reason=r"4 parts of one product \(contexts.weight\).*\(words.weight\)")
+def mixture_of_softmaxes():
+    return OfSoftmaxes()
+
+
+class OfHeads(nn.Module):
+    """A router chooses among the heads of an attention, all of which are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.router, self.out = nn.Linear(D, 3 * D), nn.Linear(D, N), nn.Linear(D, D)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, N, D // N).permute(2, 0, 3, 1, 4)
+        scores = self.router(x).softmax(-1)
+        kept = torch.zeros_like(scores).scatter(-1, scores.topk(2).indices, 1.0) * scores
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        return self.out((mixed * kept[..., None]).flatten(2))
+
+
+@case(seq(D), experts=N, expect="declined", reason="4 heads of an attention, which all run")
+def mixture_of_heads():
+    return OfHeads()
+
+
+class TreeOfNeurons(nn.Module):
+    """Each neuron's product with the token tells which one is next (a fast feed-forward)."""
+
+    def __init__(self, depth=3):
+        super().__init__()
+        self.depth, self.first, self.last = depth, stack(2**depth - 1, D), stack(2**depth - 1, D)
+
+    def forward(self, x):
+        rows, total = x.reshape(-1, D), 0
+        node = torch.zeros(len(rows), dtype=torch.long)
+        for _ in range(self.depth):
+            score = (rows * self.first[node]).sum(-1)
+            total = total + F.gelu(score)[:, None] * self.last[node]
+            node = 2 * node + 1 + (score > 0).long()
+        return total.view(x.shape)
+
+
+@case(seq(D), experts=7, expect="declined", reason="single neurons of a tree: each is one row of first")
+def tree_of_neurons():
+    return TreeOfNeurons()
+
+
+class ChosenVectors(nn.Module):
+    """One network of all experts, whose inputs and outputs each expert scales by vectors of its own (BatchEnsemble)."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.gate, self.scales = ffn(), nn.Linear(D, N), nn.Embedding(N, D)
+        self.signs = stack(N, D)
+
+    def forward(self, x):
+        weight, number = self.gate(x).softmax(-1).max(-1)
+        return self.net(x * self.signs[number]) * self.scales(number) * weight[..., None]
+
+
+@case(seq(D), experts=N, expect="declined", reason="are vectors, the rows of signs, scales.weight, which a gate mixes")
+def vectors_of_the_chosen_expert():
+    return ChosenVectors()
