@@ -103,12 +103,10 @@ def _first_product(products: list[fx.Node], memo: dict[fx.Node, bool]) -> fx.Nod
 
 def _heads(unread: UnreadBlocks, product: fx.Node, memo: dict[fx.Node, bool]) -> Iterator[BlockCandidate]:
     for gate, heads in (product.all_input_nodes, product.all_input_nodes[::-1]):
-        attention = _unmoved(heads)
-        if "scaled_dot_product_attention" not in op_name(attention):
-            continue
-        batch, count, length = (*attention.meta["shape"], 0, 0, 0)[:3]
-        choice = made_by(gate, ("topk", "sort", "argmax"))
-        if choice is None or count < 2 or math.prod(gate.meta["shape"]) != batch * count * length:
+        shape, attention = _heads_of(heads)
+        choice = made_by(gate, ("topk", "sort", "argmax")) if attention is not None else None
+        count, rows = (*shape, 0, 0)[1], math.prod(shape[:-1])
+        if attention is None or choice is None or count < 2 or math.prod(gate.meta["shape"]) != rows:
             continue
         scores = _products_before_choice(choice, memo)
         path = _path(unread, scores, memo) if scores is not None else ""
@@ -136,10 +134,20 @@ def _products_before_choice(choice: fx.Node, memo: dict[fx.Node, bool]) -> fx.No
     return None
 
 
-def _unmoved(node: fx.Node) -> fx.Node:
-    while moves_rows(node) and node.all_input_nodes:
+def _heads_of(node: fx.Node) -> tuple[tuple[int, ...], fx.Node | None]:
+    """The last product of the attention that ``node`` was moved from, None of others, and (B, heads, length, size)."""
+    shape: tuple[int, ...] = ()
+    while True:
+        of = node.meta.get("shape") or ()
+        shape = of if len(of) == 4 else shape
+        if not moves_rows(node) or not node.all_input_nodes:
+            break
         node = node.all_input_nodes[0]
-    return node
+    by = node.all_input_nodes[0] if op_name(node) in ("bmm", "matmul") else None
+    while by is not None and (moves_rows(by) or is_pointwise(by)) and by.all_input_nodes:
+        by = by.all_input_nodes[0]
+    asked = "scaled_dot_product_attention" in op_name(node) or (by is not None and op_name(by) in GATES[:2])
+    return shape, node if asked and len(shape) == 4 else None
 
 
 def _path(unread: UnreadBlocks, product: fx.Node, memo: dict[fx.Node, bool]) -> str:
