@@ -10,6 +10,7 @@ No expert is a product. Told from the values of a memory, which are added, by wh
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from torch import fx
@@ -98,9 +99,10 @@ def _among(choice: fx.Node) -> int:
     return int(shape[axis]) if isinstance(axis, int) and shape else 0
 
 
-def scales(mixed: fx.Node) -> bool:
+def scales(mixed: fx.Node, scores: bool = False) -> bool:
     """Whether what ``mixed`` holds, weighed, summed and moved, is multiplied with something computed from the input
-    that is as large, and through no product before."""
+    that is as large, and through no product before; by ``scores`` also where only the sum of the features is read, as
+    of a token's product with the chosen centroid."""
     stack, seen = [mixed], set[fx.Node]()
     while stack and len(seen) < _STEPS:
         node = stack.pop()
@@ -110,13 +112,23 @@ def scales(mixed: fx.Node) -> bool:
         for user in node.users:
             others = [a for a in user.all_input_nodes if a is not node]
             if op_name(user) == "mul" and any(_as_large(a, node) for a in others):
-                if any(map(_of_input, others)):
+                if any(map(_of_input, others)) and (scores or not _is_score(user)):
                     return True
             elif op_name(user) in ("add", "sub") and any(_of_input(a) for a in others if _as_large(a, node)):
                 continue  # a bias of experts, looked up for each row
             elif moves_rows(user) or is_pointwise(user) or op_name(user) in ("sum", "bmm", "mm"):
                 stack.append(user)
     return False
+
+
+def _is_score(product: fx.Node) -> bool:
+    """Whether all that reads an element-wise product adds up its features."""
+    size = product.meta["shape"][-1]
+    sums = (
+        op_name(u) == "sum" and math.prod(u.meta["shape"]) * size == math.prod(product.meta["shape"])
+        for u in product.users
+    )
+    return bool(product.users) and all(sums)
 
 
 def _as_large(a: fx.Node, b: fx.Node) -> bool:

@@ -33,7 +33,7 @@ def walked_neurons(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
                 lookups.setdefault(path, []).append(node)
     seen = set[int]()
     for path, rows in lookups.items():
-        walked = next((n for n in rows if len(rows) > 1 and _is_walked(n, rows) and scales(n)), None)
+        walked = next((n for n in rows if len(rows) > 1 and _is_walked(n, rows) and scales(n, scores=True)), None)
         if walked is None or walked.meta["call"] in seen:
             continue
         seen.add(walked.meta["call"])
