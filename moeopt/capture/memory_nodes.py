@@ -43,9 +43,16 @@ class _Entry:
     view: tuple[Any, tuple[Any, ...], dict[str, Any], int | None] | None = None
 
 
+def unusual_layout(t: torch.Tensor) -> str:
+    """What a tensor is that is no grid of numbers in one block of memory (sparse_coo, nested); "" of a grid."""
+    if t.is_nested:
+        return "nested"
+    return "" if t.layout == torch.strided else str(t.layout).removeprefix("torch.")
+
+
 def storage_key(t: torch.Tensor) -> int:
-    """The identity of the memory that ``t`` lies in; a tensor without one block of memory (sparse) has its own."""
-    return int(t.untyped_storage()._cdata) if t.layout == torch.strided else -id(t)
+    """The identity of the memory that ``t`` lies in; one that lies in no one block as a grid (sparse) has its own."""
+    return -id(t) if unusual_layout(t) else int(t.untyped_storage()._cdata)
 
 
 class MemoryNodes(TorchDispatchMode):
@@ -80,17 +87,19 @@ class MemoryNodes(TorchDispatchMode):
                     self._attributes.setdefault(id(value), f"{path}.{name}" if path else name)
         self._by_storage: dict[int, torch.Tensor] = {}
         for _, tensor in (*state.parameters, *state.buffers):
-            if tensor.layout == torch.strided and tensor.device.type != "meta":
+            if not unusual_layout(tensor) and tensor.device.type != "meta":
                 self._by_storage.setdefault(storage_key(tensor), tensor)
 
     def _finish(self, node: fx.Node, value: PyObject) -> fx.Node:
         node.meta["call"] = self.current if self.current is not None else 0
         node.meta["index"] = len(self.nodes)
         if isinstance(value, torch.Tensor):
-            node.meta["shape"] = tuple(value.shape)
+            layout = unusual_layout(value)
+            ragged = layout == "nested" and value.layout == torch.strided  # such a tensor has no shape
+            node.meta["shape"] = (value.numel(),) if ragged else tuple(value.shape)
             node.meta["dtype"] = value.dtype
-            if value.layout != torch.strided:
-                node.meta["layout"] = value.layout
+            if layout:
+                node.meta["layout"] = layout
         self.nodes.append(node)
         if self.keep_values:
             self.values[node] = value
@@ -150,7 +159,7 @@ class MemoryNodes(TorchDispatchMode):
         if name is not None:
             node = self.make.attribute(name)
             return self._enter(t, self._finish(node, t))
-        base = self._by_storage.get(storage_key(t)) if t.layout == torch.strided else None
+        base = None if unusual_layout(t) else self._by_storage.get(storage_key(t))
         if base is not None and base is not t:  # a .data or detached alias of a parameter
             parent = self.node_of(base)
             geometry = (list(t.shape), list(t.stride()), t.storage_offset())

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch._ops import HigherOrderOperator
 
 from moeopt.capture.functional import functional_twin, mutated_args, unsaid_writes
-from moeopt.capture.memory_nodes import MemoryNodes, storage_key
+from moeopt.capture.memory_nodes import MemoryNodes, storage_key, unusual_layout
 from moeopt.capture.module_state import ModuleState
 from moeopt.capture.recorded import Call, Read
 from moeopt.capture.source_line import user_line
@@ -30,6 +30,9 @@ _WRAPPED = object()
 
 
 _NOT_RUN = object()
+
+
+_ATTENTION_ON_CPU = aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 _VIEW_TWINS = {
@@ -98,6 +101,8 @@ class Recorder(MemoryNodes):
         out = func(*args, **kwargs)
         if self.steer is not None:
             out = self.steer(func, args, out)
+        if func is _ATTENTION_ON_CPU:
+            self._attention(node_args, node_kwargs, out[0], draws_random(func, args, kwargs))
         node = self.make.call(func, node_args, node_kwargs)
         node.meta["source"] = user_line()
         if draws_random(func, args, kwargs):
@@ -131,6 +136,18 @@ class Recorder(MemoryNodes):
         gate = self.__torch_dispatch__(aten.sigmoid.default, types, (gate,))
         product: torch.Tensor = self.__torch_dispatch__(aten.mul.Tensor, types, (value, gate))
         return product
+
+    def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: torch.Tensor, random: bool) -> None:
+        """What an attention's kernel gives, as the call that PyTorch chose the kernel for: on a sequence of no tokens
+        the kernel itself ends the process, and PyTorch takes another."""
+        query, key, value, *rest = args
+        given = {"dropout_p": 0.0, "is_causal": False} | dict(zip(("dropout_p", "is_causal"), rest, strict=False))
+        given |= {"enable_gqa": query.meta["shape"][-3] != key.meta["shape"][-3]} | kwargs
+        node = self.make.call(aten.scaled_dot_product_attention.default, (query, key, value), given)
+        node.meta["source"] = user_line()
+        if random:
+            node.meta["random"] = True
+        self._enter(out, self._finish(node, out))
 
     @property
     def open(self) -> bool:
@@ -169,8 +186,8 @@ class Recorder(MemoryNodes):
         self, func: FxTarget, args: PyObject, kwargs: PyObject, node: fx.Node, out: torch.Tensor, item: int | None
     ) -> None:
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        strided = out.layout == torch.strided
-        if strided and first is not None and first is not out and storage_key(first) == storage_key(out):
+        within = first is not None and first is not out and not unusual_layout(out)
+        if within and first is not None and storage_key(first) == storage_key(out):
             if out.numel() or storage_key(out) in self._storages:
                 rest = tuple(self._as_nodes(a) for a in args[1:])
                 self._enter(out, node, parent=first, view=(func, rest, self._as_nodes_dict(kwargs), item))

@@ -43,15 +43,21 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], way_o
                 raising_line(err.__traceback__),
             ) from err
         hint = call_hint(module, args, kwargs) if way_out is _GIVEN else ""
-        raise CaptureError(
-            f"{type(module).__name__} raised {in_short(err)}{way_out}{hint}", raising_line(err.__traceback__)
-        ) from err
+        name = type(module).__name__
+        if way_out is _MADE and getattr(module, "of_a_file", False):
+            name, way_out = "its graph", _MADE_FOR_A_FILE
+        raise CaptureError(f"{name} raised {in_short(err)}{way_out}{hint}", raising_line(err.__traceback__)) from err
 
 
 _GIVEN = "; check that it runs on these inputs in eager mode"
 _MADE = (
     ", on inputs that moeopt made like the example's (other sizes and values, integers that the example has), without "
     "which nothing can be checked; let its forward take them"
+)
+_MADE_FOR_A_FILE = (
+    ", on inputs that moeopt made like the example's, without which nothing can be checked: the graph holds sizes or "
+    "values of the call that it was exported with, or takes inputs that belong together; export it with free sizes, or "
+    "optimise the PyTorch model"
 )
 
 

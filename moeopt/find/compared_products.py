@@ -2,6 +2,7 @@
 
 y = sum over e of (n == number_e) * f(x W_e)       n: an integer for each row, as a size of a patch or a domain
 y = where(n == number_e, f(x W_e), y)              the same, one after another
+y = sum over e of (sum over k of (ids_k == number_e) * w_k) * f(x W_e)       weights of the chosen, by comparisons
 """
 
 from __future__ import annotations
@@ -27,6 +28,13 @@ _ONE_KEPT = (
 )
 
 
+_SOME_WEIGHED = (
+    "its experts are one matrix each ({}), every row passes all of them, and comparisons of the chosen numbers with "
+    "each expert's own weigh the results, which is read neither as a choice of rows nor as a gate; to run the chosen "
+    "alone, pick each expert's rows (torch.where(ids == number)), and add the results up by index_add"
+)
+
+
 def compared_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
     """The mixtures in the run of ``unread`` of whose results comparisons of one integer tensor keep one each."""
     nodes = unread.tape.nodes
@@ -36,8 +44,10 @@ def compared_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
         if is_computed_weight(node, memo):
             memo[node] = True
     kept: dict[fx.Node, dict[fx.Node, None]] = {}
+    weighing = set[fx.Node]()
     for comparison in compared:
-        products = _kept_by(comparison, memo)
+        products, weighed = _kept_by(comparison, memo)
+        weighing.update(comparison.all_input_nodes[:1] if weighed else ())
         if len(products) == 1:
             kept.setdefault(comparison.all_input_nodes[0], {})[products[0]] = None
     for numbers, ran in kept.items():
@@ -53,7 +63,8 @@ def compared_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
         call = unread.tape.calls[max(set.intersection(*inside))]
         place = unread.place(call, products[0].meta["index"], count, {id(unread.named[p]) for p in paths})
         largest = max(sorted(paths), key=lambda path: unread.named[path].numel(), default="")
-        yield dataclasses.replace(place, reason=_ONE_KEPT.format(largest))
+        reason = _SOME_WEIGHED if numbers in weighing else _ONE_KEPT
+        yield dataclasses.replace(place, reason=reason.format(largest))
 
 
 def _numbers_of_rows(comparison: fx.Node) -> fx.Node | None:
@@ -64,15 +75,20 @@ def _numbers_of_rows(comparison: fx.Node) -> fx.Node | None:
     return first if integer and not others else None
 
 
-def _kept_by(comparison: fx.Node, memo: dict[fx.Node, bool]) -> list[fx.Node]:
-    """The products with weights of whose results the ``comparison``, moved and cast, keeps some rows."""
+def _kept_by(comparison: fx.Node, memo: dict[fx.Node, bool]) -> tuple[list[fx.Node], bool]:
+    """The products with weights of whose results the ``comparison``, moved and cast, keeps some rows; and whether it
+    picks a weight for them first."""
+    weighed = False
     for node, user in (walk := ForwardWalk(comparison, _STEPS)):
         if op_name(user) in (*WEIGH, "where"):
             values = [a for a in user.args if isinstance(a, fx.Node) and a is not node][:1]  # where: the kept one
-            return [p for a in values if (p := _product_behind(a, memo)) is not None]
-        if moves_rows(user) or is_pointwise(user):
+            found = [p for a in values if (p := _product_behind(a, memo)) is not None]
+            if found or op_name(user) != "mul":
+                return found, weighed
+            weighed = True
+        if moves_rows(user) or is_pointwise(user) or (weighed and op_name(user) == "sum"):
             walk.follow(user)
-    return []
+    return [], weighed
 
 
 def _product_behind(node: fx.Node, memo: dict[fx.Node, bool]) -> fx.Node | None:

@@ -1,6 +1,7 @@
 """Places of mixtures whose experts are vectors, weighed for each token: IA3 vectors, scales, prompts.
 
     v = softmax(r(x)) @ V       or sum over k of w_k V[ids_k]: one mixture of the rows of V for each token
+    v = V[argmax(r(x))]         or one row (the vectors of a BatchEnsemble: several tables, by one choice)
     y = f(x) * v
 
 No expert is a product. Told from the values of a memory, which are added, by what they are multiplied with.
@@ -9,6 +10,7 @@ No expert is a product. Told from the values of a memory, which are added, by wh
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from torch import fx
@@ -20,9 +22,10 @@ from moeopt.find.forward_walk import ForwardWalk
 from moeopt.find.light_sites import leaf_of
 from moeopt.find.module_lists import gate_width
 from moeopt.find.unread_blocks import UnreadBlocks
+from moeopt.listed import listed
 from moeopt.recognise.gemm_sites import weight_and_operand
 
-_TOPS = ("topk", "sort")
+_TOPS = ("topk", "sort", "argmax", "argmin", "max", "min")
 _STEPS = 32
 """Calls that are looked at between a table and what its rows are multiplied with."""
 
@@ -30,18 +33,26 @@ _STEPS = 32
 def mixed_vectors(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
     """The mixtures of a table's rows in the run of ``unread`` that scale something."""
     memo: dict[fx.Node, bool] = {}
+    mixtures: dict[tuple[int, fx.Node], dict[str, fx.Node]] = {}
     for node in unread.tape.nodes:
-        path = _weighed_table(unread, node, memo) or _looked_up_table(unread, node)
-        if path and _scales(node):
-            table = unread.named[path]
-            call = unread.tape.call_of(node)
-            place = unread.place(call, node.meta["index"], len(table), {id(table)})
-            own = path.removeprefix(f"{call.path}.")  # the same in every model that holds the block
-            reason = (
-                f"its experts are vectors, the rows of {own}, which a gate mixes for each token: no expert is a "
-                "product, so there is nothing to group; this block stays as it is"
-            )
-            yield dataclasses.replace(place, reason=reason)
+        path, choice = _weighed_table(unread, node, memo), node
+        if not path:
+            path, choice = _looked_up_table(unread, node)
+        if path and scales(node):
+            home = unread.tape.call_of(node)
+            if op_name(node) == "embedding" and home.parent is not None:  # a table in a module of its own
+                home = unread.tape.calls[home.parent]
+            mixtures.setdefault((home.index, choice), {}).setdefault(path, node)
+    for (index, _), tables in mixtures.items():
+        call, first = unread.tape.calls[index], next(iter(tables.values()))
+        count = len(unread.named[next(iter(tables))])
+        place = unread.place(call, first.meta["index"], count, {id(unread.named[path]) for path in tables})
+        own = listed(path.removeprefix(f"{call.path}.") for path in tables)  # the same in every model
+        reason = (
+            f"its experts are vectors, the rows of {own}, which a gate mixes for each token: no expert is a "
+            "product, so there is nothing to group; this block stays as it is"
+        )
+        yield dataclasses.replace(place, reason=reason)
 
 
 def _weighed_table(unread: UnreadBlocks, node: fx.Node, memo: dict[fx.Node, bool]) -> str:
@@ -66,34 +77,53 @@ def _weighed_table(unread: UnreadBlocks, node: fx.Node, memo: dict[fx.Node, bool
     return ""
 
 
-def _looked_up_table(unread: UnreadBlocks, node: fx.Node) -> str:
-    """The name of the table of which ``node`` is the rows that a top-k among all of them chose."""
+def _looked_up_table(unread: UnreadBlocks, node: fx.Node) -> tuple[str, fx.Node]:
+    """The name of the table of which ``node`` is the rows that a choice among all of them took, and this choice."""
     if op_name(node) not in ("index", "index_select", "embedding") or len(node.all_input_nodes) != 2:
-        return ""
+        return "", node
     path = leaf_of(unread.tape, node.all_input_nodes[0])[0]
     table = unread.named.get(path)
     if table is None or table.dim() != 2 or len(node.meta["shape"]) < 2:
-        return ""
+        return "", node
     ids = node.all_input_nodes[1]
-    while moves_rows(ids) and ids.all_input_nodes and op_name(ids.all_input_nodes[0]) not in _TOPS:
+    while moves_rows(ids) and ids.all_input_nodes and op_name(ids) not in _TOPS:
         ids = ids.all_input_nodes[0]
-    chooser = ids.all_input_nodes[0] if ids.all_input_nodes else ids
-    return path if op_name(chooser) in _TOPS and gate_width(chooser) == len(table) else ""
+    return (path, ids) if op_name(ids) in _TOPS and _among(ids) == len(table) else ("", node)
 
 
-def _scales(mixed: fx.Node) -> bool:
+def _among(choice: fx.Node) -> int:
+    """Among how many things a top-k, or a largest of one row, chooses."""
+    if op_name(choice) in ("topk", "sort"):
+        return gate_width(choice)
+    axis = choice.args[1] if len(choice.args) > 1 else choice.kwargs.get("dim", -1)
+    shape = choice.all_input_nodes[0].meta.get("shape") or ()
+    return int(shape[axis]) if isinstance(axis, int) and shape else 0
+
+
+def scales(mixed: fx.Node, scores: bool = False) -> bool:
     """Whether what ``mixed`` holds, weighed, summed and moved, is multiplied with something computed from the input
-    that is as large, and through no product before."""
+    that is as large, and through no product before; by ``scores`` also where only the sum of the features is read, as
+    of a token's product with the chosen centroid."""
     for node, user in (walk := ForwardWalk(mixed, _STEPS)):
         others = [a for a in user.all_input_nodes if a is not node]
         if op_name(user) == "mul" and any(_as_large(a, node) for a in others):
-            if any(map(_of_input, others)):
+            if any(map(_of_input, others)) and (scores or not _is_score(user)):
                 return True
         elif op_name(user) in ("add", "sub") and any(_of_input(a) for a in others if _as_large(a, node)):
             continue  # a bias of experts, looked up for each row
         elif moves_rows(user) or is_pointwise(user) or op_name(user) in ("sum", "bmm", "mm"):
             walk.follow(user)
     return False
+
+
+def _is_score(product: fx.Node) -> bool:
+    """Whether all that reads an element-wise product adds up its features."""
+    size = product.meta["shape"][-1]
+    sums = (
+        op_name(u) == "sum" and math.prod(u.meta["shape"]) * size == math.prod(product.meta["shape"])
+        for u in product.users
+    )
+    return bool(product.users) and all(sums)
 
 
 def _as_large(a: fx.Node, b: fx.Node) -> bool:

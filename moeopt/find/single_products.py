@@ -8,6 +8,8 @@
     compared  y = sum((n == e) * f_e(x))   all run, and a comparison keeps one (``find.compared_products``)
     vectors   y = f(x) * (sum of g_e V_e)  no expert is a product (``find.mixed_vectors``)
     neurons   y = (f(x W1) * mask) W2      groups of neurons, all computed, and masked (``find.neuron_groups``)
+    trees     n = 2 n + 1 + (x . W1[n] > 0)  single neurons, one after another (``find.walked_neurons``)
+    parts     y = sum(gate_k * f(x W)[k])  parts of one product, or heads of an attention (``find.gated_parts``)
 
 Projections of an attention are experts so (SwitchHead), and kernels of a convolution. What every token passes is no
 mixture: something must choose, or weigh.
@@ -24,12 +26,14 @@ from moeopt.capture.op_kinds import is_matmul, moves_rows, op_name, picks_rows
 from moeopt.capture.replay import ancestors, descendants
 from moeopt.find.block_candidates import BlockCandidate, identity_of
 from moeopt.find.compared_products import compared_products
+from moeopt.find.gated_parts import gated_parts
 from moeopt.find.gated_products import gated_products
 from moeopt.find.light_sites import leaf_of
 from moeopt.find.mixed_vectors import mixed_vectors
 from moeopt.find.module_lists import alike_lists, made_by
 from moeopt.find.neuron_groups import neuron_groups
 from moeopt.find.unread_blocks import UnreadBlocks, calls_of_blocks, weights_of
+from moeopt.find.walked_neurons import walked_neurons
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.weights_for_rows import summed_matrices
 
@@ -44,7 +48,7 @@ def single_products(unread: UnreadBlocks, places: list[BlockCandidate]) -> list[
         known = {weight for p in (*places, *found) for weight in p.weights}
         found += [p for p in search(unread) if p.call.index not in taken and known.isdisjoint(p.weights)]
     found += unread.by_choice([*places, *found])
-    for search in (neuron_groups, mixed_vectors):  # parts of what reads as a dense FFN
+    for search in (neuron_groups, mixed_vectors, walked_neurons, gated_parts):  # parts of what reads as a dense FFN
         known = {weight for p in (*places, *found) if p.kind == "moe" for weight in p.weights}
         found += [p for p in search(unread) if known.isdisjoint(p.weights)]
     return found

@@ -157,12 +157,16 @@ class UnreadBlocks:
         """Alike ``children`` side by side, as many as one of the ``gates`` outside them is wide."""
         lists = alike_lists(call.module)
         for alike in (set().union(*lists), *lists) if len(lists) > 1 else lists:
-            ran = [c for c in children if c.module in alike and layers_of(c.module) >= layers]
+            ran = [c for c in children if c.module in alike and (layers_of(c.module) >= layers or self._of_two_rows(c))]
             inside = {i for c in ran for i in range(c.first, c.last)}
             widths = {gate_width(n) for n in gates if n.meta["index"] not in inside}
             if len({id(c.module) for c in ran}) in widths - {0, 1} and not self.sequential(ran):
                 return self.place(call, ran[0].first, len(ran), weights_of(ran))
         return None
+
+    def _of_two_rows(self, call: Call) -> bool:
+        """Whether a call multiplies two rows with each other through its weight, as no head or projection does."""
+        return any(op_name(n) == "_trilinear" for n in self.tape.nodes[call.first : call.last])
 
     def _gated_groups(self, call: Call, convolutions: list[fx.Node], gates: list[fx.Node]) -> BlockCandidate | None:
         """Several convolutions with as many groups as one of the ``gates`` chooses among."""

@@ -34,6 +34,9 @@ class InterpretedGraph(nn.Module):
         coded: which of these the file holds as codes.
     """
 
+    of_a_file = True
+    """What is said of its calls speaks of a graph, and not of a forward."""
+
     def __init__(self, program: GraphProgram, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.program = program

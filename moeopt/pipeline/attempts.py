@@ -27,6 +27,7 @@ from moeopt.pipeline.coverage import Mixture
 from moeopt.pipeline.declined_calls import DeclinedCalls
 from moeopt.pipeline.finished_blocks import note
 from moeopt.pipeline.obstacles_met import ObstaclesMet
+from moeopt.pipeline.other_values import refuse_other_values
 from moeopt.pipeline.pays import WouldNotPay
 from moeopt.recognise.hints import hint_for
 from moeopt.recognise.id_bounds import argument_bounds, takes_open_integers
@@ -44,6 +45,7 @@ class BlockAttempts:
     Args:
         call: the example call of the model.
         changed: why a module's call is not what its caller gave it, by path; such a module is declined.
+        places: all that will be attempted; what their modules are called with.
     """
 
     def __init__(
@@ -55,8 +57,12 @@ class BlockAttempts:
         options: Options,
         runtime: Runtime | None,
         manager: PassManager,
+        places: Sequence[BlockCandidate] = (),
     ) -> None:
         self.model, self.call, self.outcome, self.changed = model, call, outcome, changed
+        self.called: dict[str, list[Call]] = {}
+        for level in (level for place in places for level in levels_of(place)):
+            self.called.setdefault(level.path, []).append(level)
         self.options, self.runtime, self.manager = options, runtime, manager
         self.alike = _alike_blocks(options)
         self._declined = DeclinedCalls(outcome.rewrites)
@@ -71,7 +77,7 @@ class BlockAttempts:
             done = self.outcome.rewrites.get(level.path)
             if done is not None:
                 if expert_parameters(self.model, level.path, done.found) & place.weights:
-                    return Attempt(done, level.path)
+                    return self._again(place, level, done)
                 unmatched_reason = next((f.unmatched_reason for f in done.found if f.unmatched_reason), "")
                 if unmatched_reason:
                     met.add(level.path, Declined(unmatched_reason, rank=Rank.READING))
@@ -113,6 +119,15 @@ class BlockAttempts:
         home = obstacle.module if obstacle.module in own or not own else own[-1]
         return Attempt(None, home, obstacle.reason, obstacle.where, spent, read, met.others())
 
+    def _again(self, place: BlockCandidate, level: Call, done: Rewrite) -> Attempt:
+        """What became of another call of a block that is rewritten."""
+        module = self.model.get_submodule(level.path)
+        try:
+            refuse_other_values(module, self.outcome.calls[level.path], [level])
+        except Declined as err:
+            return Attempt(None, level.path, err.reason, place.source)
+        return Attempt(done, level.path)
+
     def _no_more(self) -> str:
         """Why no further block is rewritten; "" where one may be."""
         if left_out := self.manager.leaves_out(GroupExperts.name):
@@ -143,6 +158,8 @@ class BlockAttempts:
                 f"{around} under {level.mode}, a mode of PyTorch that sees or changes every op, and rewritten code "
                 "makes other ops; leave the mode, or begin it in the block's own forward: it runs the original code"
             )
+        if self.runtime is not None:  # one graph has all of the model's calls
+            refuse_other_values(module, self.outcome.calls[path], self.called.get(path, ()))
         known = None if reader.assume is not None or takes_open_integers(level) else self.alike
         remembered = contextlib.nullcontext() if reader.assume is not None else self._declined.remembered(level)
         with remembered:

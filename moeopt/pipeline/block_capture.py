@@ -28,7 +28,7 @@ from moeopt.pipeline.branches import Branches
 from moeopt.pipeline.call_guards import check_order, guard_of, tensors_of
 from moeopt.pipeline.coverage import Reader, keeps_all
 from moeopt.pipeline.id_probe import id_ranges
-from moeopt.pipeline.probe_plans import plan_of, read_alike, refuse_other_experts, same_in_other_mode
+from moeopt.pipeline.probe_plans import ReadOtherwise, plan_of, read_alike, refuse_other_experts, same_in_other_mode
 from moeopt.pipeline.untried_tests import DispatchFacts
 from moeopt.recognise.id_bounds import IdBounds, kept_by_caller
 from moeopt.recognise.recognition import Recognition
@@ -77,11 +77,20 @@ class Capture:
             self.found = self._watch(48, options.seed, 0)
         for tokens, variant in ((14, 1), (20, 2)):
             self._watch(tokens, options.seed + variant, variant)
-        self._read(options)
+        self._read_all(options)
+        _stateless(self.tapes[0], self.plans, self.shapes)
+
+    def _read_all(self, options: Options) -> None:
+        """Read the calls together; where they were not read alike, or may not tell, calls of more tokens."""
+        try:
+            self._read(options)
+        except ReadOtherwise:
+            if not any(self._read_more_tokens(tokens, options) for tokens in _SHOWS_MORE):
+                raise
+            return
         if not read_alike(self.plans) or all(map(keeps_all, self.tapes)):
             sizes = _SHOWS_MORE[:1] if read_alike(self.plans) else _SHOWS_MORE
             any(self._read_more_tokens(tokens, options) for tokens in sizes)
-        _stateless(self.tapes[0], self.plans, self.shapes)
 
     def _read_more_tokens(self, tokens: int, options: Options) -> bool:
         """Read three calls of ``tokens`` or more: in few of them, what leaves rows out may leave out none. Whether they

@@ -46,12 +46,16 @@ def plan_of(
     return kept_steps(tape, [experts_rewrite(f, i, ranges[i]) for i, f in enumerate(recognitions)], scratch)
 
 
+class ReadOtherwise(Declined):
+    """Another call of a block was read as other experts, as calls of few rows may be: more of them may tell."""
+
+
 def refuse_other_experts(first: list[Recognition], other: list[Recognition]) -> None:
-    """``Declined`` where two calls of a block were not read as the same experts of the same function."""
+    """``ReadOtherwise`` where two calls of a block were not read as the same experts of the same function."""
     if len(first) != len(other) or any(
         a.experts != b.experts or a.spec != b.spec for a, b in zip(first, other, strict=False)
     ):
-        raise Declined(
+        raise ReadOtherwise(
             "two probes with different tokens read its experts differently; its dispatch depends on the data",
             rank=Rank.READING,
         )

@@ -83,7 +83,7 @@ def run(
     calls, changed = _calls_of(model, call, places)
     told = [note for note in (packed_weights(model), _nothing_given(call)) if note]
     outcome = PipelineResult([], [], {}, calls, notes=[*beside, *told])
-    blocks = BlockAttempts(model, call, outcome, changed, options, runtime, manager)
+    blocks = BlockAttempts(model, call, outcome, changed, options, runtime, manager, moe)
     attempts = _rewrite_blocks(blocks, moe, dump)
     _check_hints(model, moe, options)
     experts = {weight for place, _ in attempts for weight in place.weights}

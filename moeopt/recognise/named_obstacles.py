@@ -21,11 +21,16 @@ from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.recurrences import recurrence
 from moeopt.recognise.router_steers import CHOICES
-from moeopt.recognise.rows_of_others import adds_up_neighbours, chosen_among_tokens, multiplied_with_each_other
+from moeopt.recognise.rows_of_others import (
+    adds_up_neighbours,
+    attends_inside,
+    chosen_among_tokens,
+    multiplied_with_each_other,
+)
 from moeopt.recognise.weights_for_rows import mixed_kernels, single_neurons
 
 _REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
-_ATTENTION = ("_scaled_dot_product", "_softmax", "softmax")
+_ATTENTION = ("scaled_dot_product", "_scaled_dot_product", "_softmax", "softmax")
 _ATTENDS = (
     "between its experts' matmuls stands attention or a softmax: the experts are projections around it (a mixture "
     "inside attention), or mix their tokens by it; only functions of each token's own row are grouped, so this block "
@@ -45,7 +50,8 @@ def named_obstacle(tape: Tape) -> Declined | None:
 
 def certain_obstacle(tape: Tape) -> Declined | None:
     """One that is true whatever else the block does."""
-    looks = (left_pytorch, branches, mixed_kernels, _unequal_experts, _recurrence, _neighbours, chosen_among_tokens)
+    looks = (left_pytorch, branches, mixed_kernels, _unequal_experts, _recurrence, _neighbours, _attention,
+             chosen_among_tokens)  # fmt: skip
     return next((found for look in looks if (found := look(tape)) is not None), None)
 
 
@@ -55,6 +61,11 @@ def _recurrence(tape: Tape) -> Declined | None:
 
 def _neighbours(tape: Tape) -> Declined | None:
     return adds_up_neighbours(tape, alike_children(tape.root))
+
+
+def _attention(tape: Tape) -> Declined | None:
+    inside = attends_inside(tape, alike_children(tape.root))
+    return None if inside is None else Declined(_ATTENDS, inside.meta.get("source", ""))
 
 
 def _unequal_experts(tape: Tape) -> Declined | None:

@@ -78,6 +78,22 @@ def matrices_behind_one(tape: Tape) -> Declined | None:
     return None
 
 
+def layers_of_all_before(tape: Tape, rows: fx.Node, experts: int) -> Declined | None:
+    """The reason where the ``rows`` that experts read are what one product of as many matrices gave: a layer of theirs
+    before the two that were read."""
+    memo: dict[fx.Node, bool] = {}
+    reads = {n: found for n in tape.nodes if is_matmul(n) and (found := weight_and_operand(n, memo)) is not None}
+    first = _product_before(rows, reads)
+    if first is None or _stack(reads[first][0]) != experts:
+        return None
+    return Declined(
+        f"its experts have more than two layers and are computed together, in products of all of them "
+        f"({op_name(first)} by {_path(reads[first][0])}), and such experts are carried one by one only; call each "
+        "expert on its own rows (a loop over the experts, x @ w[e])",
+        first.meta.get("source", ""),
+    )
+
+
 def _product_before(operand: fx.Node, reads: dict[fx.Node, tuple[fx.Node, fx.Node, bool]]) -> fx.Node | None:
     """The one product that ``operand`` is made of, by element-wise calls and movement."""
     stack, seen = [operand], set[fx.Node]()

@@ -26,13 +26,23 @@ from torch import fx
 from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
-from moeopt.obstacles import Rank
 from moeopt.recognise.ids_of_masks import table_to_ids
+from moeopt.recognise.router_steers import CHOICES
 from moeopt.recognise.routing_by_ids import by_ids, id_recipes, ids_of_sequences, unserved_ids
 from moeopt.recognise.routing_by_sum import SumOfCodes
 from moeopt.recognise.routing_by_tables import by_choice, by_dense, by_flags, by_mask
 from moeopt.recognise.routing_candidates import axis_orders, rebuilt
-from moeopt.recognise.routing_types import Extraction, FixedShares, Key, NoIds, Routing, Search, Table, fits_table
+from moeopt.recognise.routing_types import (
+    Extraction,
+    FixedShares,
+    Key,
+    NoIds,
+    NoWeights,
+    Routing,
+    Search,
+    Table,
+    fits_table,
+)
 from moeopt.value_types import PyObject
 
 aten = torch.ops.aten
@@ -95,21 +105,20 @@ def _why_none(tape: Tape, before: list[fx.Node], table: Table) -> Declined:
     """The reason why no reading of ``before`` is the routing, for the user."""
     if (chosen := _left_out(tape, before, table)) is not None:
         return Declined(
-            "its experts leave out tokens that the router gave them (a capacity that keeps the first so many), so that "
-            "a token's result depends on the tokens before it; set the weights of such tokens to 0 in the tensor of "
-            "all tokens' weights, or raise the capacity until no token is left out",
+            "its experts leave out tokens that the router gave them (a capacity that keeps the first or the best so "
+            "many), so that a token's result depends on the other tokens; set the weights of such tokens to 0 in the "
+            "tensor of all tokens' weights, or raise the capacity until no token is left out",
             chosen.meta.get("source", ""),
         )
     ids = next(id_recipes(tape, before, table), None)
     if ids is None:
         why = ids_of_sequences(tape, before, table) or unserved_ids(tape, before, table)
         return why or _given_places(tape, before, table) or _why_no_ids(table)
-    return Declined(
+    return NoWeights(
         "the expert ids were found, but no tensor holds the routing weights that the experts are multiplied by "
         "(a later expert may replace the result of an earlier one); compute the weights of all tokens in one tensor "
         "before the loop, and add up the results",
         "" if ids[0].source is None else ids[0].source.meta.get("source", ""),
-        rank=Rank.READING,
     )
 
 
@@ -175,7 +184,7 @@ def _left_out(tape: Tape, before: list[fx.Node], table: Table) -> fx.Node | None
     seen = (table.visits > 0)[:, torch.tensor(table.natural)]
     for node in before:
         source = node.args[0] if node.target is operator.getitem else node
-        chosen = isinstance(source, fx.Node) and op_name(source) in ("topk", "sort", "argsort", "argmax")
+        chosen = isinstance(source, fx.Node) and op_name(source) in CHOICES
         size = math.prod(node.meta.get("shape") or ())
         if not chosen or node.meta["dtype"] != torch.int64 or not size or size % tokens or size >= tokens * candidates:
             continue

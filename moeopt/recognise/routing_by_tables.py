@@ -60,7 +60,7 @@ def by_flags(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype
     want = table.weights[:, torch.tensor(table.natural)]
     if not bool(((want == 0) | (want == 1)).all()) or table.weighed:
         return
-    for node in before:
+    for node in reversed(before):  # the last are those that the dispatch reads: others may be equal on this call
         if node.meta.get("dtype") != torch.bool or math.prod(node.meta["shape"]) != tokens * candidates:
             continue
         for steps, _ in table_readings(node.meta["shape"], tokens, candidates):

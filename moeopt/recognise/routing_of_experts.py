@@ -24,6 +24,7 @@ from moeopt.recognise.ffn_groups import source_of
 from moeopt.recognise.gemm_sites import GemmSite
 from moeopt.recognise.ids_of_masks import one_beyond
 from moeopt.recognise.limits import check_limits
+from moeopt.recognise.product_of_all import layers_of_all_before
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router_steers import only_the_router_steers
 from moeopt.recognise.routing import find_routing
@@ -32,12 +33,13 @@ from moeopt.recognise.routing_by_ids import by_names
 from moeopt.recognise.routing_by_kept import by_kept
 from moeopt.recognise.routing_by_sum import by_sum
 from moeopt.recognise.routing_of_sequences import by_sequences
-from moeopt.recognise.routing_types import FixedShares, NoIds, Routing, Table
+from moeopt.recognise.routing_types import FixedShares, NoIds, NoWeights, Routing, Table
 from moeopt.recognise.routing_weights import (
     factors,
     hidden_weights,
     input_weights,
     is_identity,
+    numbers_of_experts,
     passes_through,
     weighed,
     weight_dtype,
@@ -86,9 +88,9 @@ def with_frontier(
         rarer = (by_slots, by_kept, by_names, by_sequences(tokens.node.meta["shape"], tokens.axis), by_columns)
         last = by_sum(labels, combine, tokens, group, levels)
         routing = find_routing(tape, dispatch, table, weight_dtype(tape, group), again, accept, rarer, last)
-    except (FixedShares, NoIds) as err:
+    except (FixedShares, NoIds, NoWeights) as err:
         _say_more(err, group, tokens, labels, combine)
-        raise
+        raise _told_by_flow(tape, err, tokens, labels, combine, len(experts)) from None
     progress[0] = 4
     ids = routing.ids.run(tape) if routing.ids is not None else None
     if missing:
@@ -110,13 +112,23 @@ def with_frontier(
     )
 
 
-def _say_more(
-    err: FixedShares | NoIds, group: list[FFNCandidate], tokens: Tokens, labels: Labels, combine: Combine
-) -> None:
+def _told_by_flow(
+    tape: Tape, err: Declined, tokens: Tokens, labels: Labels, combine: Combine, experts: int
+) -> Declined:
+    """The cause behind a refusal, where what stands before or behind the experts shows one; else the refusal."""
+    told = None
+    if isinstance(err, FixedShares):
+        told = layers_of_all_before(tape, tokens.node, experts)
+    elif isinstance(err, NoWeights):
+        told = numbers_of_experts(tape, combine, list(labels.token))
+    return told or err
+
+
+def _say_more(err: Declined, group: list[FFNCandidate], tokens: Tokens, labels: Labels, combine: Combine) -> None:
     """Add to a refusal what this reading shows of it."""
     if isinstance(err, NoIds):
         err.routed = _not_for_all(group, labels, combine.weights)
-    elif tokens.node.op == "placeholder":
+    elif isinstance(err, FixedShares) and tokens.node.op == "placeholder":
         # the block gets slots as an argument, and the code that fills them may dispatch by ids
         err.rank = Rank.READING
 

@@ -63,6 +63,12 @@ class NoIds(Declined):
     routed: tuple[list[FFNCandidate], ...] = ()
 
 
+class NoWeights(Declined):
+    """Which experts a token has was found, and no tensor that holds their weights."""
+
+    rank = Rank.READING
+
+
 class FixedShares(Declined):
     """Each expert reads its own part of the rows, whatever the router says."""
 

@@ -112,6 +112,47 @@ def factors(tape: Tape, combine: Combine, sites: list[GemmSite]) -> tuple[float,
     return tuple(dict.fromkeys([*sorted(found), *([math.prod(found)] if len(found) > 1 else [])]))
 
 
+def numbers_of_experts(tape: Tape, combine: Combine, sites: list[GemmSite]) -> Declined | None:
+    """The reason where each expert's result is multiplied by a number of its own, a Python one or a learned one."""
+    scaled: dict[float, fx.Node] = {}
+    for site in sites:
+        node, number, last = site.node, 1.0, site.node
+        for _ in range(8):
+            user = next((u for u in node.users if "index" in u.meta), None)
+            if user is None or user is combine.node:
+                break
+            if (factor := _number_of(tape, user, node)) is not None:
+                number, last = number * factor, user
+            elif not (moves_rows(user) or op_name(user) == "add"):
+                break
+            node = user
+        scaled.setdefault(number, last)
+    line = next((n for n in scaled.values() if op_name(n) in ("mul", "div")), None)
+    if len(scaled) < 2 or line is None:
+        return None
+    return Declined(
+        f"its experts' results are multiplied by a number of each expert's own ({op_name(line)}), "
+        "and the op takes one weight for each token and expert; multiply the weights by these numbers before the "
+        "experts run (weights * scale[ids]), or each expert's last matrix and bias by its own",
+        line.meta.get("source", ""),
+    )
+
+
+def _number_of(tape: Tape, product: fx.Node, rows: fx.Node) -> float | None:
+    """The one number, given or learned, by which ``product`` multiplies or divides all ``rows``; else None."""
+    if op_name(product) not in ("mul", "div"):
+        return None
+    others = [a for a in product.args[:2] if a is not rows]
+    by = others[0] if others else rows
+    if isinstance(by, fx.Node):
+        learned = all(n.op != "placeholder" for n in ancestors([by]))
+        if not learned or math.prod(by.meta.get("shape") or ()) != 1:
+            return None
+        by = float(tape.value(by))
+    value = float(by)  # type: ignore[arg-type]
+    return value if op_name(product) == "mul" else 1 / value if value else None
+
+
 def _moved_beside(between: set[fx.Node]) -> set[fx.Node]:
     """What becomes the other factor of a product in ``between``: rows of weights, picked, shaped and scaled."""
     stack = [a for node in between if op_name(node) == "mul" for a in node.all_input_nodes]

@@ -18,6 +18,7 @@ from torch import fx, nn
 from moeopt.capture.op_kinds import CHOICES_AMONG, is_matmul, moves_rows, op_name
 from moeopt.capture.replay import ancestors, descendants
 from moeopt.capture.tape import Call, Tape
+from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.value_types import FxArg
@@ -45,6 +46,21 @@ def adds_up_neighbours(tape: Tape, experts: Mapping[nn.Module, nn.Module]) -> De
                 "them read the rows of h; only functions of each token's own row are grouped",
                 node.meta.get("source", ""),
             )
+    return None
+
+
+def attends_inside(tape: Tape, experts: Mapping[nn.Module, nn.Module]) -> fx.Node | None:
+    """An attention inside a call of one of the ``experts``, of a list whose modules do not run one behind another."""
+    homes: dict[nn.Module, list[Call]] = {}
+    for call in tape.calls:
+        if call.module in experts:
+            homes.setdefault(experts[call.module], []).append(call)
+    for ran in homes.values():
+        behind = ancestors(leaves_of(fx.Node, [ran[-1].args, ran[-1].kwargs]))
+        if len(ran) > 1 and behind.isdisjoint(leaves_of(fx.Node, ran[0].output)):
+            for node in tape.nodes[ran[0].first : ran[0].last]:
+                if "scaled_dot_product" in op_name(node):
+                    return node
     return None
 
 

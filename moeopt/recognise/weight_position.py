@@ -79,11 +79,18 @@ def weight_position(
             _check_with_others(tape, reading, table, tokens, labels, combine, candidates, settled)
         return settled
     if into == onto:
-        where = "act on both the experts' inputs and their outputs" if into else "never reach the experts"
-        raise Declined(f"the tensor that holds the routing weights of all probes would {where}")
+        return _of_both_or_none(source, into)
     place: WeightPosition = "input" if into else "output"
     _check_with_others(tape, reading, table, tokens, labels, combine, candidates, place)
     return place
+
+
+def _of_both_or_none(source: fx.Node, both: bool) -> WeightPosition:
+    """Where weights count that were found to enter in both places or in none."""
+    if source.meta.get("dtype") == torch.bool and not both:
+        return "output"  # flags pick the rows, and a row that is picked counts once, wherever a 1 is multiplied
+    where = "act on both the experts' inputs and their outputs" if both else "never reach the experts"
+    raise Declined(f"the tensor that holds the routing weights of all probes would {where}")
 
 
 def _constant(values: torch.Tensor) -> bool:

@@ -121,6 +121,23 @@ def dispatch_by_sparse_matrices():
     return SparseCombine()
 
 
+class NestedRows(Sorted):
+    """Each expert's rows are a part of a nested tensor, for two products of all experts."""
+
+    def run(self, rows, weights, ids):
+        order = ids.flatten().argsort(stable=True)
+        counts = torch.bincount(ids.flatten(), minlength=N).tolist()
+        nested = torch.nested.nested_tensor(list(rows[order // 2].split(counts)))
+        hidden = F.relu(torch.bmm(nested, torch.nested.nested_tensor(list(self.up))))
+        out = torch.cat(torch.bmm(hidden, torch.nested.nested_tensor(list(self.down))).unbind())
+        return torch.zeros_like(rows).index_add(0, order // 2, out * weights.flatten()[order, None])
+
+
+@case(seq(D), experts=N, expect="declined", reason=r"makes a nested tensor.*rows\.split")
+def dispatch_by_nested_tensors():
+    return NestedRows()
+
+
 class PythonLists(nn.Module):
     """Pairs of token and slot in a Python list for each expert, whose name is the key of a dict."""
 

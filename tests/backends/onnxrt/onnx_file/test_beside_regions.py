@@ -39,6 +39,21 @@ class Neurons(nn.Module):
         return torch.einsum("btk,btkd->btd", hidden, self.up(ids))
 
 
+class RoutedValues(nn.Module):
+    """An attention whose values are a mixture of projections (SwitchHead), all of which run, weighed where a chosen
+    number is theirs."""
+
+    def __init__(self, count=4):
+        super().__init__()
+        self.qk, self.router, self.values = nn.Linear(16, 32), nn.Linear(16, count), stack(count, 16, 16)
+
+    def forward(self, x):
+        q, k = self.qk(x).chunk(2, -1)
+        weights, ids = self.router(x).sigmoid().topk(2)
+        mixed = sum((weights * (ids == e)).sum(-1, keepdim=True) * (x @ w) for e, w in enumerate(self.values))
+        return (q @ k.transpose(1, 2)).softmax(-1) @ mixed
+
+
 @pytest.mark.parametrize(
     ("make", "experts", "reason"),
     [
@@ -46,8 +61,11 @@ class Neurons(nn.Module):
         (lambda: CASES["neurons_by_their_place"].build(), 4, "groups of the 32 hidden neurons of one FFN"),
         (lambda: CASES["vectors_of_a_gate"].build(), 4, "its experts are vectors, the rows of vectors"),
         (Neurons, 9, "its experts are single neurons: each id that the router picks is one row of down_weight"),
+        (CASES["mixture_of_heads"].build, 4, "its experts are the 4 heads of an attention"),
+        (CASES["mixture_of_softmaxes"].build, 4, "its experts are 4 parts of one product"),
+        (RoutedValues, 4, "comparisons of the chosen numbers with each expert's own weigh the results"),
     ],
-    ids=["matrices", "masked-neurons", "vectors", "neurons"],
+    ids=["matrices", "masked-neurons", "vectors", "neurons", "heads", "softmaxes", "routed-values"],
 )
 def test_a_mixture_without_chains_is_in_the_report(make, experts, reason, tmp_path):
     torch.manual_seed(0)
