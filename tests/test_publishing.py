@@ -83,11 +83,12 @@ def test_workflows_pin_their_actions_and_may_do_no_more_than_they_must(name):
 
 def test_the_workflow_runs_targets_that_there_are():
     jobs = yaml_of(".github/workflows/ci.yml")["jobs"]
-    scripts = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    scripts = [line for job in jobs.values() for step in job["steps"] for line in step.get("run", "").splitlines()]
     assert ".ci/run" in scripts and (ROOT / ".ci" / "run").exists()
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for script in scripts:
-        assert script == ".ci/run" or script.split()[:1] == ["make"] and script.split()[1] in targets, script
+        if script != ".ci/run" and not script.startswith("sudo apt-get "):
+            assert script.split()[:1] == ["make"] and script.split()[1] in targets, script
 
 
 @pytest.mark.parametrize(("ref", "version"), [("v1.2.3", "1.2"), ("v0.1.0", "0.1"), ("main", "main")])

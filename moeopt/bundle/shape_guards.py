@@ -79,9 +79,15 @@ def only_asked(conditions: Sequence[Any], asked: Sequence[Any]) -> list[Any]:
 
 def _special(condition: JsonValue) -> bool:
     name, *rest = condition
+    if _has_remainder(condition):  # as tensor_split asks how its parts come out
+        return False
     if name in ("<", ">", "<=", ">=") and all(_sizes(side) for side in rest):  # strides put in order
         return True
     return name == "!=" or (name == ">" and rest[1] in (0, 1)) or (name == ">=" and rest[1] in (1, 2))
+
+
+def _has_remainder(node: FxArg) -> bool:
+    return isinstance(node, list) and (node[0] == "%" or any(_has_remainder(child) for child in node[1:]))
 
 
 def _upright(condition: JsonValue) -> PyObject:

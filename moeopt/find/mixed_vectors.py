@@ -49,8 +49,8 @@ def mixed_vectors(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
         place = unread.place(call, first.meta["index"], count, {id(unread.named[path]) for path in tables})
         own = listed(path.removeprefix(f"{call.path}.") for path in tables)  # the same in every model
         reason = (
-            f"its experts are vectors, the rows of {own}, which a gate mixes for each token: no expert is a "
-            "product, so there is nothing to group; this block stays as it is"
+            f"its experts are vectors, the rows of {own}, which a gate mixes for each token or of which it takes one: "
+            "no expert is a product, so there is nothing to group; this block stays as it is"
         )
         yield dataclasses.replace(place, reason=reason)
 
@@ -88,7 +88,10 @@ def _looked_up_table(unread: UnreadBlocks, node: fx.Node) -> tuple[str, fx.Node]
     ids = node.all_input_nodes[1]
     while moves_rows(ids) and ids.all_input_nodes and op_name(ids) not in _TOPS:
         ids = ids.all_input_nodes[0]
-    return (path, ids) if op_name(ids) in _TOPS and _among(ids) == len(table) else ("", node)
+    if op_name(ids) not in _TOPS or _among(ids) != len(table):
+        return "", node
+    chosen_by = {leaf_of(unread.tape, n)[0] for n in ancestors([ids]) if not n.all_input_nodes}
+    return ("", node) if path in chosen_by else (path, ids)  # nearest codes, tied embeddings: rows chosen by themselves
 
 
 def _among(choice: fx.Node) -> int:
@@ -111,9 +114,14 @@ def scales(mixed: fx.Node, scores: bool = False) -> bool:
                 return True
         elif op_name(user) in ("add", "sub") and any(_of_input(a) for a in others if _as_large(a, node)):
             continue  # a bias of experts, looked up for each row
-        elif moves_rows(user) or is_pointwise(user) or op_name(user) in ("sum", "bmm", "mm"):
+        elif moves_rows(user) or is_pointwise(user) or op_name(user) == "sum" or _weighs(user, node):
             walk.follow(user)
     return False
+
+
+def _weighs(product: fx.Node, mixed: fx.Node) -> bool:
+    """Whether a product adds up what ``mixed`` holds with weights computed from the input; no layer of its own."""
+    return op_name(product) in ("bmm", "mm") and all(_of_input(a) for a in product.all_input_nodes if a is not mixed)
 
 
 def _is_score(product: fx.Node) -> bool:

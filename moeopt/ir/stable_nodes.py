@@ -113,10 +113,12 @@ def sign(op: Op, const: Const, x: OnnxValue) -> OnnxValue:
 
 
 def max_pool(op: Op, const: Const, x: OnnxValue, attributes: Mapping[str, OnnxAttribute]) -> OnnxValue:
-    """The largest of each window, and NaN where one is in it, as in PyTorch."""
-    lost = op("MaxPool", op("Where", op("IsNaN", x), const(1.0), const(0.0)), **attributes)
-    largest = op("MaxPool", x, **attributes)
-    return op("Where", op("Greater", lost, const(0.5)), const(math.nan), largest)
+    """The largest of each window, NaN where one is in it and -inf where all are, as in PyTorch: the kernel passes over
+    NaN, and begins with the least number."""
+    seen = op("Where", op("Greater", x, const(-math.inf)), const(1.0), const(0.0))
+    seen = op("MaxPool", op("Where", op("IsNaN", x), const(2.0), seen), **attributes)
+    largest = op("Where", op("Greater", seen, const(0.5)), op("MaxPool", x, **attributes), const(-math.inf))
+    return op("Where", op("Greater", seen, const(1.5)), const(math.nan), largest)
 
 
 def floor_mod(op: Op, const: Const, a: OnnxValue, b: OnnxValue) -> OnnxValue:

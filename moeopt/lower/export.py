@@ -27,14 +27,7 @@ from moeopt.lower.settled_reads import settled_reads
 from moeopt.lower.specialization_guards import collect_specialization_guards, keeps_ones
 from moeopt.lower.stamps import Stamps
 from moeopt.lower.written_state import refuse_read_state, written_by
-from moeopt.patches import (
-    free_lengths,
-    idle_moves,
-    no_export_dump,
-    no_results_kept,
-    one_trace,
-    quicker_decomposition,
-)
+from moeopt.patches import free_lengths, idle_moves, no_export_dump, one_trace, quicker_decomposition
 from moeopt.rewrite.whole_model import tried
 from moeopt.value_types import PyObject
 from moeopt.verification.state import RestoreState
@@ -168,7 +161,6 @@ def _export(
         shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
         collect_specialization_guards(),
         no_export_dump(),
-        contextlib.nullcontext() if stamps is None else no_results_kept(),
         _without_gradients(model),
         _named(model, kwargs),
         _opened_caches(model),

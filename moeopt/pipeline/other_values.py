@@ -32,7 +32,7 @@ def refuse_other_values(module: nn.Module, known: ArgsKwargs, calls: Iterable[Ca
         except TypeError:  # its forward is wrapped, and takes other arguments than its signature says
             continue
         for a, b in zip(ours, theirs, strict=False):
-            if isinstance(a, _VALUES) and isinstance(b, _VALUES) and a != b:
+            if isinstance(a, _VALUES) and isinstance(b, _VALUES) and (type(a) is not type(b) or a != b):
                 raise Declined(
                     f"the model calls it with {b!r} here and with {a!r} elsewhere, and rewritten code holds for one "
                     "such value; give each value a module of its own that holds the same experts, or pass a tensor "

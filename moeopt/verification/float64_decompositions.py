@@ -89,7 +89,8 @@ def linear_pointwise(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
-    """softmax(q k^T * scale + mask) v; (..., L, D) x (..., S, D), heads repeated when k has fewer."""
+    """softmax(q k^T * scale + mask) v; (..., L, D) x (..., S, D), heads repeated when k has fewer. A query that sees no
+    key gets zeros."""
     q, k, v = q.to(F64), k.to(F64), v.to(F64)
     if q.dim() == 4 and k.shape[1] != q.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
@@ -99,7 +100,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
         scores = scores.masked_fill(~allowed, -math.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(F64)
-    return torch.softmax(scores, -1) @ v
+    sees_nothing = (scores == -math.inf).all(-1, keepdim=True)
+    return torch.softmax(scores, -1).masked_fill(sees_nothing, 0.0) @ v
 
 
 def flash_cpu(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):  # type: ignore[no-untyped-def]

@@ -1,7 +1,10 @@
 """Conditions from a file: numbers that stay small, operands that fit, sizes that are there."""
 
 import pytest
+import torch
+from torch import nn
 
+import moeopt
 from moeopt.bundle.shape_guards import check_conditions, encode_conditions, holds, read_conditions
 from moeopt.errors import BundleError, NotSaveableError
 
@@ -67,3 +70,27 @@ def test_what_moeopt_writes_is_read_back():
     written = encode_conditions(["max(2, L['x'].size()[0]) == 5", "L['x'].size()[1] % 7 == 0"], {"x": 0})
     assert read_conditions(written, lambda leaf: 2) == written
     check_conditions(written, shapes, str)
+
+
+class Halves(nn.Module):
+    def __init__(self, parts):
+        super().__init__()
+        self.linear, self.parts = nn.Linear(3, 3), parts
+
+    def forward(self, x):
+        return self.linear(x) + x.tensor_split(self.parts)[1].sum(0)
+
+
+@pytest.mark.parametrize(("parts", "rows"), [(2, 7), (4, 6)])
+def test_how_parts_come_out_is_a_condition(parts, rows):
+    """``tensor_split`` asks for the remainder of a size: no question of whether something is 0 or 1."""
+    model = Halves(parts).eval()
+    engine = moeopt.optimize(model, torch.randn(rows, 3), backend="onnxruntime", verify="off")
+    for size in range(1, 13):
+        x = torch.randn(size, 3)
+        try:
+            got = engine(x)
+        except moeopt.MoeoptError:
+            assert size != rows
+            continue
+        torch.testing.assert_close(got, model(x), msg=f"{size} rows")

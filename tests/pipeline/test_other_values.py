@@ -2,6 +2,7 @@
 
 import warnings
 
+import pytest
 import torch
 from torch import nn
 
@@ -57,3 +58,21 @@ def test_an_engine_runs_all_calls_as_they_are():
     engine = moeopt.optimize(model, x, backend="onnxruntime", verify="off")
     assert [b.status for b in engine.report.blocks] == ["declined", "declined"]
     torch.testing.assert_close(engine(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tasks", [(0, False), (1, 1.0)])
+def test_values_of_two_types_are_two_values(tasks):
+    """As for the guard of a rewritten block: 1, 1.0 and True take other ways through Python."""
+    model = AllTasks(tasks).eval()
+    model.moe.gates = nn.ModuleDict({str(task): nn.Linear(D, N) for task in tasks})
+    model.moe.gates.__class__ = ByText
+    report = moeopt.explain(model, torch.randn(2, 6, D), verify="off")
+    assert [block.status for block in report.blocks] == ["rewritten", "declined"]
+    assert report.blocks[1].reason.startswith(
+        f"the model calls it with {tasks[1]!r} here and with {tasks[0]!r} elsewhere"
+    )
+
+
+class ByText(nn.ModuleDict):
+    def __getitem__(self, task):
+        return super().__getitem__(str(task))

@@ -226,6 +226,14 @@ def test_attention_forms():
         assert token_distance(y, y_64).max() < 1e-5
 
 
+@pytest.mark.parametrize("hidden", [False, -torch.inf])
+def test_a_query_that_sees_no_key_gets_zeros(hidden):
+    q, mask = seeded(2, 2, 5, 8), torch.ones(5, 5).tril(-1).bool()
+    mask = mask if hidden is False else torch.zeros(5, 5).masked_fill(~mask, hidden)
+    y, y_64, _ = oracle(lambda q: F.scaled_dot_product_attention(q, q, q, mask), q)
+    assert not y_64[:, :, 0].any() and token_distance(y, y_64).max() < 1e-5
+
+
 @torch.library.custom_op("moeopt_tests::float32_op", mutates_args=())
 def float32_op(x: torch.Tensor) -> torch.Tensor:
     if x.dtype != torch.float32:

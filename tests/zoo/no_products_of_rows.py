@@ -101,6 +101,43 @@ def vectors_of_two_choices():
     return ScaledByTwo()
 
 
+class NearestCode(nn.Module):
+    """Each row decoded from the nearest of some codes, and gated: the codes choose themselves (vector quantisation)."""
+
+    def __init__(self):
+        super().__init__()
+        self.codes = stack(N, D)
+        self.gate, self.up, self.down = nn.Linear(D, HID), nn.Linear(D, HID), nn.Linear(HID, D)
+
+    def choice(self, x):
+        return torch.cdist(x, self.codes).argmin(-1)
+
+    def forward(self, x):
+        code = self.codes[self.choice(x)]
+        return self.down(F.silu(self.gate(code)) * self.up(code))
+
+
+class GreedyToken(NearestCode):
+    """The token that a head finds likeliest, looked up again and fed to a gated layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(D, N)
+
+    def choice(self, x):
+        return self.head(x).argmax(-1)
+
+
+@case(seq(D), experts=N, expect="declined", moe=0)
+def nearest_codes():
+    return NearestCode()
+
+
+@case(seq(D), experts=N, expect="declined", moe=0)
+def greedy_token():
+    return GreedyToken()
+
+
 class Phase(nn.Module):
     """Matrices blended between the two nearest of four poses (phase functioned networks)."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from moeopt.backends.onnxrt.accuracy import REPLACED
 from moeopt.backends.onnxrt.accuracy_kernels import KERNELS
 from moeopt.lower.onnx.accurate import FORMS
-from moeopt.value_types import OnnxModel
+from moeopt.value_types import OnnxModel, OnnxNode
 
 EXACT = frozenset(
     "And BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Compress Concat Constant ConstantOfShape "
@@ -62,12 +62,24 @@ def kernel_notes(model: OnnxModel) -> list[str]:
             f"the kernels of {', '.join(names)} were not measured over all magnitudes: what they give was compared "
             "with PyTorch on the inputs of the verification alone"
         )
+    if any(_tells_places(node) for node in model.graph.all_nodes()):
+        notes.append(
+            "the places of maxima over windows (return_indices) are found as if a NaN were not there, where PyTorch "
+            "takes the NaN"
+        )
     if names := sorted(_operators(model) & RECURRENT):
         notes.append(
             f"ONNX Runtime's {', '.join(names)} takes NaN for a number: a sequence with a NaN gives finite results "
             "from there on, where PyTorch gives NaN"
         )
     return notes
+
+
+def _tells_places(node: OnnxNode) -> bool:
+    """Whether a MaxPool's second result is read."""
+    if node.op_type != "MaxPool" or node.domain or len(node.outputs) < 2:
+        return False
+    return bool(node.outputs[1].uses()) or node.outputs[1].is_graph_output()
 
 
 def _operators(model: OnnxModel) -> set[str]:

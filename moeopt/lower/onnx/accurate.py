@@ -166,7 +166,7 @@ def _gelu(node: OnnxNode) -> AccurateForm | None:
 
 def _max_pool(node: OnnxNode) -> AccurateForm | None:
     if len(node.outputs) > 1 and (node.outputs[1].uses() or node.outputs[1].is_graph_output()):
-        return None  # which place won; PyTorch's own value is looked up there
+        return None  # which place won is asked: the engine's notes say what becomes of a NaN
     attributes = {name: attribute.value for name, attribute in node.attributes.items() if name != "storage_order"}
     return _of_x(lambda op, const, x: stable.max_pool(op, const, x, attributes))(node)
 

@@ -24,6 +24,7 @@ from moeopt.lower.onnx.complex import through_real_views
 from moeopt.lower.onnx.exact import exact_rules
 from moeopt.lower.onnx.exporter_gaps import around_gaps
 from moeopt.lower.onnx.float64 import attributes_written_out
+from moeopt.lower.onnx.kept_free import kept_free
 from moeopt.lower.onnx.negative_indices import refuse_negative_indices
 from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.lower.onnx.sites import Sites
@@ -74,18 +75,21 @@ def to_onnx(program: torch.export.ExportedProgram) -> OnnxValue:
     refuse_negative_indices(program.graph)
     with one_trace, quiet(), quicker_export(), exact_rules() as exact:
         try:
-            exported = torch.onnx.export(
-                program,
-                dynamo=True,
-                opset_version=OPSET,
-                optimize=False,
-                verbose=False,
-                custom_translation_table=table(),
-            )
+            with kept_free():
+                exported = torch.onnx.export(
+                    program,
+                    dynamo=True,
+                    opset_version=OPSET,
+                    optimize=False,
+                    verbose=False,
+                    custom_translation_table=table(),
+                )
             assert exported is not None  # torch gives None only where it wrote a file itself
             _own_names(exported.model.graph)
             if exact:
                 exported.optimize()
+        except NotSaveableError:
+            raise
         except Exception as err:
             raise NotSaveableError(
                 f"the graph has no ONNX form: {_first_line(err)}{_where(program, err)}; use backend='torch', or write "

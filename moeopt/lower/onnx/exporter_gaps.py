@@ -17,7 +17,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from moeopt.errors import NotSaveableError
-from moeopt.value_types import FxTarget, PyObject
+from moeopt.lower.onnx.adaptive_pools import ADAPTIVE_POOLS, write_adaptive_pool
+from moeopt.lower.onnx.graph_calls import call
+from moeopt.value_types import PyObject
 
 aten = torch.ops.aten
 
@@ -30,6 +32,8 @@ def around_gaps(graph: fx.Graph) -> None:
             node.target = aten.reshape.default
         elif node.target is aten.scaled_dot_product_attention.default:
             _settle_attention(graph, node)
+        elif node.target in ADAPTIVE_POOLS:
+            write_adaptive_pool(graph, node)
         elif node.target in (aten.avg_pool2d.default, aten.avg_pool3d.default):
             _divide_windows(graph, node)
         elif node.target in (aten.split.Tensor, aten.chunk.default, aten.unsafe_split.Tensor):
@@ -93,24 +97,16 @@ def _slice_free_parts(graph: fx.Graph, node: PyObject) -> None:
         return
     with graph.inserting_before(node):
         if width is None:
-            whole = _call(graph, aten.sym_size.int, x, dim)
-            width = _call(graph, operator.floordiv, _call(graph, operator.add, whole, given - 1), given)
+            whole = call(graph, aten.sym_size.int, x, dim)
+            width = call(graph, operator.floordiv, call(graph, operator.add, whole, given - 1), given)
     for part in list(node.users):
         number = part.args[1]
         with graph.inserting_before(part):
-            ends = [_call(graph, operator.mul, width, n) for n in (number, number + 1)]
-            found = _call(graph, aten.slice.Tensor, x, dim, *ends)
+            ends = [call(graph, operator.mul, width, n) for n in (number, number + 1)]
+            found = call(graph, aten.slice.Tensor, x, dim, *ends)
+        found.meta["val"] = part.meta["val"]  # of its own size: the last part may be smaller than the others
         found.meta["stack_trace"] = node.meta.get("stack_trace", "")
         part.replace_all_uses_with(found)
         graph.erase_node(part)
         found.name = part.name  # alike
     graph.erase_node(node)
-
-
-def _call(graph: fx.Graph, target: FxTarget, *args: PyObject) -> PyObject:
-    """A call of ``target`` with its value; the value itself where no argument is a node."""
-    if not any(isinstance(value, fx.Node) for value in args):
-        return target(*args)
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*[value.meta["val"] if isinstance(value, fx.Node) else value for value in args])
-    return node

@@ -1,7 +1,9 @@
 """``scaled_dot_product_attention`` of any number of dimensions, masked rows included.
 
 torch's exporter has it for four dimensions, and a query that no key may be seen by gets the mean of all values there
-where the mask is boolean, and NaN where it is of -inf. PyTorch gives zeros: a padded query, an empty memory.
+where the mask is boolean, and NaN where it is of -inf. PyTorch gives zeros: a padded query, an empty memory. (Its
+``nn.TransformerEncoderLayer`` gives NaN for a sequence that is wholly padded, unless gradients are on: it then calls
+this op.)
 
 Shape legend: T queries, S keys, D elements of each; what is before them in ``query``, ``key`` and ``value`` broadcasts.
 """
@@ -43,7 +45,8 @@ def attention(
         key, value = (_repeated(v, query) for v in (key, value))
     root = _root_of_scale(query, scale)
     turned = op.Transpose(key, perm=[*range(rank - 2), rank - 1, rank - 2])
-    scores = op.MatMul(op.Mul(query, root), op.Mul(turned, root))
+    asked = op.Neg(query) if scale is not None and scale < 0 else query
+    scores = op.MatMul(op.Mul(asked, root), op.Mul(turned, root))
     if is_causal:
         scores = op.Add(scores, op.Where(_causal(query, key, rank), constant(0.0, dtype), constant(-math.inf, dtype)))
     if attn_mask is None:
@@ -54,7 +57,9 @@ def attention(
 def _masked(scores: OnnxValue, mask: OnnxValue, value: OnnxValue, dtype: int) -> OnnxValue:
     """Of a query that sees nothing, the mean of all values times 0: 0, and NaN beside a NaN, as PyTorch's sum."""
     never, zero = constant(-math.inf, dtype), constant(0.0, dtype)
-    if code(mask) == _BOOL:
+    boolean = code(mask) == _BOOL
+    mask = mask if boolean or code(mask) == dtype else op.Cast(mask, to=dtype)
+    if boolean:
         sees = op.Cast(op.ReduceMax(op.Cast(mask, to=_INT32), _last(), keepdims=1), to=_BOOL)
         mask = op.Where(op.Or(mask, op.Not(sees)), zero, never)
     else:
@@ -78,7 +83,7 @@ def _root_of_scale(query: OnnxValue, scale: float | None) -> OnnxValue:
     if scale is None and not isinstance(size, int):
         whole = op.Cast(_size(query, len(query.shape) - 1), to=dtype)
         return op.Reciprocal(op.Sqrt(op.Sqrt(whole)))
-    found = scale if scale is not None else 1 / math.sqrt(size) if size else 1.0
+    found = abs(scale) if scale is not None else 1 / math.sqrt(size) if size else 1.0
     return constant(math.sqrt(found), dtype)
 
 
@@ -95,7 +100,7 @@ def _repeated(x: OnnxValue, query: OnnxValue) -> OnnxValue:
     first, groups, rest = op.Shape(x, end=rank - 3), _size(x, rank - 3), op.Shape(x, start=rank - 2)
     wide = op.Unsqueeze(x, op.Constant(value_ints=[rank - 2]))
     wide = op.Expand(wide, op.Concat(first, groups, many, rest, axis=0))
-    return op.Reshape(wide, op.Concat(first, heads, rest, axis=0))
+    return op.Reshape(wide, op.Concat(first, heads, rest, axis=0), allowzero=1)
 
 
 def attentions() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from moeopt.lower.onnx.opset import OPSET as op
-from moeopt.lower.onnx.translate_numbers import clamp, code, constant, is_float, like, logaddexp
+from moeopt.lower.onnx.translate_numbers import code, constant, is_float, like, logaddexp
 from moeopt.value_types import OnnxValue, PyObject
 
 aten = torch.ops.aten
-_INT32, _INT64, _BOOL = 6, 7, 9
+_FLOAT, _INT32, _INT64, _BOOL = 1, 6, 7, 9
 _ADDED = {"sum": "add", "prod": "mul", "amax": "max", "amin": "min"}
 _NEUTRAL = {"sum": 0.0, "prod": 1.0, "amax": float("-inf"), "amin": float("inf"), "mean": 0.0}
 
@@ -95,6 +95,22 @@ def _ranked(x: OnnxValue) -> OnnxValue:
     return x
 
 
+def _typed(new: OnnxValue, like: OnnxValue) -> OnnxValue:
+    """``new`` with the dtype of ``like``, which it has and what is translated next has to know."""
+    if like.dtype is not None:
+        new.dtype = like.dtype
+    return new
+
+
+def _cast(x: OnnxValue, dtype: int) -> OnnxValue:
+    """``x`` in another dtype, which what is translated next has to know."""
+    import onnx_ir as ir
+
+    wide = op.Cast(x, to=dtype)
+    wide.dtype = ir.DataType(dtype)
+    return wide
+
+
 def _least(x: OnnxValue, reduce: str) -> OnnxValue:
     """The neutral number of integers."""
     if reduce in ("sum", "prod"):
@@ -112,17 +128,19 @@ def _prefixes(
         raise NotImplementedError(f"{name} over a dimension of free size has no form in ONNX: fix that size")
     step = 1
     while step < size:
-        head = [op.Slice(v, _ints(0), _ints(step), _ints(dim)) for v in values]
-        early = [op.Slice(v, _ints(0), _ints(size - step), _ints(dim)) for v in values]
-        late = [op.Slice(v, _ints(step), _ints(size), _ints(dim)) for v in values]
-        values = [op.Concat(h, v, axis=dim) for h, v in zip(head, join(early, late), strict=True)]
+        head, early, late = (
+            [_typed(op.Slice(v, _ints(a), _ints(b), _ints(dim)), v) for v in values]
+            for a, b in ((0, step), (0, size - step), (step, size))
+        )
+        joined = zip(values, head, join(early, late), strict=True)
+        values = [_typed(op.Concat(first, rest, axis=dim), v) for v, first, rest in joined]
         step *= 2
     return values
 
 
 def logaddexp2(self: OnnxValue, other: OnnxValue) -> OnnxValue:
     ln2 = constant(math.log(2.0), code(self))
-    return op.Div(logaddexp(op.Mul(self, ln2), op.Mul(other, ln2)), ln2)
+    return op.Div(logaddexp(*[_typed(op.Mul(v, ln2), self) for v in (self, other)]), ln2)
 
 
 def logcumsumexp(self: OnnxValue, dim: int) -> OnnxValue:
@@ -139,6 +157,11 @@ def running(largest: bool) -> Callable[..., Any]:
     def of(self: OnnxValue, dim: int) -> OnnxValue:
         if not self.shape:
             return op.Identity(self), constant(0, _INT64)
+        if code(self) == _BOOL:
+            wide = _cast(self, _INT32)
+            wide.shape = self.shape
+            values, places = of(wide, dim)
+            return op.Cast(values, to=_BOOL), places
         axis = dim % len(self.shape)
         size = self.shape[axis]
 
@@ -166,8 +189,12 @@ def heaviside(self: OnnxValue, values: OnnxValue) -> OnnxValue:
 
 
 def logit(self: OnnxValue, eps: float | None = None) -> OnnxValue:
-    z = self if eps is None else clamp(self, eps, 1 - eps)
-    return op.Log(op.Div(z, op.Sub(like(1.0, self), z)))
+    x = self if is_float(self) else _cast(self, _FLOAT)
+    z = x
+    if eps is not None:  # for eps > 1/2 PyTorch's lower bound comes first
+        low, high = like(eps, x), like(1 - eps, x)
+        z = op.Where(op.Less(x, low), low, op.Where(op.Greater(x, high), high, x))
+    return op.Log(op.Div(z, op.Sub(like(1.0, x), z)))
 
 
 def layers() -> dict[Callable[..., Any], Callable[..., Any]]:

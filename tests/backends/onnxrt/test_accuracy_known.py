@@ -84,6 +84,18 @@ def test_recurrent_layers_say_what_becomes_of_a_nan():
     ]
 
 
+def test_places_of_maxima_say_what_becomes_of_a_nan():
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, 2, 4, 4]))
+    pool = ir.node("MaxPool", [x], {"kernel_shape": [2, 2]}, num_outputs=2)
+    whole = ir.Graph([x], [pool.outputs[0]], nodes=[pool], opset_imports={"": 20})
+    assert known.kernel_notes(ir.Model(whole, ir_version=10)) == []
+    whole.outputs.append(pool.outputs[1])
+    assert known.kernel_notes(ir.Model(whole, ir_version=10)) == [
+        "the places of maxima over windows (return_indices) are found as if a NaN were not there, where PyTorch takes "
+        "the NaN"
+    ]
+
+
 def test_another_domain_is_not_looked_at():
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["N"]))
     model = graph(ir.node("Strange", [x], domain="their.own"), ir.node("Strange", [x]))

@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime")
 
 from moeopt.backends.onnxrt.accuracy_known import LAYERS
 from moeopt.errors import NotSaveableError
-from moeopt.lower.onnx import accurate
+from moeopt.lower.onnx import accurate, exporter_gaps
 from tests.lower.onnx.emitted import graph_of, session_of, together
 
 EPS = 2.0**-24
@@ -71,9 +71,13 @@ GAPS = {
     "cummax": lambda x: rows(x).cummax(1)[0],
     "place of cummax": lambda x: rows(x).cummax(2)[1].to(x.dtype),
     "cummin": lambda x: rows(x).cummin(-1)[0],
+    "cummax of flags": lambda x: (rows(x) > 1).cummax(1)[0].to(x.dtype),
     "place of cummin": lambda x: rows(x).cummin(1)[1].to(x.dtype),
+    "a window of -inf": lambda x: F.max_pool2d(image(x).masked_fill(image(x) < 2.5, -math.inf), 2),
+    "a window of -inf, padded": lambda x: F.max_pool2d(image(x).masked_fill(image(x) < 2.5, -math.inf), 3, 1, 1),
     "heaviside": lambda x: torch.heaviside(rows(x), x.new_tensor(0.5)),
     "logit": lambda x: torch.logit(rows(x), eps=1e-6),
+    "logit with bounds that cross": lambda x: torch.logit(rows(x), eps=0.7),
     "distance of order 0": lambda x: torch.cdist(rows(x), rows(x).flip(1), p=0),
     "mean with a divisor": lambda x: F.avg_pool2d(image(x), (2, 3), 1, 1, divisor_override=7),
     "attention": attention(),
@@ -83,6 +87,7 @@ GAPS = {
     "attention of groups, masked": attention(HIDDEN, keys=2),
     "attention of groups, causal": attention(keys=1, is_causal=True),
     "attention with its own scale": attention(scale=0.1),
+    "attention to what is unlike": attention(scale=-0.4),
     "attention of 2 dimensions": lambda x: F.scaled_dot_product_attention(rows(x)[0], rows(x)[1], rows(x)[1]),
     "attention of 3 dimensions": lambda x: F.scaled_dot_product_attention(rows(x), rows(x), rows(x), is_causal=True),
     "attention of 5 dimensions": lambda x: F.scaled_dot_product_attention(*[heads(x)[:, None]] * 3),
@@ -132,6 +137,8 @@ INFINITE = ("infinity", "-infinity")
 LEFT_OUT = {
     # their sums are taken in another order, and are NaN at other places beside an infinity
     **dict.fromkeys(("bilinear", "bicubic", "group norm", "deviation"), INFINITE),
+    # PyTorch multiplies by a negative scale after the sums, the engine before
+    "attention to what is unlike": INFINITE,
     # a note of the engine says it
     **dict.fromkeys(("LSTM", "GRU"), ("NaN",)),
 }
@@ -210,6 +217,9 @@ def test_without_its_form_a_pool_passes_over_nan(monkeypatch):
 
 
 REFUSED = {
+    "of a free size with the places of its maxima has no ONNX form; use backend='torch', or fix that size": lambda x: (
+        F.adaptive_max_pool1d(x.mT[None], 3, return_indices=True)[1]
+    ),
     "scatter_reduce of integers with reduce='mean' has no form in ONNX": lambda x: x.long().scatter_reduce(
         1, x.long() * 0, x.long(), "mean"
     ),
@@ -226,22 +236,52 @@ def test_what_has_no_form_names_the_way_out(sentence):
         graph_of(REFUSED[sentence], torch.randn(6, 8))
 
 
-PARTS = {
+def windows(x):
+    return x.mT[None]
+
+
+FREE_SIZES = {
     "chunk": lambda x: x.chunk(3)[1] + 1,
-    "chunk, all parts": lambda x: torch.cat([part * n for n, part in enumerate(x.chunk(2))]),
+    "chunk, all parts": lambda x: torch.cat([part * n for n, part in enumerate(x.chunk(3))]),
     "chunk as results": lambda x: x.chunk(2)[0],
     "split of half": lambda x: x.split((x.shape[0] + 1) // 2)[1] * 2,
+    "adaptive mean": lambda x: F.adaptive_avg_pool1d(windows(x), 4),
+    "adaptive mean of images": lambda x: F.adaptive_avg_pool2d(windows(x)[..., None].expand(-1, -1, -1, 3), (4, 2)),
+    "adaptive maximum": lambda x: F.adaptive_max_pool1d(windows(x), 3) * 2,
+    "adaptive maximum of images": lambda x: F.adaptive_max_pool2d(windows(x)[..., None].expand(-1, -1, -1, 3), (4, 2)),
+    "mean of areas": lambda x: F.interpolate(windows(x), size=3, mode="area"),
 }
+"""Ops that torch takes apart by the size of the call that is traced."""
 
 
-def test_parts_of_a_free_size():
-    """The optimiser of torch's exporter stops at a list of parts whose size is not known."""
+def test_parts_and_windows_of_a_free_size():
     x = torch.randn(6, 4)
-    session = session_of(together(PARTS.values()), x)
-    for rows_ in (6, 5, 9):
-        x = torch.randn(rows_, 4)
-        for (name, f), got in zip(PARTS.items(), session.run({"x": x}), strict=True):
-            assert torch.equal(got, f(x)), name
+    session = session_of(together(FREE_SIZES.values()), x)
+    for size in (6, 5, 7, 8, 9, 12):
+        x = torch.randn(size, 4)
+        for (name, f), got in zip(FREE_SIZES.items(), session.run({"x": x}), strict=True):
+            torch.testing.assert_close(got, f(x), msg=f"{name} of {size}")
+
+
+def test_a_number_that_is_made_of_a_free_size_is_refused(monkeypatch):
+    monkeypatch.setattr(exporter_gaps, "ADAPTIVE_POOLS", {})
+    sentence = r"no ONNX form for other sizes: .* makes a plain number of a free size"
+    with pytest.raises(NotSaveableError, match=sentence):
+        graph_of(lambda x: F.adaptive_avg_pool1d(windows(x), 3), torch.randn(6, 4))
+
+
+def test_logarithms_of_float64():
+    x = torch.randn(5, 6, dtype=torch.float64)
+    functions = (lambda x: torch.logaddexp2(x, 2 * x), lambda x: x.view(-1, 6).logcumsumexp(1))
+    for f, got in zip(functions, session_of(together(functions), x).run({"x": x}), strict=True):
+        torch.testing.assert_close(got, f(x), rtol=1e-14, atol=1e-14)
+
+
+def test_attention_with_a_mask_of_another_dtype():
+    mask = torch.zeros(4, 4).masked_fill(~HIDDEN, -math.inf)
+    f = lambda x: F.scaled_dot_product_attention(heads(x), heads(x), heads(x), mask)  # noqa: E731
+    x = torch.randn(2, 128, dtype=torch.float64)
+    torch.testing.assert_close(session_of(f, x).run({"x": x})[0], f(x))
 
 
 class Settled(nn.Module):
