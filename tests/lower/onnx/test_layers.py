@@ -1,4 +1,5 @@
-"""Whole layers in an emitted graph beside PyTorch's: rows of many scales, of zeros, with a NaN or an infinity."""
+"""Whole layers in an emitted graph beside PyTorch's: rows of many scales, of zeros, with a NaN or an infinity, and more
+or fewer rows than were traced."""
 
 import copy
 import math
@@ -153,6 +154,7 @@ def inputs():
     zero[3] = 0
     found = {f"times {s:g}": base * s for s in (1.0, 1e-30, 1e-12, 30.0, 1e4, 1e12, 1e18)}
     found |= {"ties": (base * 2).round() / 2, "a row of zeros": zero}
+    found |= {"3 rows": base[:3], "12 rows": torch.cat([base, 2 * base[:4]])}
     for name, value in (("NaN", math.nan), ("infinity", math.inf), ("-infinity", -math.inf)):
         found[name] = base.clone()
         for at in ((1, 3), (2, 50), (5, 127)):
