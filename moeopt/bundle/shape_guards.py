@@ -87,7 +87,10 @@ def _special(condition: JsonValue) -> bool:
 
 
 def _has_remainder(node: FxArg) -> bool:
-    return isinstance(node, list) and (node[0] == "%" or any(_has_remainder(child) for child in node[1:]))
+    """Whether ``node`` holds the remainder of sizes by a number; remainders by other sizes are questions of strides."""
+    if not isinstance(node, list):
+        return False
+    return (node[0] == "%" and isinstance(node[2], int)) or any(_has_remainder(child) for child in node[1:])
 
 
 def _upright(condition: JsonValue) -> PyObject:
