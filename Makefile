@@ -46,7 +46,7 @@ LESSER_CPU := ATEN_CPU_CAPABILITY=$(ISA) ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INST
 # asks nothing of the CPU, or is one more of a kind, is marked one_isa. ALL=1 runs the whole suite, marked or not.
 ISA_TESTS := $(wildcard tests/ops/test_*.py) tests/ops/native tests/verification tests/backends/torch \
 	$(wildcard tests/backends/test_*.py tests/backends/onnxrt/test_*.py) tests/backends/onnxrt/lowerings \
-	$(foreach of,as_it_lay bindings block_graph check equal_rows install known_codes known_entries live_weights \
+	$(foreach of,same_layout bindings block_graph check equal_rows install known_codes known_entries live_weights \
 		padding replace_experts rounded_experts,tests/rewrite/test_$(of).py) \
 	tests/bundle/test_ready_experts.py tests/bundle/test_weights_file.py \
 	tests/test_zoo.py tests/test_sabotage.py tests/test_trained_lm.py

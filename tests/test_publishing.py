@@ -91,6 +91,14 @@ def test_the_workflow_runs_targets_that_there_are():
             assert script.split()[:1] == ["make"] and script.split()[1] in targets, script
 
 
+def test_the_tests_of_a_lesser_cpu_are_there():
+    """One path that is not ends the whole run without a test."""
+    dry = ["make", "--dry-run", "test-isa-played", "READY=", "PY=python"]
+    said = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    paths = re.findall(r"tests/[\w/.]+", said)
+    assert len(paths) > 20 and [path for path in paths if not (ROOT / path).exists()] == []
+
+
 @pytest.mark.parametrize(("ref", "version"), [("v1.2.3", "1.2"), ("v0.1.0", "0.1"), ("main", "main")])
 def test_each_release_keeps_its_documentation(ref, version):
     """The workflow's own words name the version; the Makefile's own rule makes of them what is run."""
