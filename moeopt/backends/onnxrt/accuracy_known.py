@@ -49,15 +49,10 @@ _MEASURED = frozenset(kernel.op for kernel in KERNELS) | FORMS.keys() | REPLACED
 KNOWN = _MEASURED | EXACT | CONTROL | SUMS | LAYERS | OWN | RANDOM | RECURRENT
 
 
-def unmeasured(model: OnnxModel) -> list[str]:
-    """The operators of an ``onnx_ir`` model whose kernels were not measured, sorted; moeopt's own domain is its own."""
-    return sorted(_operators(model) - KNOWN)
-
-
 def kernel_notes(model: OnnxModel) -> list[str]:
     """What the owner of an engine with this graph shall know of its kernels; [] where all of them were measured."""
-    notes = []
-    if names := unmeasured(model):
+    notes, operators = [], _operators(model)
+    if names := sorted(operators - KNOWN):
         notes.append(
             f"the kernels of {', '.join(names)} were not measured over all magnitudes: what they give was compared "
             "with PyTorch on the inputs of the verification alone"
@@ -67,7 +62,7 @@ def kernel_notes(model: OnnxModel) -> list[str]:
             "the places of maxima over windows (return_indices) are found as if a NaN were not there, where PyTorch "
             "takes the NaN"
         )
-    if names := sorted(_operators(model) & RECURRENT):
+    if names := sorted(operators & RECURRENT):
         notes.append(
             f"ONNX Runtime's {', '.join(names)} takes NaN for a number: a sequence with a NaN gives finite results "
             "from there on, where PyTorch gives NaN"
@@ -83,4 +78,5 @@ def _tells_places(node: OnnxNode) -> bool:
 
 
 def _operators(model: OnnxModel) -> set[str]:
+    """Of ONNX's own domain and of ONNX Runtime's; what another domain names alike is another operator."""
     return {node.op_type for node in model.graph.all_nodes() if node.domain in ("", "ai.onnx", "com.microsoft")}

@@ -4,7 +4,9 @@ view                            reshape: attention's result has several layouts 
                                 view of one fails in another
 scaled_dot_product_attention    contiguous
 avg_pool with a divisor         the mean of a window times its size over the divisor, which the exporter leaves out
+adaptive pools of a free size   means and maxima of slices (:mod:`~.adaptive_pools`)
 split, chunk of a free size     slices: the optimiser of the graph stops at a list of parts of unknown size
+sizes that were settled late    numbers: of ``weight * x``, x has the weight's size, also where x was made before
 """
 
 from __future__ import annotations
@@ -75,9 +77,8 @@ def _divide_windows(graph: fx.Graph, node: PyObject) -> None:
         )
     kernel, many = given["kernel_size"], 2 if node.target is aten.avg_pool2d.default else 3
     size = math.prod(kernel) if len(kernel) > 1 else kernel[0] ** many
-    given["count_include_pad"] = True
-    node.args = tuple([given[name] for name in names[: len(given)]])
-    node.kwargs = {}
+    node.args = (given.pop("input"),)
+    node.kwargs = given | {"count_include_pad": True}
     with graph.inserting_after(node):
         sums = graph.call_function(aten.mul.Tensor, (node, size / divisor))
     sums.meta = dict(node.meta)
@@ -108,5 +109,5 @@ def _slice_free_parts(graph: fx.Graph, node: PyObject) -> None:
         found.meta["stack_trace"] = node.meta.get("stack_trace", "")
         part.replace_all_uses_with(found)
         graph.erase_node(part)
-        found.name = part.name  # alike
+        found.name = part.name  # the program's signature knows its results by name
     graph.erase_node(node)

@@ -17,6 +17,7 @@ from moeopt.errors import NotSaveableError
 from moeopt.lower.onnx import accurate, exporter_gaps
 from tests.lower.onnx.emitted import graph_of, session_of, together
 
+aten = torch.ops.aten
 EPS = 2.0**-24
 torch.manual_seed(11)
 SHIFT, SCALE, SMALL = torch.randn(8), torch.rand(8) + 0.5, torch.rand(8) * 1e-12
@@ -81,6 +82,7 @@ GAPS = {
     "logit with bounds that cross": lambda x: torch.logit(rows(x), eps=0.7),
     "distance of order 0": lambda x: torch.cdist(rows(x), rows(x).flip(1), p=0),
     "mean with a divisor": lambda x: F.avg_pool2d(image(x), (2, 3), 1, 1, divisor_override=7),
+    "mean with a divisor, named": lambda x: aten.avg_pool2d(image(x), [2, 2], [2, 2], divisor_override=3),
     "attention": attention(),
     "attention, causal": attention(is_causal=True),
     "attention of a query that sees nothing": attention(HIDDEN),
