@@ -32,7 +32,9 @@ FLOORS = [
     {"find", "rewrite"},
     {"passes"},
     {"verification", "report"},
+    {"control_flow"},  # what a model's Python code decides by, beside its trace
     {"pipeline", "inspection"},  # one model driven through the rooms above; a model counted
+    {"quantization"},  # the pipeline's experts in codes, and what that loses
     {"bundle", "planning"},
     {"lower"},
     {"causal_lm"},

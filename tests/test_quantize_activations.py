@@ -11,7 +11,7 @@ import moeopt
 from moeopt import QuantPlan
 from moeopt.errors import NotEquivalentError
 from moeopt.ops.native.library import library
-from moeopt.pipeline import rounded_rows
+from moeopt.quantization import rounded_rows
 from moeopt.rewrite.store_codes import codes_of
 from moeopt.verification.certificate import Certificate
 from tests.toy_moe import Block

@@ -32,8 +32,8 @@ from moeopt.lower.plain_call import open_dataclasses
 from moeopt.lower.unexpected_errors import unexpected_errors_as
 from moeopt.onnx_in.read import is_onnx
 from moeopt.options import Options
-from moeopt.pipeline.measure_loss import whole_loss
-from moeopt.pipeline.quantized_model import quantized_original
+from moeopt.quantization.measure_loss import whole_loss
+from moeopt.quantization.quantized_model import quantized_original
 from moeopt.value_types import JsonValue, PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.model import EndToEnd, OriginalRuns, end_to_end

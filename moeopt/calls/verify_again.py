@@ -10,8 +10,8 @@ from moeopt.backends import registry
 from moeopt.errors import UsageError
 from moeopt.find.example_inputs import as_call
 from moeopt.optimized import Optimized
-from moeopt.pipeline.measure_loss import whole_loss
-from moeopt.pipeline.rounded_rows import reading_floats
+from moeopt.quantization.measure_loss import whole_loss
+from moeopt.quantization.rounded_rows import reading_floats
 from moeopt.value_types import PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.loss import Loss

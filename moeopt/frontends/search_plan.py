@@ -27,10 +27,10 @@ from moeopt.options.quant_plan import CHECKPOINT, FLOAT, check_format
 from moeopt.options.quant_plan import FORMATS as NAMES
 from moeopt.passes.quantize_experts import BankRows, QuantizeExperts, why_not
 from moeopt.pipeline.accept import as_model, without_rewrites
-from moeopt.pipeline.calibration import calibration_of, gathered
-from moeopt.pipeline.loss_meter import ALL, Bank, LossMeter
-from moeopt.pipeline.measure_loss import changed_share, check_limit
 from moeopt.pipeline.run import run
+from moeopt.quantization.calibration import calibration_of, gathered
+from moeopt.quantization.loss_meter import ALL, Bank, LossMeter
+from moeopt.quantization.measure_loss import changed_share, check_limit
 from moeopt.recognise.routing_types import RoutingForm
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.rewrite.live_codes import LiveCodes

@@ -21,11 +21,11 @@ from torch.utils import _pytree as pytree
 
 from moeopt.capture.alike import unlike
 from moeopt.capture.call_roles import CallSpec
+from moeopt.control_flow.branches import Branches
 from moeopt.errors import Declined
 from moeopt.passes.base import PassRecord
 from moeopt.passes.manager import Result
 from moeopt.passes.quantize_experts import QuantizeExperts
-from moeopt.pipeline.branches import Branches
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.rewrite.block_graph import BlockGraph

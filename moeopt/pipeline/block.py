@@ -16,6 +16,7 @@ from torch import nn
 from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.probe_inputs import probe_call
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.control_flow.asks_of_arguments import question_decides
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.specs import RouterSpec
 from moeopt.obstacles import Obstacle, Rank
@@ -23,7 +24,6 @@ from moeopt.options import Options
 from moeopt.passes.manager import PassManager, Result
 from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.pipeline.alike_blocks import AlikeBlocks, Bound, Known, bound_result
-from moeopt.pipeline.asks_of_arguments import question_decides
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
 from moeopt.pipeline.call_readings import call_readings, may_hold_ids
 from moeopt.pipeline.chosen_passes import pass_manager

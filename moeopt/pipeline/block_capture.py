@@ -19,17 +19,17 @@ from moeopt.capture.random_ops import refuse_random
 from moeopt.capture.same_graph import one_computation
 from moeopt.capture.tape import Tape, clone_inputs, record
 from moeopt.capture.tree import ArgsKwargs, tree_leaves
+from moeopt.control_flow.branches import Branches
+from moeopt.control_flow.untried_tests import DispatchFacts
 from moeopt.errors import Declined
 from moeopt.ir.specs import RouterSpec
 from moeopt.obstacles import Rank
 from moeopt.options import Options
 from moeopt.passes.group_experts import GroupExperts
-from moeopt.pipeline.branches import Branches
 from moeopt.pipeline.call_guards import check_order, guard_of, tensors_of
 from moeopt.pipeline.coverage import Reader, keeps_all
 from moeopt.pipeline.id_probe import id_ranges
 from moeopt.pipeline.probe_plans import ReadOtherwise, plan_of, read_alike, refuse_other_experts, same_in_other_mode
-from moeopt.pipeline.untried_tests import DispatchFacts
 from moeopt.recognise.id_bounds import IdBounds, kept_by_caller
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading

@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from moeopt.capture.probe_inputs import aimed_at_router
+from moeopt.control_flow.computed_numbers import computed_numbers
 from moeopt.ir.weight_refs import expert_paths
 from moeopt.ops.override import default_impl
 from moeopt.options import Options
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
-from moeopt.pipeline.computed_numbers import computed_numbers
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.install import RewrittenForward
 from moeopt.rewrite.live_codes import dequantized

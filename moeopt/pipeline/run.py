@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.control_flow.size_uses import parsed_once
 from moeopt.errors import UsageError
 from moeopt.find.block_candidates import BlockCandidate
 from moeopt.find.discover import discover
@@ -44,7 +45,6 @@ from moeopt.pipeline.dense import DenseResult as DenseResult
 from moeopt.pipeline.dense import check_groups, rewrite_all
 from moeopt.pipeline.dump import Dump
 from moeopt.pipeline.real_calls import real_calls
-from moeopt.pipeline.size_uses import parsed_once
 from moeopt.report import BlockReport
 from moeopt.rewrite.legality import absent_reason
 
@@ -61,7 +61,7 @@ def run(
 ) -> PipelineResult:
     """Rewrite every block of ``model`` that can be, in place, and say what became of each.
 
-    ``rows``: of the experts on the user's calibration data (``pipeline/calibration``). ``known``: identities of
+    ``rows``: of the experts on the user's calibration data (``quantization/calibration``). ``known``: identities of
     weights; blocks that read one of them are left out.
 
     Raises:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from moeopt.capture.call_roles import CallSpec
+from moeopt.control_flow.computed_numbers import computed_numbers
 from moeopt.options import Options
-from moeopt.pipeline.computed_numbers import computed_numbers
 from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.install import RewrittenForward

@@ -1,8 +1,8 @@
 """A verified rewrite on calls of every class of sizes that the block's Python tells apart.
 
-A branch on a size is on no tape, and a number of tokens that no case has may take it. So the code is asked what it does
-with sizes (:mod:`moeopt.pipeline.size_classes`); where it computes with them, original and rewritten are called with
-sizes of each class, and calls of a class that was not verified run the block's own code.
+A branch on a size is on no tape, and a number of tokens that no case has may take it. So the code is asked what it
+does with sizes (:mod:`moeopt.control_flow.size_classes`); where it computes with them, original and rewritten code are
+called with sizes of each class, and calls of a class that was not verified run the block's own code.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch.utils import _pytree as pytree
 
 from moeopt.capture.call_roles import of_sequence
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.control_flow.size_classes import SizeClasses, SizedCall
+from moeopt.control_flow.size_values import SizeValues
+from moeopt.control_flow.tests_taken import call_places
 from moeopt.ops.override import default_impl
 from moeopt.options import Options
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept
-from moeopt.pipeline.size_classes import SizeClasses, SizedCall
 from moeopt.pipeline.size_limits import max_tokens
-from moeopt.pipeline.size_values import SizeValues
-from moeopt.pipeline.tests_taken import call_places
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.install import RewrittenForward, bind
 from moeopt.rewrite.known_sizes import KnownSizes, SizeUses

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 import moeopt
+from moeopt.control_flow import operand_values, size_uses, size_values
+from moeopt.control_flow.operand_values import COLUMNS
+from moeopt.control_flow.size_classes import SizeClasses, SizedCall
+from moeopt.control_flow.size_values import SizeValues
 from moeopt.errors import StaleModelWarning
 from moeopt.pipeline import block as block_pipeline
-from moeopt.pipeline import operand_values, size_uses, size_values
-from moeopt.pipeline.operand_values import COLUMNS
-from moeopt.pipeline.size_classes import SizeClasses, SizedCall
-from moeopt.pipeline.size_values import SizeValues
 from moeopt.rewrite.known_sizes import KnownSizes, SizeUses
 from moeopt.verification.block import verify_block
 from tests.toy_moe import Block, H, build, close, optimized, seeded

@@ -40,11 +40,13 @@ from moeopt.passes.quantize_experts import BankRows
 from moeopt.patches import fewer_collections
 from moeopt.pipeline.block import OwnForward
 from moeopt.pipeline.block_reports import PipelineResult
-from moeopt.pipeline.calibration import calibrate
 from moeopt.pipeline.enclosing import with_router
-from moeopt.pipeline.measure_loss import data_of, measure_loss
-from moeopt.pipeline.quantized_again import quantized_again
-from moeopt.pipeline.quantized_model import (
+from moeopt.pipeline.report_of import report_of
+from moeopt.pipeline.run import run
+from moeopt.quantization.calibration import calibrate
+from moeopt.quantization.measure_loss import data_of, measure_loss
+from moeopt.quantization.quantized_again import quantized_again
+from moeopt.quantization.quantized_model import (
     check_codes,
     formats_of,
     method_of,
@@ -52,9 +54,7 @@ from moeopt.pipeline.quantized_model import (
     quantized_original,
     routed_banks,
 )
-from moeopt.pipeline.quantized_products import quantize_products
-from moeopt.pipeline.report_of import report_of
-from moeopt.pipeline.run import run
+from moeopt.quantization.quantized_products import quantize_products
 from moeopt.report import BlockReport
 from moeopt.value_types import PyObject
 from moeopt.verification.certificate import Certificate

@@ -25,12 +25,15 @@ from moeopt.ops.native.library import missing
 from moeopt.ops.override import default_impl
 from moeopt.options import Options
 from moeopt.pipeline.block_reports import PipelineResult
-from moeopt.pipeline.calibration import calibrate
 from moeopt.pipeline.check_copy import check_copy
 from moeopt.pipeline.check_gradients import check_gradients
-from moeopt.pipeline.measure_loss import data_of, measure_loss
 from moeopt.pipeline.own_code import choose_own_code
-from moeopt.pipeline.quantized_model import (
+from moeopt.pipeline.report_of import how_to_save, report_of
+from moeopt.pipeline.run import run
+from moeopt.pipeline.weights_in_memory import weights_note
+from moeopt.quantization.calibration import calibrate
+from moeopt.quantization.measure_loss import data_of, measure_loss
+from moeopt.quantization.quantized_model import (
     check_patterns,
     formats_of,
     method_of,
@@ -38,10 +41,7 @@ from moeopt.pipeline.quantized_model import (
     quantized_original,
     routed_banks,
 )
-from moeopt.pipeline.report_of import how_to_save, report_of
-from moeopt.pipeline.rounded_rows import round_rows
-from moeopt.pipeline.run import run
-from moeopt.pipeline.weights_in_memory import weights_note
+from moeopt.quantization.rounded_rows import round_rows
 from moeopt.rewrite.install import install, uninstall
 from moeopt.rewrite.store_codes import store_codes
 from moeopt.value_types import JsonValue, PyObject

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.capture.tree import ArgsKwargs, tree_map
-from moeopt.pipeline.asks_requires_grad import requires_grad_decides
+from moeopt.control_flow.asks_requires_grad import requires_grad_decides
 from moeopt.rewrite.reads import Reads
 from moeopt.value_types import PyObject
 from moeopt.verification.few_tokens import unlike

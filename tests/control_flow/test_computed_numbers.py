@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import moeopt
-from moeopt.pipeline.computed_numbers import computed_numbers
+from moeopt.control_flow.computed_numbers import computed_numbers
 from tests.toy_moe import Block, E, H, build
 
 FACTOR = 7

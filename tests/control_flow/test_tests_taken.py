@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moeopt.pipeline.tests_taken import TestsTaken
-from moeopt.pipeline.untried_tests import DispatchFacts, untried
+from moeopt.control_flow.tests_taken import TestsTaken
+from moeopt.control_flow.untried_tests import DispatchFacts, untried
 
 TEXT = Path(__file__).read_text()
 needs_columns = pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 keeps no columns of instructions")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from moeopt.pipeline.decisive_values import called
+from moeopt.control_flow.decisive_values import called
 
 _NOT_OF_SIZES = frozenset(
     "ImportError ModuleNotFoundError AttributeError NotImplementedError TypeError NameError StopIteration KeyError "

@@ -1,8 +1,8 @@
 """What the operands of a model's Python were in one call: numbers, text and tuples of them, by the expression.
 
-The lines of the model's code are watched with ``sys.settrace``; before a line runs, the operands in it are looked up in
-the frame, or computed again where that has no effect (:mod:`moeopt.pipeline.operand_values`). Those that take what the
-line's calls return are looked up again behind it.
+The lines of the model's code are watched with ``sys.settrace``; before a line runs, the operands in it are looked up
+in the frame, or computed again where that has no effect (:mod:`moeopt.control_flow.operand_values`). Those that take
+what the line's calls return are looked up again behind it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.capture.held_contents import foreign
-from moeopt.pipeline.decisive_values import Unknown, called, position
-from moeopt.pipeline.operand_facts import is_own, is_torch, is_unknown, plain
-from moeopt.pipeline.operand_values import SizeScope, operand_value
-from moeopt.pipeline.size_uses import Use, lines_that_catch, uses_in
-from moeopt.pipeline.tests_taken import Position, call_places
+from moeopt.control_flow.decisive_values import Unknown, called, position
+from moeopt.control_flow.operand_facts import is_own, is_torch, is_unknown, plain
+from moeopt.control_flow.operand_values import SizeScope, operand_value
+from moeopt.control_flow.size_uses import Use, lines_that_catch, uses_in
+from moeopt.control_flow.tests_taken import Position, call_places
 from moeopt.value_types import PyObject
 
 _LIBRARIES = ("/numpy/", "/einops/")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.ops.override import override_experts_impl
-from moeopt.pipeline.quantized_products import QuantizedProducts
+from moeopt.quantization.quantized_products import QuantizedProducts
 from moeopt.rewrite.install import RewrittenForward
 from moeopt.rewrite.live_bank import live_bank
 from moeopt.rewrite.live_codes import LiveCodes

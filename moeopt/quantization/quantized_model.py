@@ -17,7 +17,7 @@ from moeopt.options.quant_plan import NEAREST
 from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.pipeline.block_capture import original_forward
 from moeopt.pipeline.block_reports import PipelineResult
-from moeopt.pipeline.quantized_products import QuantizedProducts
+from moeopt.quantization.quantized_products import QuantizedProducts
 from moeopt.recognise.routing_types import RoutingForm
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.rewrite.live_codes import DequantizedForward, LiveCodes

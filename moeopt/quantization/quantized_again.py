@@ -9,10 +9,10 @@ from torch import nn
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.options import Options
-from moeopt.pipeline.calibration import calibrate
-from moeopt.pipeline.quantized_model import plan_of, quantized_original
-from moeopt.pipeline.quantized_products import quantize_products
 from moeopt.pipeline.run import run
+from moeopt.quantization.calibration import calibrate
+from moeopt.quantization.quantized_model import plan_of, quantized_original
+from moeopt.quantization.quantized_products import quantize_products
 from moeopt.verification.certificate import Certificate
 
 

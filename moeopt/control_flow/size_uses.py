@@ -2,7 +2,7 @@
 
 A graph holds sizes as sums and products of the input's: what PyTorch is given. Comparisons, remainders, bits, lookups,
 text and functions of Python's own are taken as they came out when the block was recorded. They are found in the source
-here, and whether their operands are sizes is looked at when they run (:mod:`moeopt.pipeline.size_values`).
+here, and whether their operands are sizes is looked at when they run (:mod:`moeopt.control_flow.size_values`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moeopt.pipeline.caught_errors import caught, caught_of_tensors, only_errs
-from moeopt.pipeline.cut_sizes import clipped, split
-from moeopt.pipeline.decisive_values import called
-from moeopt.pipeline.untried_tests import assigned_once
+from moeopt.control_flow.caught_errors import caught, caught_of_tensors, only_errs
+from moeopt.control_flow.cut_sizes import clipped, split
+from moeopt.control_flow.decisive_values import called
+from moeopt.control_flow.untried_tests import assigned_once
 
 _DIVIDES = (ast.Mod, ast.FloorDiv)
 _BITS = (ast.BitAnd, ast.BitOr, ast.BitXor, ast.LShift, ast.RShift, ast.Pow)

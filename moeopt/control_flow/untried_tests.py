@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from moeopt.pipeline.decisive_values import Results, Scope, position
-from moeopt.pipeline.tests_taken import Position, TestPlace, TestsTaken
+from moeopt.control_flow.decisive_values import Results, Scope, position
+from moeopt.control_flow.tests_taken import Position, TestPlace, TestsTaken
 from moeopt.value_types import PyObject
 
 RunWatched = Callable[..., Any]

@@ -26,8 +26,8 @@ from moeopt.options import Options
 from moeopt.options.loss_limits import LANGUAGE, OUTPUTS
 from moeopt.options.quant_plan import NEAREST
 from moeopt.pipeline.accept import moved
-from moeopt.pipeline.loss_meter import ALL, Bank, Ids, LossMeter
-from moeopt.pipeline.quantized_products import QuantizedProduct, QuantizedProducts
+from moeopt.quantization.loss_meter import ALL, Bank, Ids, LossMeter
+from moeopt.quantization.quantized_products import QuantizedProduct, QuantizedProducts
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.rewrite.live_codes import LiveCodes
 from moeopt.value_types import PyObject

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import moeopt
-from tests.pipeline.test_tests_taken import needs_columns
+from tests.control_flow.test_tests_taken import needs_columns
 from tests.toy_moe import Block, E, H, build
 
 UNTRIED = {

@@ -22,7 +22,7 @@ from moeopt.ops.native.call import call as run_native
 from moeopt.ops.native.library import Library, library, missing
 from moeopt.ops.native.rounded_check import rounded_error
 from moeopt.ops.unfit import Unfit
-from moeopt.pipeline.quantized_model import quantized_blocks
+from moeopt.quantization.quantized_model import quantized_blocks
 from moeopt.rewrite.install import RewrittenForward
 from moeopt.rewrite.live_codes import LiveCodes
 from moeopt.verification.model import run_plain

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from moeopt.pipeline.decisive_values import called
-from moeopt.pipeline.operand_facts import is_unknown
-from moeopt.pipeline.size_uses import Item, Use, parts_of
-from moeopt.pipeline.size_values import SizeValues
+from moeopt.control_flow.decisive_values import called
+from moeopt.control_flow.operand_facts import is_unknown
+from moeopt.control_flow.size_uses import Item, Use, parts_of
+from moeopt.control_flow.size_values import SizeValues
 from moeopt.rewrite.known_sizes import SizeUses
 from moeopt.value_types import PyObject
 

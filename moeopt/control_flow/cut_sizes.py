@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from moeopt.pipeline.decisive_values import called
+from moeopt.control_flow.decisive_values import called
 
 
 def clipped(node: ast.Subscript) -> Iterator[tuple[ast.expr, ast.expr]]:

@@ -5,7 +5,7 @@ right for what a dispatch asks, and wrong for ``if (weights > 0.9).all(): y = 2 
 the other is gone. Verification sees that only if one of its cases goes there. So each place where Python reads a bool
 that depends on the arguments is watched while the original runs: a place that gave one answer on every case, and could
 give the other, is a part of the code that was compared with nothing. What Python makes of numbers that it reads, and of
-sizes that depend on values, is asked of the code's own tests (``moeopt.pipeline.untried_tests``).
+sizes that depend on values, is asked of the code's own tests (``moeopt.control_flow.untried_tests``).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from moeopt.capture.op_kinds import moves_rows, op_name
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
+from moeopt.control_flow.tests_taken import TestsTaken
+from moeopt.control_flow.untried_tests import DispatchFacts, RunWatched, untried
 from moeopt.errors import Declined
-from moeopt.pipeline.tests_taken import TestsTaken
-from moeopt.pipeline.untried_tests import DispatchFacts, RunWatched, untried
 from moeopt.value_types import PyObject
 
 _NOTS = ("logical_not", "bitwise_not")
