@@ -7,7 +7,7 @@ A cell is the median, over turns in both orders, of the original's time divided 
 and call included, in CPU time of the thread; ``--threads 2`` is by the clock, so for a quiet machine. ``--isa avx2``
 keeps torch, oneDNN and the kernel to that instruction set.
 What is below ``--least`` is told again at the end, worst first. A declined block is its own original, and has no cell.
-A call that is left to the block's own code (``moeopt.pipeline.own_code``) has one: ``MOEOPT_MEASURE=off`` leaves none.
+A call left to the original code (``moeopt.pipeline.quicker_original``) has one: ``MOEOPT_MEASURE=off`` leaves none.
 ``--gradients`` records what a backward pass would need, as a model does that runs without ``torch.no_grad()``.
 ``--training`` times that and the backward pass of a weighted sum, to the tokens and all Parameters.
 """

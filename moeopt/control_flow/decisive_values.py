@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional
 from torch import Tensor, nn
 
-from moeopt.control_flow.tests_taken import Position
+from moeopt.control_flow.branches_taken import Position
 from moeopt.value_types import PyObject
 
 Decisive = tuple[ast.expr, Any]

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moeopt.control_flow.branches_taken import Position
 from moeopt.control_flow.decisive_values import CONTAINERS, Scope, Unknown, called, position
 from moeopt.control_flow.operand_facts import MOST, UNKNOWN, is_own, is_torch, plain
 from moeopt.control_flow.size_uses import FOLLOWED, Item, SizesOf
-from moeopt.control_flow.tests_taken import Position
 from moeopt.value_types import PyObject
 
 _ASKING = frozenset(

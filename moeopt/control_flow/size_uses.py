@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from moeopt.control_flow.caught_errors import caught, caught_of_tensors, only_errs
 from moeopt.control_flow.cut_sizes import clipped, split
 from moeopt.control_flow.decisive_values import called
-from moeopt.control_flow.untried_tests import assigned_once
+from moeopt.control_flow.untaken_branches import assigned_once
 
 _DIVIDES = (ast.Mod, ast.FloorDiv)
 _BITS = (ast.BitAnd, ast.BitOr, ast.BitXor, ast.LShift, ast.RShift, ast.Pow)

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.capture.held_contents import foreign
+from moeopt.control_flow.branches_taken import Position, call_places
 from moeopt.control_flow.decisive_values import Unknown, called, position
 from moeopt.control_flow.operand_facts import is_own, is_torch, is_unknown, plain
 from moeopt.control_flow.operand_values import SizeScope, operand_value
 from moeopt.control_flow.size_uses import Use, lines_that_catch, uses_in
-from moeopt.control_flow.tests_taken import Position, call_places
 from moeopt.value_types import PyObject
 
 _LIBRARIES = ("/numpy/", "/einops/")

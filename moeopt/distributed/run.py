@@ -28,7 +28,7 @@ from moeopt.optimized import Optimized
 from moeopt.options import Options
 from moeopt.planning.placement import Placement
 from moeopt.report import BlockReport
-from moeopt.rewrite.whole_model import without_own_code
+from moeopt.rewrite.whole_model import without_original_calls
 from moeopt.value_types import PyObject
 
 
@@ -102,7 +102,7 @@ def _distributed(
         assert isinstance(opt, Optimized)
         notes: list[str] = []
         twin = shared_copy(opt.model)
-        without_own_code(twin)  # it has all experts here, and each rank measured for itself
+        without_original_calls(twin)  # it has all experts here, and each rank measured for itself
         ops = _ops_of(twin, opt, notes)
         placed, more = placements_of(placement, [(op.name, op.experts) for op in ops], len(where.ranks))
         notes += more

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from moeopt.capture.alike import unlike
 from moeopt.capture.call_roles import CallSpec
-from moeopt.control_flow.branches import Branches
+from moeopt.control_flow.routing_branches import RoutingBranches
 from moeopt.errors import Declined
 from moeopt.passes.base import PassRecord
 from moeopt.passes.manager import Result
@@ -54,7 +54,7 @@ class Bound:
     module: nn.Module
     call_spec: CallSpec
     known: Known
-    branches: Branches = field(default_factory=Branches)
+    branches: RoutingBranches = field(default_factory=RoutingBranches)
 
     @property
     def found(self) -> list[Recognition]:

@@ -30,8 +30,8 @@ from moeopt.pipeline.chosen_passes import pass_manager
 from moeopt.pipeline.coverage import Mixture, Reader
 from moeopt.pipeline.few_tokens_check import check_few_tokens
 from moeopt.pipeline.finished_blocks import recall
-from moeopt.pipeline.own_hooks import changing_hook_reason, needs_own_hooks, without_own_hooks
 from moeopt.pipeline.pays import check_pays
+from moeopt.pipeline.registered_hooks import changing_hook_reason, needs_own_hooks, without_own_hooks
 from moeopt.pipeline.size_limits import SizeCases, max_tokens
 from moeopt.pipeline.size_sweep import check_sizes
 from moeopt.recognise.experts_hit import ExpertsNotHit

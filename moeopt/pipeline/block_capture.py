@@ -19,8 +19,8 @@ from moeopt.capture.random_ops import refuse_random
 from moeopt.capture.same_graph import one_computation
 from moeopt.capture.tape import Tape, clone_inputs, record
 from moeopt.capture.tree import ArgsKwargs, tree_leaves
-from moeopt.control_flow.branches import Branches
-from moeopt.control_flow.untried_tests import DispatchFacts
+from moeopt.control_flow.routing_branches import RoutingBranches
+from moeopt.control_flow.untaken_branches import DispatchFacts
 from moeopt.errors import Declined
 from moeopt.ir.specs import RouterSpec
 from moeopt.obstacles import Rank
@@ -120,7 +120,7 @@ class Capture:
             refuse_other_experts(self.found, found_there)
             refuse_random(tape, module.training)
         check_experts(module, self.tapes[0], self.found)
-        self.branches = Branches(self.tapes[0])
+        self.branches = RoutingBranches(self.tapes[0])
         self.id_ranges = [IdRange() for _ in self.found]
         self.kept: tuple[IdBounds, ...] = ()
         if reader.kind == GroupExperts.kind:

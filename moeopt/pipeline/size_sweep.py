@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 
 from moeopt.capture.call_roles import of_sequence
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.control_flow.branches_taken import call_places
 from moeopt.control_flow.size_classes import SizeClasses, SizedCall
 from moeopt.control_flow.size_values import SizeValues
-from moeopt.control_flow.tests_taken import call_places
 from moeopt.ops.override import default_impl
 from moeopt.options import Options
 from moeopt.pipeline.block_capture import Capture, original_forward, statistics_kept

@@ -14,7 +14,7 @@ from moeopt.ir.weight_refs import expert_paths
 from moeopt.rewrite.block_graph import BlockGraph
 from moeopt.rewrite.call_guard import BoundArguments, CallGuard, overlap
 from moeopt.rewrite.kept_effects import RecordedRun, recorder_for
-from moeopt.rewrite.live_weights import own_code_of
+from moeopt.rewrite.live_weights import tensor_subclass
 from moeopt.rewrite.module_facts import Fact, take_facts
 from moeopt.rewrite.module_guard import Watch
 from moeopt.rewrite.reads import Reads
@@ -95,7 +95,7 @@ class BlockProgram:
         tensors = dict(module.named_buffers(remove_duplicate=False))
         tensors.update(module.named_parameters(remove_duplicate=False))
         held = {path: tensors[path] for path in paths if path in tensors}
-        now = {path: (tensor.shape, tensor.dtype, own_code_of(tensor)) for path, tensor in held.items()}
+        now = {path: (tensor.shape, tensor.dtype, tensor_subclass(tensor)) for path, tensor in held.items()}
         if self.weights is None:
             self.weights = now
         for path, (shape, dtype, code) in now.items():

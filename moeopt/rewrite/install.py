@@ -31,7 +31,7 @@ from moeopt.rewrite.call_guard import OPAQUE, TENSOR, CallGuard, bind, by_positi
 from moeopt.rewrite.kept_effects import replayed_results
 from moeopt.rewrite.live_bank import watched_bank
 from moeopt.rewrite.live_codes import LiveCodes, dequantized
-from moeopt.rewrite.own_code import LOOK, OwnCode
+from moeopt.rewrite.original_calls import LOOK, OriginalCalls
 from moeopt.rewrite.prepared_attribute import PreparedAttribute
 from moeopt.rewrite.refused_call import KeptResults, Stale
 from moeopt.rewrite.replaced_floats import check_dtypes
@@ -70,11 +70,11 @@ class RewrittenForward:
     Attributes:
         source: the model that was optimised, where ``module`` is in a twin of it. Copies and pickles have none.
         silent: whether a refused call is no news: it is moeopt's own trial.
-        own_code: which calls are left to the block's own code, since that is the quicker there.
+        original_calls: which calls are left to the block's own code, since that is the quicker there.
     """
 
     source: Source | None = None
-    own_code: OwnCode | None = None
+    original_calls: OriginalCalls | None = None
     silent = divided = _changed = False
     _unlooked = 0
 
@@ -132,7 +132,7 @@ class RewrittenForward:
             other = shallow_copy_of(self.module) if getrefcount(self) != _REFERENCES else None
             if other is not None:
                 return self._of(other)(*args, **kwargs)
-            if (own := self.own_code) is not None:
+            if (own := self.original_calls) is not None:
                 x = args[0] if args else kwargs.get(own.name)
                 kinds = own.sizes, own.sizes, own.recorded, own.trained
                 sizes = kinds[2 * torch.is_grad_enabled() + self.module.training]
@@ -244,7 +244,7 @@ class RewrittenForward:
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        keep = ("module", "program", "original", "own_code", "__signature__")
+        keep = ("module", "program", "original", "original_calls", "__signature__")
         return {k: getattr(self, k) for k in keep} | {"calls": 0, "fallbacks": 0, "last_refusal": "", "_stale": False}
 
 

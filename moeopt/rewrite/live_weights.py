@@ -29,7 +29,7 @@ from moeopt.value_types import PyObject
 _PLAIN = {Tensor, nn.Parameter}
 
 
-def own_code_of(tensor: Tensor) -> str:
+def tensor_subclass(tensor: Tensor) -> str:
     """The name of the tensor's class where functions of PyTorch run code of that class on it; else ""."""
     cls = type(tensor)
     if cls in _PLAIN or cls.__torch_function__ is torch._C._disabled_torch_function_impl:
@@ -75,8 +75,8 @@ class Place:
         if tensor.dtype is not self.dtype or tensor.shape != self.shape:
             raise Stale(f"{self.path} changed from {self.dtype} {tuple(self.shape)} "
                         f"to {tensor.dtype} {tuple(tensor.shape)}")  # fmt: skip
-        if type(tensor) is not self.kind and own_code_of(tensor):
-            raise Stale(f"{self.path} runs code of {own_code_of(tensor)} and did not")
+        if type(tensor) is not self.kind and tensor_subclass(tensor):
+            raise Stale(f"{self.path} runs code of {tensor_subclass(tensor)} and did not")
         owner = self.owner
         if self.links and (owner._forward_hooks or owner._forward_pre_hooks):  # those of the block itself still run
             raise Stale(f"a forward hook was registered on the module that holds {self.path}")

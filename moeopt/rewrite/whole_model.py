@@ -64,11 +64,11 @@ def exported(model: nn.Module) -> Iterator[None]:
             )
 
 
-def without_own_code(model: nn.Module) -> None:
+def without_original_calls(model: nn.Module) -> None:
     """Let the rewritten blocks of ``model`` run their rewritten code at every number of tokens."""
     for module in model.modules():
         if (forward := rewritten_forward(module)) is not None:
-            forward.own_code = None
+            forward.original_calls = None
 
 
 def watch_source(model: nn.Module, twin: nn.Module, values: bool) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 import moeopt
 from moeopt.errors import Declined
-from moeopt.pipeline import own_code
+from moeopt.pipeline import quicker_original
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.verification.state import in_mode
 from tests.capture.tiny import rand
@@ -82,8 +82,8 @@ def test_optimising_writes_no_weight(how, monkeypatch):
             way()
         return default
 
-    monkeypatch.setattr(own_code, "measuring", lambda: True)
-    monkeypatch.setattr(own_code, "fastest", both_run)
+    monkeypatch.setattr(quicker_original, "measuring", lambda: True)
+    monkeypatch.setattr(quicker_original, "fastest", both_run)
     module = model(how)
     twin, before, x = copy.deepcopy(module), held(module), rand(24, H)
     opt = moeopt.optimize(module, x)

@@ -27,7 +27,7 @@ from moeopt.options import Options
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.check_copy import check_copy
 from moeopt.pipeline.check_gradients import check_gradients
-from moeopt.pipeline.own_code import choose_own_code
+from moeopt.pipeline.quicker_original import choose_original_calls
 from moeopt.pipeline.report_of import how_to_save, report_of
 from moeopt.pipeline.run import run
 from moeopt.pipeline.weights_in_memory import weights_note
@@ -98,7 +98,7 @@ class TorchBackend(Backend):
                           "stay beside the codes" for name in store_codes(twin)]  # fmt: skip
         if options.quantize is not None:
             outcome.notes.append(weights_note(twin, outcome))
-        outcome.notes += choose_own_code(twin, outcome)
+        outcome.notes += choose_original_calls(twin, outcome)
         report = report_of(source, outcome.blocks, self.name, outcome, certificate, options)
         first = next(source.parameters(), None)
         grouped = any(b.status == "rewritten" and b.kind == "moe" for b in outcome.blocks)

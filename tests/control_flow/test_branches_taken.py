@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moeopt.control_flow.tests_taken import TestsTaken
-from moeopt.control_flow.untried_tests import DispatchFacts, untried
+from moeopt.control_flow.branches_taken import BranchesTaken
+from moeopt.control_flow.untaken_branches import DispatchFacts, untaken
 
 TEXT = Path(__file__).read_text()
 needs_columns = pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 keeps no columns of instructions")
@@ -66,7 +66,7 @@ def anew(function):
 @needs_columns
 def test_every_call_is_watched_from_the_first_on(monkeypatch):
     monkeypatch.setitem(globals(), "above", anew(above))
-    taken, run = TestsTaken(), anew(code)
+    taken, run = BranchesTaken(), anew(code)
     for x in (1, 3):
         assert taken.watching(run, x) == code(x)
     assert went(taken) == WENT
@@ -81,7 +81,7 @@ def test_an_error_ends_the_watching_and_who_traced_before_goes_on():
         if x > 0:
             raise ValueError(x)
 
-    taken, before = TestsTaken(), sys.gettrace()
+    taken, before = BranchesTaken(), sys.gettrace()
     sys.settrace(tracer)
     try:
         with pytest.raises(ValueError, match="1"):
@@ -146,10 +146,10 @@ class Thing:
 def test_what_python_calls_when_memory_is_freed_is_no_code_of_a_model(freed):
     tool = {}
     exec(compile(_TOOL, "/x/site-packages/tool/memory.py", "exec"), tool)
-    taken = TestsTaken()
+    taken = BranchesTaken()
     taken.watching(tool["asks"], "called")
     assert taken.answers, "code of a package may be a model's"
-    taken = TestsTaken()
+    taken = BranchesTaken()
     if freed == "at once":
         taken.watching(lambda: tool["Held"]() and None)
     elif freed == "closed":
@@ -174,10 +174,10 @@ def test_what_python_calls_when_memory_is_freed_is_no_code_of_a_model(freed):
 
 
 def test_a_call_that_the_model_does_not_take_shows_nothing():
-    taken = TestsTaken()
+    taken = BranchesTaken()
     taken.watching(code, 1)
 
     def refused(watch):
         raise ValueError("Expected more than 1 value per channel when training")
 
-    assert taken.answers and list(untried(taken, [[refused, refused]], DispatchFacts(4, False, None))) == []
+    assert taken.answers and list(untaken(taken, [[refused, refused]], DispatchFacts(4, False, None))) == []

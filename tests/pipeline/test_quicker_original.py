@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import moeopt
 from moeopt.errors import StaleModelWarning
 from moeopt.ops.override import default_impl
-from moeopt.pipeline import own_code
+from moeopt.pipeline import quicker_original
 from moeopt.rewrite.install import rewritten_forward
-from moeopt.rewrite.own_code import LOOK, OwnCode
-from moeopt.rewrite.whole_model import without_own_code
+from moeopt.rewrite.original_calls import LOOK, OriginalCalls
+from moeopt.rewrite.whole_model import without_original_calls
 from tests.zoo.dense_forms import EinsumAll
 
 D = 20
@@ -42,8 +42,8 @@ def slower_at(monkeypatch):
             answer = recorded if records else trained if trains else None
             return "own" if tokens in (counts if answer is None else answer) else default
 
-        monkeypatch.setattr(own_code, "measuring", lambda: True)
-        monkeypatch.setattr(own_code, "fastest", fastest)
+        monkeypatch.setattr(quicker_original, "measuring", lambda: True)
+        monkeypatch.setattr(quicker_original, "fastest", fastest)
 
     return machine
 
@@ -100,7 +100,7 @@ def test_calls_whose_gradients_are_recorded_are_asked_by_themselves(slower_at):
 def test_without_a_parameter_that_wants_a_gradient_nothing_is_recorded(slower_at):
     slower_at(8, recorded=(64,))
     opt = optimized(model().requires_grad_(False))
-    own = rewritten_forward(opt.model).own_code
+    own = rewritten_forward(opt.model).original_calls
     assert own.recorded == own.sizes == own.trained == {D * tokens for tokens in range(2, 17)}
     assert [n.split(" are left")[0] for n in opt.report.notes] == ["calls of 2 to 16 tokens"]
 
@@ -115,7 +115,7 @@ class Steadied(EinsumAll):
 def test_what_was_verified_in_evaluation_mode_alone_is_asked_about_no_training(slower_at):
     slower_at(8)
     torch.manual_seed(0)
-    own = rewritten_forward(optimized(Steadied(d=D).eval()).model).own_code
+    own = rewritten_forward(optimized(Steadied(d=D).eval()).model).original_calls
     assert own.sizes == own.recorded and own.sizes and not own.trained
 
 
@@ -130,9 +130,9 @@ def test_what_was_verified_in_evaluation_mode_alone_is_asked_about_no_training(s
 def test_hooks_on_gradients_are_run_by_no_timing(slower_at, hook):
     slower_at(8)
     source = model()
-    plain = rewritten_forward(optimized(source).model).own_code
+    plain = rewritten_forward(optimized(source).model).original_calls
     hook(source)
-    hooked = rewritten_forward(optimized(source).model).own_code
+    hooked = rewritten_forward(optimized(source).model).original_calls
     assert plain.trained and not hooked.trained and hooked.recorded == plain.recorded
 
 
@@ -151,12 +151,12 @@ def test_a_keyword_and_a_batch_count_as_their_tokens(slower_at):
 
 
 def test_nothing_is_left_where_nothing_may_be_measured_and_ties_are_rewritten(slower_at):
-    assert rewritten_forward(optimized().model).own_code is None  # MOEOPT_MEASURE is off in tests
+    assert rewritten_forward(optimized().model).original_calls is None  # MOEOPT_MEASURE is off in tests
     asked = []
     slower_at(asked=asked)
     opt = optimized()
     assert asked == [1, 8, 64, 512]
-    assert rewritten_forward(opt.model).own_code is None and not any("own code" in n for n in opt.report.notes)
+    assert rewritten_forward(opt.model).original_calls is None and not any("own code" in n for n in opt.report.notes)
 
 
 def test_copies_and_pickles_choose_alike(slower_at):
@@ -167,7 +167,7 @@ def test_copies_and_pickles_choose_alike(slower_at):
 
 
 def test_verification_and_other_implementations_run_the_rewritten_code(slower_at):
-    slower_at(*own_code.NEAR)
+    slower_at(*quicker_original.NEAR)
     opt, source = optimized(), model()
     forward = rewritten_forward(opt.model)
     assert moeopt.verify(opt, original=source, inputs=x(5)).passed and forward.calls > 0
@@ -182,21 +182,21 @@ def test_verification_and_other_implementations_run_the_rewritten_code(slower_at
 
 
 def test_a_model_that_is_divided_over_ranks_runs_the_rewritten_code(slower_at):
-    slower_at(*own_code.NEAR)
+    slower_at(*quicker_original.NEAR)
     opt = optimized()
-    without_own_code(opt.model)
+    without_original_calls(opt.model)
     assert ran(opt, x(5))[1] == 1
 
 
 def test_a_strict_optimize_verifies_the_rewritten_code_first(slower_at):
-    slower_at(*own_code.NEAR)
+    slower_at(*quicker_original.NEAR)
     opt = optimized(verify="strict")
     assert opt.certificate.passed and opt.certificate.blocks[0].cases
     assert ran(opt, x(24))[1] == 0
 
 
 def test_a_changed_source_is_told_by_calls_of_the_own_code_too(slower_at):
-    slower_at(*own_code.NEAR)
+    slower_at(*quicker_original.NEAR)
     source = model()
     opt = optimized(source)
     source.wi = torch.nn.Parameter(torch.zeros_like(source.wi))
@@ -206,7 +206,7 @@ def test_a_changed_source_is_told_by_calls_of_the_own_code_too(slower_at):
 
 
 def test_calls_of_the_own_code_are_looked_at_once_in_a_while(slower_at, monkeypatch):
-    slower_at(*own_code.NEAR)
+    slower_at(*quicker_original.NEAR)
     source = model()
     opt = optimized(source)
     forward, looks, guarded = rewritten_forward(opt.model), [], []
@@ -221,12 +221,17 @@ def test_calls_of_the_own_code_are_looked_at_once_in_a_while(slower_at, monkeypa
 
 def test_a_call_that_is_not_left_to_the_own_code_is_no_answer(monkeypatch):
     opt = optimized()
-    monkeypatch.setattr(own_code, "fastest", lambda question, ways, *rest, **more: ways() and "own")
-    assert own_code._slower(rewritten_forward(opt.model), ((x(24),), {}), OwnCode("x", D + 1), own_code.PLAIN) == []
+    monkeypatch.setattr(quicker_original, "fastest", lambda question, ways, *rest, **more: ways() and "own")
+    assert (
+        quicker_original._slower(
+            rewritten_forward(opt.model), ((x(24),), {}), OriginalCalls("x", D + 1), quicker_original.PLAIN
+        )
+        == []
+    )
 
 
 def test_of_what_the_rewritten_code_would_refuse_calls_of_the_own_code_tell_too(slower_at):
-    slower_at(*own_code.NEAR)
+    slower_at(*quicker_original.NEAR)
     opt, changed = optimized(), model()
     attribute = next(name for name, value in vars(changed).items() if type(value) is int)
     opt.model(x(2))
@@ -242,7 +247,7 @@ def test_of_what_the_rewritten_code_would_refuse_calls_of_the_own_code_tell_too(
 
 
 def test_under_autocast_calls_of_the_own_code_say_so(slower_at):
-    slower_at(*own_code.NEAR)
+    slower_at(*quicker_original.NEAR)
     opt = optimized()
     with pytest.warns(StaleModelWarning, match="autocast is on"), torch.autocast("cpu"):
         want = model()(x(2))
@@ -251,7 +256,7 @@ def test_under_autocast_calls_of_the_own_code_say_so(slower_at):
 
 
 def test_two_threads_that_count_at_once_do_not_end_the_telling(slower_at):
-    slower_at(*own_code.NEAR)
+    slower_at(*quicker_original.NEAR)
     opt = optimized()
     rewritten_forward(opt.model)._unlooked = -1  # both had taken the last
     with pytest.warns(StaleModelWarning, match="autocast is on"), torch.autocast("cpu"):
@@ -276,7 +281,7 @@ def test_a_limit_of_tokens_is_compiled_with_sizes_that_are_free():
             assert torch.allclose(compiled(x(tokens)), model()(x(tokens)), atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", own_code.MODES)
+@pytest.mark.parametrize("mode", quicker_original.MODES)
 def test_both_ways_are_timed_on_the_same_call(monkeypatch, mode):
     took, steps = {}, []
     honest = torch.autograd.grad
@@ -288,33 +293,33 @@ def test_both_ways_are_timed_on_the_same_call(monkeypatch, mode):
             before, stepped = forward.calls, len(steps)
             way()
             took[question.split()[-2], name] = forward.calls - before
-            assert f"own code,{mode} on" in question and forward.module.training == (mode == own_code.TRAINED)
-            assert (len(steps) > stepped) == (mode == own_code.TRAINED)
-        assert default == "rewritten" and advantage == own_code.GAIN
+            assert f"own code,{mode} on" in question and forward.module.training == (mode == quicker_original.TRAINED)
+            assert (len(steps) > stepped) == (mode == quicker_original.TRAINED)
+        assert default == "rewritten" and advantage == quicker_original.GAIN
         return default
 
     opt = optimized()
     question_of = [rewritten_forward(opt.model)]
-    monkeypatch.setattr(own_code, "fastest", fastest)
+    monkeypatch.setattr(quicker_original, "fastest", fastest)
     call = ((x(24),), {})
-    assert own_code._slower(question_of[0], call, OwnCode("x", D), mode) == []
+    assert quicker_original._slower(question_of[0], call, OriginalCalls("x", D), mode) == []
     module = question_of[0].module
     assert not module.training and all(p.grad is None for p in module.parameters())
     for _, wanted, *_ in steps[:1]:
         assert len(wanted) == 1 + len(list(module.parameters()))
-    for tokens in map(str, own_code.NEAR):
-        assert 1 <= took[tokens, "rewritten"] <= own_code.CALLS and took[tokens, "own"] == 0
+    for tokens in map(str, quicker_original.NEAR):
+        assert 1 <= took[tokens, "rewritten"] <= quicker_original.CALLS and took[tokens, "own"] == 0
     assert not question_of[0].silent
 
 
 def test_large_blocks_quantised_ones_and_calls_that_are_refused_are_not_asked_about(slower_at, monkeypatch):
     asked = []
-    slower_at(*own_code.NEAR, asked=asked)
-    assert not rewritten_forward(optimized(quantize="int8").model).own_code and asked == []
-    monkeypatch.setattr(own_code, "WORK", 10 * sum(p.numel() for p in model().parameters()))
+    slower_at(*quicker_original.NEAR, asked=asked)
+    assert not rewritten_forward(optimized(quantize="int8").model).original_calls and asked == []
+    monkeypatch.setattr(quicker_original, "WORK", 10 * sum(p.numel() for p in model().parameters()))
     optimized()
     assert asked == [1, 8]
-    monkeypatch.setattr(own_code, "LARGEST", 10)
+    monkeypatch.setattr(quicker_original, "LARGEST", 10)
     optimized()
     assert asked == [1, 8]
 
@@ -324,8 +329,13 @@ def test_a_call_that_the_rewritten_code_refuses_is_no_answer(monkeypatch):
     forward = rewritten_forward(opt.model)
     forward.program.guard.most = 10  # as many tokens as were verified
     asked = []
-    monkeypatch.setattr(own_code, "fastest", lambda question, ways, *rest, **more: asked.append(ways()) or "own")
-    assert own_code._slower(forward, ((x(24),), {}), OwnCode("x", D), own_code.PLAIN) == [1, 8] and len(asked) == 2
+    monkeypatch.setattr(
+        quicker_original, "fastest", lambda question, ways, *rest, **more: asked.append(ways()) or "own"
+    )
+    assert (
+        quicker_original._slower(forward, ((x(24),), {}), OriginalCalls("x", D), quicker_original.PLAIN) == [1, 8]
+        and len(asked) == 2
+    )
 
 
 class Either(EinsumAll):
@@ -340,7 +350,7 @@ def test_what_configurations_decide_is_a_question_of_its_own():
     kinds = set()
     for way in ("eager", "grouped", "grouped"):
         torch.manual_seed(0)
-        kinds.add(own_code._kind(rewritten_forward(optimized(Either(way, d=D).eval()).model)))
+        kinds.add(quicker_original._kind(rewritten_forward(optimized(Either(way, d=D).eval()).model)))
     assert len(kinds) == 2
 
 
@@ -353,20 +363,20 @@ def test_a_block_on_a_gpu_is_asked_about_on_that_gpu_and_at_its_sizes(monkeypatc
         asked.append((int(question.split()[-2]), device))
         return "own"
 
-    monkeypatch.setattr(own_code, "fastest", fastest)
-    monkeypatch.setattr(own_code, "WORK", 10 * numbers)
-    monkeypatch.setattr(own_code, "LARGEST", numbers - 1)
-    question = forward, ((x(24),), {}), OwnCode("x", D), own_code.PLAIN
-    assert own_code._slower(*question) == [] and not asked
-    monkeypatch.setattr(own_code, "_device", lambda held: gpu)
-    assert own_code._slower(*question) == [1, 8, 64, 512] and asked == [(n, gpu) for n in (1, 8, 64, 512)]
+    monkeypatch.setattr(quicker_original, "fastest", fastest)
+    monkeypatch.setattr(quicker_original, "WORK", 10 * numbers)
+    monkeypatch.setattr(quicker_original, "LARGEST", numbers - 1)
+    question = forward, ((x(24),), {}), OriginalCalls("x", D), quicker_original.PLAIN
+    assert quicker_original._slower(*question) == [] and not asked
+    monkeypatch.setattr(quicker_original, "_device", lambda held: gpu)
+    assert quicker_original._slower(*question) == [1, 8, 64, 512] and asked == [(n, gpu) for n in (1, 8, 64, 512)]
 
 
 def test_tensors_of_one_cpu_or_gpu_have_a_clock():
     cpu, other = torch.empty(1), torch.empty(1, device="meta")
     with FakeTensorMode():
         first, second = torch.empty(1, device="cuda:0"), torch.empty(1, device="cuda:1")
-    assert own_code._device([cpu, cpu]) == torch.device("cpu")
-    assert own_code._device([first, first]) == torch.device("cuda", 0)
+    assert quicker_original._device([cpu, cpu]) == torch.device("cpu")
+    assert quicker_original._device([first, first]) == torch.device("cuda", 0)
     for held in ([first, second], [cpu, first], [other], []):
-        assert own_code._device(held) is None
+        assert quicker_original._device(held) is None

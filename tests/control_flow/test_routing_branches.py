@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import moeopt
-from tests.control_flow.test_tests_taken import needs_columns
+from tests.control_flow.test_branches_taken import needs_columns
 from tests.toy_moe import Block, E, H, build
 
 UNTRIED = {
@@ -36,7 +36,7 @@ def test_a_branch_that_no_case_took_is_declined(name):
     assert block.status == "declined"
     asked = "comparison of routing" if "limit" in UNTRIED[name][1] else "value computed from the routing"
     assert block.reason.startswith(f"its forward branches on a {asked} {UNTRIED[name][1]}")
-    assert "write both ways as tensors (torch.where)" in block.reason and "test_branches.py" in block.source
+    assert "write both ways as tensors (torch.where)" in block.reason and "test_routing_branches.py" in block.source
 
 
 class Asking(Block):
@@ -172,7 +172,7 @@ def test_a_branch_on_numbers_and_sizes_that_no_case_took_is_declined(name):
     assert block.status == "declined"
     assert block.reason.startswith("its forward branches on numbers or sizes that its input decides (")
     assert text in block.reason and f"which is {answer} in every case of verification" in block.reason
-    assert "write both ways as tensors (torch.where)" in block.reason and "test_branches.py" in block.source
+    assert "write both ways as tensors (torch.where)" in block.reason and "test_routing_branches.py" in block.source
 
 
 class AskingNumbers(Block):

@@ -20,7 +20,7 @@ _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_
 
 
 @dataclass(frozen=True)
-class OwnCode:
+class OriginalCalls:
     """Which calls are left to a block's own code, by their number of tokens: see ``RewrittenForward.__call__``.
 
     None is that a mode, a tracer or another implementation of the op watches.
@@ -39,17 +39,17 @@ class OwnCode:
     recorded: frozenset[int] = frozenset()
     trained: frozenset[int] = frozenset()
 
-    def at(self, counts: Iterable[int], recorded: Iterable[int], trained: Iterable[int]) -> OwnCode:
+    def at(self, counts: Iterable[int], recorded: Iterable[int], trained: Iterable[int]) -> OriginalCalls:
         """For calls of so many tokens, for those whose gradients are recorded, and for those that are trained."""
         sizes, others, steps = (frozenset(self.row * count for count in one) for one in (counts, recorded, trained))
         return replace(self, sizes=sizes, recorded=others, trained=steps)
 
 
-def own_code_of(program: BlockProgram) -> OwnCode | None:
+def original_calls_of(program: BlockProgram) -> OriginalCalls | None:
     """For no number of tokens yet; None where the first argument does not tell how many a call has."""
     first, guard = next(iter(program.signature.parameters.values()), None), program.guard
     if first is None or first.kind not in _BY_POSITION or not guard.template or guard.template[0] is not TENSOR:
         return None
     fixed = [size for size in guard.shapes[0] if size is not None]
     row = math.prod(fixed)
-    return OwnCode(first.name, row) if row and len(fixed) < len(guard.shapes[0]) else None
+    return OriginalCalls(first.name, row) if row and len(fixed) < len(guard.shapes[0]) else None

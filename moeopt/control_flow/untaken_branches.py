@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from moeopt.control_flow.branches_taken import BranchesTaken, BranchPlace, Position
 from moeopt.control_flow.decisive_values import Results, Scope, position
-from moeopt.control_flow.tests_taken import Position, TestPlace, TestsTaken
 from moeopt.value_types import PyObject
 
 RunWatched = Callable[..., Any]
 """Calls the function that it is given, watched."""
-_Seen = dict[tuple[TestPlace, str], set[Any]]
+_Seen = dict[tuple[BranchPlace, str], set[Any]]
 """In one call the values of each part that decides a test, by the test and the part's text."""
 _ASKS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
@@ -52,7 +52,7 @@ class DispatchFacts:
 
 
 @dataclass(frozen=True)
-class Untried:
+class UntakenBranch:
     """One test: the text of its source, the answer that it gave, and its line."""
 
     text: str
@@ -74,9 +74,9 @@ class _Test:
     assigned: dict[str, ast.expr]
 
 
-def untried(
-    taken: TestsTaken, groups: Iterable[Iterable[Callable[[RunWatched], object]]], dispatch: DispatchFacts
-) -> Iterator[Untried]:
+def untaken(
+    taken: BranchesTaken, groups: Iterable[Iterable[Callable[[RunWatched], object]]], dispatch: DispatchFacts
+) -> Iterator[UntakenBranch]:
     """The tests of ``taken`` in question.
 
     Args:
@@ -92,25 +92,25 @@ def untried(
         parts = [text for at, text in varied if at == place]
         answer = next(iter(taken.answers[place]))
         if parts and not _asked_by_dispatch(test, place, [seen for calls in watched for seen in calls], dispatch):
-            yield Untried(ast.unparse(test.node)[:80], answer, f"{place[0].co_filename}:{test.node.lineno}")
+            yield UntakenBranch(ast.unparse(test.node)[:80], answer, f"{place[0].co_filename}:{test.node.lineno}")
 
 
-def _decided_by(tests: dict[TestPlace, _Test], call: Callable[[RunWatched], object]) -> _Seen:
+def _decided_by(tests: dict[BranchPlace, _Test], call: Callable[[RunWatched], object]) -> _Seen:
     """What decided each of ``tests`` in ``call``; nothing after an error of its code."""
     seen: _Seen = defaultdict(set)
 
-    def look(place: TestPlace, frame: types.FrameType, into: TestsTaken) -> None:
+    def look(place: BranchPlace, frame: types.FrameType, into: BranchesTaken) -> None:
         test = tests[place]
         scope = Scope(frame.f_locals, frame.f_globals, test.assigned, lambda at: into.returned.get((frame.f_code, at)))
         for part, value in scope.decisive(test.node):
             seen[place, ast.unparse(part)].add(value)
 
     with contextlib.suppress(Exception):  # a call that the model does not take (one row, to a batch norm in training)
-        call(TestsTaken(look, frozenset(tests)).watching)
+        call(BranchesTaken(look, frozenset(tests)).watching)
     return seen
 
 
-def _varied(calls: list[_Seen]) -> Iterator[tuple[TestPlace, str]]:
+def _varied(calls: list[_Seen]) -> Iterator[tuple[BranchPlace, str]]:
     """The parts whose values were not those of another call."""
     for key in {key for seen in calls for key in seen}:
         values = [seen[key] for seen in calls if key in seen]
@@ -118,7 +118,7 @@ def _varied(calls: list[_Seen]) -> Iterator[tuple[TestPlace, str]]:
             yield key
 
 
-def _asked_by_dispatch(test: _Test, place: TestPlace, calls: list[_Seen], dispatch: DispatchFacts) -> bool:
+def _asked_by_dispatch(test: _Test, place: BranchPlace, calls: list[_Seen], dispatch: DispatchFacts) -> bool:
     """Whether a test of numbers can have no other answer, or may have it with nothing computed otherwise."""
     parts, ask = _question(test)
     known = [
@@ -216,7 +216,7 @@ def _raises(test: _Test) -> bool:
     return False
 
 
-def _test(place: TestPlace) -> _Test | None:
+def _test(place: BranchPlace) -> _Test | None:
     """The test at ``place``; None where its source is not to be had."""
     code, at = place
     return _tests_of("".join(linecache.getlines(code.co_filename))).get(at) if len(at) > 1 else None

@@ -5,7 +5,7 @@ right for what a dispatch asks, and wrong for ``if (weights > 0.9).all(): y = 2 
 the other is gone. Verification sees that only if one of its cases goes there. So each place where Python reads a bool
 that depends on the arguments is watched while the original runs: a place that gave one answer on every case, and could
 give the other, is a part of the code that was compared with nothing. What Python makes of numbers that it reads, and of
-sizes that depend on values, is asked of the code's own tests (``moeopt.control_flow.untried_tests``).
+sizes that depend on values, is asked of the code's own tests (``moeopt.control_flow.untaken_branches``).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from moeopt.capture.op_kinds import moves_rows, op_name
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
-from moeopt.control_flow.tests_taken import TestsTaken
-from moeopt.control_flow.untried_tests import DispatchFacts, RunWatched, untried
+from moeopt.control_flow.branches_taken import BranchesTaken
+from moeopt.control_flow.untaken_branches import DispatchFacts, RunWatched, untaken
 from moeopt.errors import Declined
 from moeopt.value_types import PyObject
 
@@ -38,7 +38,7 @@ _SIZED = (*_NUMBERS, "index", "masked_select", "repeat_interleave", "bincount", 
 _WAY_OUT = "write both ways as tensors (torch.where), or leave the branch out"
 
 
-class Branches:
+class RoutingBranches:
     """What Python reads of one block's routing as a bool.
 
     Args:
@@ -52,13 +52,13 @@ class Branches:
 
     def __init__(self, tape: Tape | None = None) -> None:
         self.seen: dict[ReadAt, set[bool]] = {}
-        self.tests: TestsTaken | None = None
+        self.tests: BranchesTaken | None = None
         self.line: str | None = None
         self._reads: dict[str, list[_Asked]] = {}
         if tape is None:
             return
         if _reads_numbers(tape):
-            self.tests = TestsTaken()
+            self.tests = BranchesTaken()
         numbers = [r.line for r in tape.reads if r.node.meta.get("dtype") != torch.bool]
         sized = [n.meta["source"] for n in tape.nodes if op_name(n) in _SIZED and n.meta.get("source")]
         self.line = next(iter([*reversed(numbers), *reversed(sized)]), None)
@@ -99,10 +99,10 @@ class Branches:
             )
 
     def check_tests(self, groups: Iterable[Iterable[Callable[[RunWatched], object]]], dispatch: DispatchFacts) -> None:
-        """``Declined`` for a test in its code that no call answered otherwise; ``groups`` as of ``untried``."""
+        """``Declined`` for a test in its code that no call answered otherwise; ``groups`` as of ``untaken``."""
         if self.tests is None:
             return
-        for one in untried(self.tests, groups, dispatch):
+        for one in untaken(self.tests, groups, dispatch):
             raise Declined(
                 f"its forward branches on numbers or sizes that its input decides ({one.text}), which is {one.answer} "
                 f"in every case of verification, so what it does where that is {not one.answer} was compared with "
@@ -110,7 +110,7 @@ class Branches:
                 one.line,
             )
 
-    def enter(self, reads: dict[ReadAt, set[bool]], tests: TestsTaken) -> None:
+    def enter(self, reads: dict[ReadAt, set[bool]], tests: BranchesTaken) -> None:
         """Enter the answers of one call."""
         for place, answers in reads.items():
             if place[0] in self._reads:
@@ -126,14 +126,14 @@ class _WatchedCall:
     Not those of calls that show nothing: of no token everything is true, and twice a NaN or a zero is what it was.
     """
 
-    def __init__(self, into: Branches, original: Callable[..., Any], module: nn.Module) -> None:
+    def __init__(self, into: RoutingBranches, original: Callable[..., Any], module: nn.Module) -> None:
         self._into, self._original, self.module = into, original, module
 
     def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
         if not all(t.numel() for t in leaves_of(torch.Tensor, (args, kwargs))):
             return self._original(*args, **kwargs)
         reads: dict[ReadAt, set[bool]] = {}
-        tests = TestsTaken()
+        tests = BranchesTaken()
 
         def answer(place: ReadAt, own: bool) -> bool:
             reads.setdefault(place, set()).add(own)

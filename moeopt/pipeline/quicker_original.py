@@ -31,7 +31,7 @@ from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.dense_forms import buffers_kept, sized_calls
 from moeopt.rewrite.bytecode import fingerprint
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
-from moeopt.rewrite.own_code import OwnCode, own_code_of
+from moeopt.rewrite.original_calls import OriginalCalls, original_calls_of
 from moeopt.verification.gradients import hooks_of
 from moeopt.verification.state import RestoreState, in_mode
 
@@ -54,7 +54,7 @@ MODES = {PLAIN: " under torch.no_grad()", RECORDED: " outside of torch.no_grad()
 """The modes in which a call is timed, as a question and as a note name them."""
 
 
-def choose_own_code(model: nn.Module, outcome: PipelineResult) -> list[str]:
+def choose_original_calls(model: nn.Module, outcome: PipelineResult) -> list[str]:
     """Leave calls of the rewritten blocks of ``model`` to their own code where that is the quicker; a note of each."""
     if not measuring():
         return []
@@ -62,14 +62,14 @@ def choose_own_code(model: nn.Module, outcome: PipelineResult) -> list[str]:
     left: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for path in outcome.rewrites:
         name, forward = path or type(model).__name__, rewritten_forward(model.get_submodule(path))
-        if name not in mixtures or forward is None or not (own := own_code_of(forward.program)):
+        if name not in mixtures or forward is None or not (own := original_calls_of(forward.program)):
             continue
         call = outcome.calls[path]
         slower = {mode: tuple(_slower(forward, call, own, mode)) for mode in MODES if _happens(forward, mode)}
         slower.setdefault(RECORDED, slower[PLAIN])
         slower.setdefault(TRAINED, ())
         if any(slower.values()):
-            forward.own_code = own.at(*([count for n in slower[mode] for count in NEAR[n]] for mode in MODES))
+            forward.original_calls = own.at(*([count for n in slower[mode] for count in NEAR[n]] for mode in MODES))
         modes = {mode: slower[mode] for mode in MODES} if len(set(slower.values())) > 1 else {"": slower[PLAIN]}
         for mode, tokens in modes.items():
             if tokens:
@@ -105,7 +105,7 @@ def _happens(forward: RewrittenForward, mode: str) -> bool:
     return any(p.requires_grad for p in parameters)
 
 
-def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OwnCode, mode: str) -> list[int]:
+def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OriginalCalls, mode: str) -> list[int]:
     """The numbers of tokens at which the own code of the block is the quicker, in a mode of ``MODES``."""
     block, module = forward.program.block, forward.module
     held = [*module.parameters(), *module.buffers()]
@@ -163,7 +163,7 @@ def _values(module: nn.Module) -> list[str]:
     return [f"{name}={value!r}" for one in held for name, value in sorted(one.items()) if isinstance(value, plain)]
 
 
-def _ways(forward: RewrittenForward, left: OwnCode, call: ArgsKwargs, mode: str) -> dict[str, Way]:
+def _ways(forward: RewrittenForward, left: OriginalCalls, call: ArgsKwargs, mode: str) -> dict[str, Way]:
     """Both on the same call, several times where one is short.
 
     Raises:
@@ -173,15 +173,15 @@ def _ways(forward: RewrittenForward, left: OwnCode, call: ArgsKwargs, mode: str)
     args, kwargs = call
     once_more = functools.partial(_step, forward, call) if mode == TRAINED else lambda: forward(*args, **kwargs)
 
-    def calls(own: OwnCode | None, several: int) -> TimedCall:
+    def calls(own: OriginalCalls | None, several: int) -> TimedCall:
         def run() -> None:
-            forward.own_code = own
+            forward.original_calls = own
             try:
                 with torch.set_grad_enabled(mode != PLAIN):
                     for _ in range(several):
                         once_more()
             finally:
-                forward.own_code = None
+                forward.original_calls = None
 
         return run
 

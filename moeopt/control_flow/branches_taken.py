@@ -26,9 +26,9 @@ from moeopt.value_types import PyObject
 
 Position = tuple[int, ...]
 """Line, column, last line and last column of an expression; of one instruction its offset."""
-TestPlace = tuple[types.CodeType, Position]
+BranchPlace = tuple[types.CodeType, Position]
 """A test in a model's code."""
-LookAtTest = Callable[[TestPlace, types.FrameType, "TestsTaken"], None]
+LookAtBranch = Callable[[BranchPlace, types.FrameType, "BranchesTaken"], None]
 
 _STANDARD = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib"))
 _PACKAGES = ("site-packages", "dist-packages")
@@ -41,7 +41,7 @@ _GOES_ON = (["SWAP", "COPY"], ["DUP_TOP", "ROT_THREE"])
 _RETURNS = ("RETURN_VALUE", "RETURN_CONST")
 
 
-class TestsTaken:
+class BranchesTaken:
     """What each test answered, on all calls made under ``watching``.
 
     Args:
@@ -55,9 +55,9 @@ class TestsTaken:
 
     __test__ = False  # not for pytest
 
-    def __init__(self, look: LookAtTest | None = None, only: frozenset[TestPlace] = frozenset()) -> None:
-        self.answers: dict[TestPlace, set[bool]] = {}
-        self.returned: dict[TestPlace, Any] = {}
+    def __init__(self, look: LookAtBranch | None = None, only: frozenset[BranchPlace] = frozenset()) -> None:
+        self.answers: dict[BranchPlace, set[bool]] = {}
+        self.returned: dict[BranchPlace, Any] = {}
         self._look, self._only = look, only
         self._freeing: set[types.CodeType] = set()
 
@@ -96,12 +96,12 @@ class TestsTaken:
             at = at.f_back
         return False
 
-    def reached(self, place: TestPlace, frame: types.FrameType) -> None:
+    def reached(self, place: BranchPlace, frame: types.FrameType) -> None:
         """Tell of a test that is about to be decided."""
         if self._look is not None and place in self._only:
             self._look(place, frame, self)
 
-    def answered(self, place: TestPlace, answer: bool) -> None:
+    def answered(self, place: BranchPlace, answer: bool) -> None:
         """Enter the answer of one test."""
         self.answers.setdefault(place, set()).add(answer)
 
@@ -134,7 +134,7 @@ class _Jump:
         only: the one answer that decides the test; None where both do. ``a < b`` of ``a < b < c`` decides it if False.
     """
 
-    place: TestPlace
+    place: BranchPlace
     after: tuple[int, ...]
     stays: bool
     only: bool | None = None
@@ -143,7 +143,7 @@ class _Jump:
 class _InFrame:
     """The local trace function of one frame."""
 
-    def __init__(self, into: TestsTaken, jumps: dict[int, _Jump]) -> None:
+    def __init__(self, into: BranchesTaken, jumps: dict[int, _Jump]) -> None:
         self._into, self._jumps = into, jumps
         self._last: _Jump | None = None
 
