@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import moeopt
 from moeopt.errors import UsageError
 from moeopt.ops.native.compile import ISAS
 from moeopt.options import Options, environment
+from moeopt.options.environment import OF_USERS
 from moeopt.options.instruction_sets import INSTRUCTION_SETS
 
 SPLIT = {"dense": "split", "experts": 2}
@@ -100,6 +102,11 @@ def test_hash_ignores_hints():
         ({"hints": [1]}, "hints=[1]: it must map name patterns"),
         ({"progress": 3}, "progress=3: it must be a callable"),
         ({"dump": True}, "dump=True: it must be the path of a folder"),
+        ({"dump": ""}, "dump='': it must be the path of a folder"),
+        (
+            {"only_passes": ("a", "b"), "skip_passes": "b"},
+            "only_passes and skip_passes (or MOEOPT_SKIP_PASSES) both name b: drop it from one of them",
+        ),
         ({"device": "toaster"}, "device='toaster' is not a device"),
         ({"dtype": "float99"}, "dtype='float99' is not a floating-point dtype"),
         ({"dtype": torch.int8}, "dtype=torch.int8 is not a floating-point dtype"),
@@ -114,6 +121,22 @@ def test_refusals(fields, text):
 def test_options_must_be_options():
     with pytest.raises(UsageError, match="it must be a moeopt.Options"):
         Options.from_fields({"seed": 1}, {})
+
+
+def test_a_misspelt_variable_is_told(monkeypatch):
+    monkeypatch.setenv("MOEOPT_SKIP_PASS", "drop_copies")
+    with pytest.raises(
+        UsageError, match=r"no environment variable MOEOPT_SKIP_PASS: did you mean MOEOPT_SKIP_PASSES\?"
+    ):
+        Options()
+    monkeypatch.delenv("MOEOPT_SKIP_PASS")
+    monkeypatch.setenv("MOEOPT_TESTS_SCALE", "2")  # of nobody's, and like none: it is another program's
+    assert Options().skip_passes == ()
+
+
+def test_every_variable_of_the_package_s_page_is_known():
+    named = set(re.findall(r"^    (MOEOPT_\w+)", moeopt.options.__doc__, re.MULTILINE))
+    assert named == set(OF_USERS)
 
 
 def test_environment_fills_fields_that_are_not_given(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 
 from moeopt.value_types import PyObject
 
-_NOT_THE_USERS = (torch.__path__[0], str(Path(__file__).parents[1]))
+_NOT_THE_USERS = (torch.__path__[0], str(Path(__file__).parents[1]), contextlib.__file__)
+"""Files of torch and of moeopt, and the one through which torch's decorators call a forward."""
 
 
 def user_line() -> str:

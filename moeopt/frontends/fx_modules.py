@@ -8,6 +8,7 @@ of experts, in one graph. The data-dependent loop is gone by then, so ``torch.ex
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,19 +18,33 @@ from torch import fx, nn
 
 from moeopt.api import optimize
 from moeopt.capture.tree import ArgsKwargs
-from moeopt.errors import NotSaveableError
+from moeopt.errors import NotSaveableError, UsageError
 from moeopt.lower.export import export_program
 from moeopt.lower.size_one import avoid_size_one, export_widened
+from moeopt.onnx_in.read import is_onnx
 from moeopt.passes.base import Pass, PassRecord
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.value_types import PyObject
+
+_OF_OPTIMIZE = {"backend", "out", "task", "trust_remote_code"}
+"""Arguments of ``moeopt.optimize`` that are no options, and that ask for something else than a GraphModule."""
 
 
 def run(
     module: PyObject, example_inputs: PyObject, passes: Sequence[Pass], **fields: PyObject
 ) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
     """See ``moeopt.passes.run``."""
-    done = optimize(module, example_inputs, passes=tuple(passes), **fields)
+    if isinstance(module, (str, os.PathLike)) or is_onnx(module):
+        raise UsageError(
+            "passes.run takes a module and gives a GraphModule: give what moeopt.from_onnx or a from_pretrained makes "
+            "of the files, or call moeopt.optimize, which takes files"
+        )
+    if fields.keys() & _OF_OPTIMIZE:
+        raise UsageError(
+            f"passes.run gives one GraphModule for PyTorch, so it takes no {sorted(fields.keys() & _OF_OPTIMIZE)[0]}=: "
+            "leave it out, or call moeopt.optimize"
+        )
+    done = optimize(module, example_inputs, passes=passes, **fields)
     model = done.model
     if isinstance(model, fx.GraphModule) and rewritten_forward(model) is None:
         return model, done.report.passes

@@ -55,7 +55,7 @@ def export_program(
         NotSaveableError: the model cannot be exported; the message names what is in the way.
     """
 
-    model = _by_its_forward(model)
+    given, model = model, _by_its_forward(model)
     if why := unwritable_name(model):
         raise NotSaveableError(f"{type(model).__name__} cannot be saved: {why}")
     args, kwargs = plain_call(args, kwargs)
@@ -79,7 +79,7 @@ def export_program(
             raise NotSaveableError(f"{type(model).__name__} cannot be saved: {_why(model, err, args, kwargs)}") from err
         finally:
             counted = _restore(model, before)
-    if not counted and differs_at_second_call(model, args, kwargs):
+    if not counted and differs_at_second_call(given, args, kwargs):
         with quicker_decomposition():
             refuse_read_state(program.run_decompositions({}))  # which has in-place writes as outputs
         counted = "what it returns for the same inputs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,8 @@ def as_passes(value: PyObject) -> tuple[Any, ...]:
         raise UsageError(f"passes={value!r}: it must be a tuple of passes, like (*moeopt.passes.PIPELINE, MyPass())")
     seen: set[str] = set()
     for one in value:
+        if isinstance(one, str):
+            raise UsageError(f"passes: {one!r} is a name: give the pass itself, or only_passes={one!r}")
         missing = [part for part in ("name", "level", "apply") if not hasattr(one, part)]
         if missing or isinstance(one, type):
             what = f"has no {missing[0]}" if missing else "is a class: give an instance"
@@ -159,3 +162,17 @@ def as_dtype(value: PyObject) -> torch.dtype | None:
     raise UsageError(
         f"dtype={value!r} is not a floating-point dtype: give one like torch.bfloat16, 'bfloat16' or 'bf16'"
     )
+
+
+def check_passes(options: PyObject) -> None:
+    """``UsageError`` for a pass that is asked for and left out."""
+    if both := sorted({*options.only_passes} & {*options.skip_passes}):
+        raise UsageError(
+            f"only_passes and skip_passes (or MOEOPT_SKIP_PASSES) both name {', '.join(both)}: drop it from one of them"
+        )
+
+
+def as_dump(value: PyObject) -> PyObject:
+    if value is None or (isinstance(value, (str, os.PathLike)) and os.fspath(value)):
+        return value
+    raise UsageError(f"dump={value!r}: it must be the path of a folder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -12,6 +13,12 @@ from moeopt.errors import UsageError
 from moeopt.options.instruction_sets import INSTRUCTION_SETS, isas_here
 
 _Value = TypeVar("_Value")
+
+OF_USERS = (
+    "MOEOPT_VERIFY", "MOEOPT_SEED", "MOEOPT_FUEL", "MOEOPT_DUMP", "MOEOPT_SKIP_PASSES", "MOEOPT_PRINT_PASSES",
+    "MOEOPT_CACHE", "MOEOPT_MEASURE", "MOEOPT_NATIVE", "MOEOPT_NATIVE_ISA", "MOEOPT_CXX",
+)  # fmt: skip
+"""Every variable of moeopt; a name much like one of these is taken for a slip, for it would choose nothing."""
 
 
 def from_variable(name: str, default: _Value, convert: Callable[[str], _Value], wanted: str) -> _Value:
@@ -59,7 +66,11 @@ def native_wanted() -> bool:
 
 
 def check_variables() -> None:
-    """``UsageError`` for a variable of no field whose value is none that it can have, before anything is done."""
+    """``UsageError`` for a name that is none of moeopt's, or a value that a variable of no field cannot have."""
+    for name in variables_beginning(("MOEOPT_",)):
+        close = difflib.get_close_matches(name, OF_USERS, n=1, cutoff=0.85)
+        if close and name not in OF_USERS:
+            raise UsageError(f"there is no environment variable {name}: did you mean {close[0]}?")
     measuring()
     native_wanted()
     wanted, here = native_isa(), isas_here()

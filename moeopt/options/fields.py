@@ -13,6 +13,7 @@ from moeopt.errors import UsageError
 from moeopt.options.checks import (
     as_device,
     as_dtype,
+    as_dump,
     as_groups,
     as_names,
     as_passes,
@@ -20,6 +21,7 @@ from moeopt.options.checks import (
     as_tokens,
     check_dense,
     check_numbers,
+    check_passes,
 )
 from moeopt.options.environment import check_variables, from_variable, names_in, passes_to_print
 from moeopt.options.loss_limits import as_limit, check_quantize
@@ -147,6 +149,7 @@ class Options:
         for name in ("skip_passes", "only_passes"):
             object.__setattr__(self, name, as_names(name, getattr(self, name)))
         object.__setattr__(self, "print_passes", as_printed(self.print_passes))
+        check_passes(self)
         check_numbers(self)
         object.__setattr__(self, "tokens", as_tokens(self.tokens))
         check_dense(self)
@@ -160,8 +163,7 @@ class Options:
             raise UsageError(
                 f"progress={self.progress!r}: it must be a callable that takes one line of text, or True or False"
             )
-        if self.dump is not None and not isinstance(self.dump, (str, os.PathLike)):
-            raise UsageError(f"dump={self.dump!r}: it must be the path of a folder")
+        object.__setattr__(self, "dump", as_dump(self.dump))
         object.__setattr__(self, "hints", dict(self.hints))
         object.__setattr__(self, "device", as_device(self.device))
         object.__setattr__(self, "dtype", as_dtype(self.dtype))

@@ -31,12 +31,12 @@ from moeopt.rewrite.call_guard import OPAQUE, TENSOR, CallGuard, bind, by_positi
 from moeopt.rewrite.kept_effects import replayed_results
 from moeopt.rewrite.live_bank import watched_bank
 from moeopt.rewrite.live_codes import LiveCodes, dequantized
+from moeopt.rewrite.module_copies import REFERENCES, keep_in_copies, shallow_copy_of
 from moeopt.rewrite.original_calls import LOOK, OriginalCalls
 from moeopt.rewrite.prepared_attribute import PreparedAttribute
 from moeopt.rewrite.refused_call import KeptResults, Stale
 from moeopt.rewrite.replaced_floats import check_dtypes
 from moeopt.rewrite.scratch import UNSET
-from moeopt.rewrite.shallow_copies import REFERENCES, shallow_copy_of
 from moeopt.rewrite.source import Source
 from moeopt.rewrite.usual_call import usual_call
 from moeopt.value_types import PyObject
@@ -269,8 +269,8 @@ def install(module: nn.Module, program: BlockProgram) -> RewrittenForward:
     """
     own = module.__dict__.get("forward")
     if own is None:
-        forward = RewrittenForward(module, program)
-        module.__dict__["forward"] = forward
+        module.__dict__["forward"] = forward = RewrittenForward(module, program)
+        keep_in_copies(module, forward)
         return forward
     if "_old_forward" in module.__dict__ and "_hf_hook" in module.__dict__:  # accelerate wraps forward
         inner = module.__dict__["_old_forward"]
@@ -295,5 +295,6 @@ def uninstall(module: nn.Module) -> None:
         if isinstance(held, RewrittenForward):
             if key == "forward":
                 del module.__dict__[key]
+                keep_in_copies(module, None)
             else:
                 module.__dict__[key] = held.original or type(module).forward.__get__(module)

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import pickle
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from moeopt.rewrite.bytecode import fingerprint
 from moeopt.value_types import PyObject
@@ -50,6 +51,24 @@ class Fact:
     hooks: int
     patched: bool
     modes: tuple[tuple[str, bool], ...] = ()
+
+    def has_class(self, cls: type[nn.Module]) -> bool:
+        """Whether ``cls`` is the verified class, with the verified forward.
+
+        PyTorch makes a class for each fx.GraphModule, and another for each copy of one: their forwards decide.
+        """
+        made_here = issubclass(cls, fx.GraphModule) and cls.__qualname__ == self.cls.__qualname__
+        alike = cls is self.cls or (made_here and cls.__bases__ == self.cls.__bases__)
+        return alike and fingerprint(cls.forward) == self.forward
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        if issubclass(self.cls, fx.GraphModule):
+            raise pickle.PicklingError(
+                f"{self.path or 'the block'} is an fx.GraphModule, whose class exists in this process only, so its "
+                "rewritten form cannot be pickled: save a bundle with optimized.save(folder) and read it with "
+                "moeopt.load, or pickle the original and optimise it again"
+            )
+        return super().__reduce_ex__(protocol)
 
 
 def take_facts(root: nn.Module, live: Iterable[str], written: Iterable[tuple[str, str]], mode: bool) -> list[Fact]:

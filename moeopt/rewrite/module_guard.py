@@ -20,7 +20,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moeopt.rewrite.bytecode import fingerprint
 from moeopt.rewrite.frozen_values import Frozen
 from moeopt.rewrite.guard_expression import GuardExpression, holds
 from moeopt.rewrite.live_codes import PREFIX
@@ -95,7 +94,7 @@ class _WatchedModule:
         """The first difference from the verified facts, in words; "" where there is none."""
         fact, module = self.fact, self.module
         d, name = module.__dict__, fact.path or "the block"
-        if module.__class__ is not fact.cls or fingerprint(fact.cls.forward) != fact.forward:
+        if not fact.has_class(module.__class__):
             return f"the class of {name}, or its forward, is not the one that was verified"
         if fact.path and (hook_count(module) != fact.hooks):
             return f"a hook was registered on {name}, which is no longer called for each expert"

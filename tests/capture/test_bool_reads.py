@@ -1,5 +1,6 @@
 """Which questions of Python's about tensors are assertions."""
 
+import contextlib
 import sys
 
 import pytest
@@ -117,3 +118,11 @@ def test_a_call_stands_at_one_place_whether_what_it_calls_is_of_c_or_of_python()
         for _ in range(64):  # a call that has run often is done by another instruction
             assert asks(len, torch.ones(2)) and asks(_length, torch.ones(2))
     assert len(asked.places) == 1
+
+
+def test_the_users_line_is_not_that_of_a_decorator_between():
+    @contextlib.contextmanager
+    def around():
+        yield
+
+    assert around()(user_line)().rpartition(":")[0] == __file__

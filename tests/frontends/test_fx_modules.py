@@ -1,11 +1,13 @@
 """FX in, FX out: whatever form a model comes in, one GraphModule on the same weights comes back, with the records."""
 
+import warnings
+
 import pytest
 import torch
 from torch import fx, nn
 
 from moeopt import passes
-from moeopt.errors import UsageError
+from moeopt.errors import StaleModelWarning, UsageError
 from moeopt.passes import PIPELINE, Level
 from moeopt.passes.group_experts import GroupExperts
 from tests.capture.tiny import rand
@@ -86,7 +88,11 @@ def close(got, want):
 )
 def test_one_graph_with_an_op_for_each_block(make, form, ops):
     model = seeded(make)
-    result, records = passes.run(form(model), X)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        result, records = passes.run(form(model), X)
+    stale = [str(one.message) for one in told if issubclass(one.category, StaleModelWarning)]
+    assert not stale, "a check of the rewritten code ran the original"
     assert isinstance(result, fx.GraphModule) and len(nodes(result)) == ops
     assert sum(r.fired for r in records if r.name == "group_experts") == ops and all(
         r.verified for r in records if r.fired
@@ -173,6 +179,8 @@ def test_a_pass_of_ones_own():
     ("wrong", "text"),
     [
         (GroupExperts(), "it must be a tuple of passes, like "),
+        ("group_experts", "passes='group_experts': it must be a tuple of passes, like "),
+        (["fuse"], "passes: 'fuse' is a name: give the pass itself, or only_passes='fuse'"),
         ([len], "<built-in function len> is no pass, for it has no name; see docs/add-a-pass.md"),
         ([GroupExperts], "is no pass, for it is a class: give an instance"),
         ([GroupExperts(), GroupExperts()], "passes: two passes are named 'group_experts': give each a name of its own"),
@@ -180,7 +188,23 @@ def test_a_pass_of_ones_own():
 )
 def test_what_is_no_list_of_passes_is_refused(wrong, text):
     with pytest.raises(UsageError) as caught:
-        passes.run(seeded(MoE), X, passes=wrong) if isinstance(wrong, list) else __import__("moeopt").Options(
-            passes=wrong
-        )
+        passes.run(seeded(MoE), X, passes=wrong)
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("subject", "fields", "text"),
+    [
+        ("model.onnx", {}, "passes.run takes a module and gives a GraphModule: give what moeopt.from_onnx or a"),
+        (
+            GLU(),
+            {"backend": "onnxruntime"},
+            "passes.run gives one GraphModule for PyTorch, so it takes no backend=: leave",
+        ),
+        (GLU(), {"out": "folder"}, "so it takes no out=: leave it out, or call moeopt.optimize"),
+    ],
+)
+def test_what_gives_no_graph_module_is_refused(subject, fields, text):
+    with pytest.raises(UsageError) as caught:
+        passes.run(subject, X, **fields)
     assert text in str(caught.value)

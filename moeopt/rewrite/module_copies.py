@@ -1,10 +1,12 @@
-"""Shallow copies of a rewritten module, which hold its forward: that runs the module for which it was made.
+"""Copies of a rewritten module.
 
     other = copy.copy(block)     shares what the block holds, its forward too; nn.DataParallel makes such copies
     other.top_k = 1              and the forward reads the block's
 
-PyTorch calls ``self.forward``, and nothing tells it whose call that is. But each copy refers to the forward, so where
-others than one module and the forward's own parts do, the module that is being called is looked up.
+PyTorch calls ``self.forward``, and nothing tells the forward which module is called. But each shallow copy refers to
+the forward, so where more than one module and the forward's own parts refer to it, the called module is looked up.
+
+An fx.GraphModule copies itself from its graph: a deep copy has no other attributes than those that its ``meta`` names.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 import sys
 import types
 
-from torch import nn
+from torch import fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from moeopt.value_types import PyObject
 
@@ -44,3 +47,15 @@ def shallow_copy_of(module: nn.Module) -> PyObject:
     frame = sys._getframe(2)
     caller = frame.f_locals.get("self") if frame.f_code in _CALLS else None
     return None if caller is module else caller
+
+
+def keep_in_copies(module: nn.Module, forward: PyObject) -> None:
+    """Have deep copies of an fx.GraphModule keep the ``forward`` put on it; None: no longer. Other modules do so."""
+    if not isinstance(module, fx.GraphModule):
+        return
+    kept = dict(module.meta.pop(_USER_PRESERVED_ATTRIBUTES_KEY, {}))
+    kept.pop("forward", None)
+    if forward is not None:
+        kept["forward"] = forward
+    if kept:
+        module.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = kept

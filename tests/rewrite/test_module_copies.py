@@ -1,14 +1,16 @@
-"""A shallow copy of a rewritten module is a module of its own: what is changed in it is not looked up in the other."""
+"""A copy of a rewritten module is a module of its own: what is changed in it is not looked up in the other."""
 
 import copy
+import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import moeopt.rewrite.install as install
 from moeopt.errors import StaleModelWarning
-from moeopt.rewrite.shallow_copies import REFERENCES
+from moeopt.rewrite.install import uninstall
+from moeopt.rewrite.module_copies import REFERENCES
 from tests.toy_moe import Block, E, H, X, build, close, far, optimized
 
 
@@ -95,3 +97,48 @@ def test_a_call_of_the_forward_itself_is_the_module_s_own():
     kept, twin = fast.forward, copied(fast)
     twin.top_k = 1
     close(kept(X), build()(X))
+
+
+def of_a_graph():
+    """A model with a rewritten block that is an fx.GraphModule."""
+
+    class EveryExpert(Block):
+        def forward(self, x):
+            ids, w = self.route(x)
+            table = (torch.nn.functional.one_hot(ids, E) * w[..., None]).sum(-2)
+            return sum(table[..., e, None] * expert(x) for e, expert in enumerate(self.experts))
+
+    torch.manual_seed(1)
+    return fx.symbolic_trace(EveryExpert().eval())
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["itself", "in a model"])
+def test_a_deep_copy_of_a_graph_module_runs_the_rewritten_code(held):
+    own = of_a_graph()
+    fast = optimized(nn.Sequential(own) if held else own).model
+    twin = copy.deepcopy(fast)
+    block = twin[0] if held else twin
+    close(twin(X), own(X))
+    assert (block.forward.calls, block.forward.fallbacks, block.forward.module) == (1, 0, block)
+    with torch.no_grad():
+        next(block.experts.parameters()).mul_(3)
+    changed = twin(X)
+    assert far(changed, own(X)) and not block.forward.fallbacks
+    uninstall(block)
+    close(changed, twin(X))
+    assert "forward" not in copy.deepcopy(block).__dict__
+
+
+def test_a_rewritten_graph_module_says_why_it_cannot_be_pickled():
+    with pytest.raises(pickle.PicklingError, match=r"an fx.GraphModule, whose class .*: save a bundle with"):
+        pickle.dumps(optimized(of_a_graph()).model)
+
+
+def test_a_deep_copy_of_a_graph_module_with_another_graph_runs_that():
+    twin = copy.deepcopy(optimized(of_a_graph()).model)
+    output = next(iter(reversed(twin.graph.nodes)))
+    with twin.graph.inserting_before(output):
+        output.args = (twin.graph.call_function(torch.neg, (output.args[0],)),)
+    twin.recompile()
+    with pytest.warns(StaleModelWarning, match="the class of the block, or its forward, is not the one"):
+        close(twin(X), -of_a_graph()(X))
