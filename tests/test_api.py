@@ -184,10 +184,18 @@ def test_a_right_hint_is_verified_and_kept(hint):
     assert block.status == "rewritten", block.reason
 
 
-@pytest.mark.parametrize("wrong", [{"activation": "relu"}, {"activation": "gelu"}, {"rows": "gate|up"}])
-def test_a_wrong_hint_is_declined(wrong):
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"activation": "relu"}, "from the float64 oracle"),
+        pytest.param({"activation": "gelu"}, "from the float64 oracle", marks=pytest.mark.nightly),
+        ({"rows": "gate|up"}, f"rows='gate|up', for which the first matrices of an expert have {2 * H} outputs, and"),
+        ({"rows": "separate"}, f"have {H} and {H} outputs, and here they have {H}, before a second matrix with {H} in"),
+    ],
+)
+def test_a_wrong_hint_is_declined(wrong, why):
     block = moe_block(build(OddBlock), hints={"*": dataclasses.replace(RIGHT, **wrong)})
-    assert block.status == "declined" and block.reason
+    assert block.status == "declined" and why in block.reason
 
 
 # -- verification, reports ------------------------------------------------------------------------------

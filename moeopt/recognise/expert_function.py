@@ -57,9 +57,11 @@ def fit_function(
         instead: values between the matmuls that are another's part (routing weights), and ones in their place.
 
     Raises:
-        Declined: no member of the family computes it; the text names the ops that were seen.
+        Declined: no member of the family computes it; the text names the ops that were seen. Or the experts'
+            matrices have other sizes than the hint says.
     """
     if assume is not None:
+        _check_sizes(assume, candidate, out)
         return dataclasses.replace(assume, **_dtypes(candidate)), False
     samples = _observe(tape, candidate, out, labels_out, instead or {})
     for flip in (False, True) if len(candidate.roles()) == 2 else (False,):
@@ -76,6 +78,20 @@ def fit_function(
         f"({', '.join(ACTIVATION_TABLE)}, gated or plain, with clamps); pass hints= to name it",
         line or None,
     )
+
+
+def _check_sizes(hint: ExpertsSpec, candidate: FFNCandidate, out: GemmSite) -> None:
+    """``Declined`` where the ``rows`` of a hint ask for first matrices of another number or size."""
+    firsts, inner = [role[0].matrices[0].m for role in candidate.roles()], out.matrices[0].k
+    halves = 1 if hint.rows in ("plain", "separate") else 2
+    wanted = [halves * inner] * (2 if hint.rows == "separate" else 1)
+    if firsts != wanted:
+        raise Declined(
+            f"the hint says rows={hint.rows!r}, for which the first matrices of an expert have "
+            f"{' and '.join(map(str, wanted))} outputs, and here they have {' and '.join(map(str, firsts))}, before a "
+            f"second matrix with {inner} inputs: give rows='plain' for one matrix of that size, 'separate' for two, "
+            "'gate|up' or another for one of twice the size"
+        )
 
 
 def _observe(
