@@ -1,8 +1,8 @@
-"""What modules hold beside their tensors, as it was: attributes, contents of containers, objects of the user's own.
+"""A snapshot of the Python state of modules: attributes, contents of containers, objects of the user's classes.
 
-A forward may write into any of these (``self.stats["load"].append(...)``, ``self.state.step += 1``, a hook that takes
-itself away). They are followed from attribute to item to attribute, the nearest first; an object of Python's or
-PyTorch's own classes is not looked into. What other threads write there meanwhile is put back as well.
+A forward may write to any of these (``self.stats["load"].append(...)``, ``self.state.step += 1``, a hook that removes
+itself). The snapshot follows references from attribute to item to attribute, breadth first, and does not look into
+objects of Python's and PyTorch's classes. Restoring it also undoes what other threads wrote there meanwhile.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ from moeopt.value_types import PyObject
 TABLES = frozenset(vars(nn.Module()))
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type, enum.Enum)
 _DEPTH = 6
-"""So many steps from a module."""
+"""References that are followed from a module, at most."""
 _LONG = 1024
-"""Items up to which those of a container are followed; a longer one is kept as it is."""
+"""The items of a longer container are not followed; its contents are kept."""
 _BYTES = 1 << 20
-"""Size up to which a NumPy array is kept."""
+"""The largest NumPy array that is copied."""
 _ALL_BYTES = 1 << 26
-"""Of all arrays that are kept."""
+"""All copied arrays together."""
 _ALL_ITEMS = 1 << 20
-"""Items of all containers that are kept, beside those that are attributes of a module themselves."""
+"""Items of all copied containers together; containers that are attributes of a module do not count."""
 
 
 class HeldState:
-    """A snapshot of what ``modules`` hold.
+    """A snapshot of the Python state of ``modules``.
 
     Args:
         modules: each with its path.
 
     Attributes:
-        attributes: each module with its table of attributes as it was, and its path.
-        contents: by identity, containers and copies of them; of plain ones, those that held something.
-        tensors: those that are no Parameter or buffer, by the place that leads to them; their values are not kept.
+        attributes: each module with a copy of its ``__dict__``, and its path.
+        contents: by id, containers and copies of them; plain containers only where they were not empty.
+        tensors: by place, tensors that are no Parameter or buffer; their values are not copied.
     """
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.attributes = [(m, dict(m.__dict__), path) for path, m in modules]
         self.contents: dict[int, tuple[Any, Any]] = {}
-        self._bare: list[Any] = []  # most are a module's tables of hooks: no copy for these, a model has thousands
+        self._bare: list[Any] = []  # empty containers, mostly tables of hooks: a model has thousands, so no copies
         self._slots: list[tuple[Any, Any, Any]] = []
         self._arrays: list[tuple[Any, Any]] = []
         self._seen: set[int] = set()
@@ -68,21 +68,21 @@ class HeldState:
             for name, value in attributes.items():
                 if name not in TABLES:
                     self._ahead.append((value, f"{path}.{name}" if path else name, _DEPTH))
-                elif type(value) in CONTAINERS:  # these are nobody else's
+                elif type(value) in CONTAINERS:  # nn.Module's own tables, which no other object shares
                     if value:
                         self.contents[id(value)] = value, value.copy()
                     else:
                         self._bare.append(value)
-        while self._ahead:  # in the order of their distance, so that a longer way to a thing hides nothing behind it
+        while self._ahead:  # breadth first: an object is reached by its shortest path, with most steps left
             self._keep(*self._ahead.popleft())
 
     def held(self, container: PyObject) -> PyObject:
-        """What a plain container held, which was an attribute of a module then."""
+        """The contents that a plain container, an attribute of a module, had in the snapshot."""
         return self.contents[id(container)][1] if id(container) in self.contents else type(container)()
 
     def _contained(self, value: PyObject, depth: int) -> bool:
-        """Keep the contents of the container ``value``; whether they are to be followed."""
-        if type(value) in CONTAINERS and not value:  # of another class, a method of the user's would answer
+        """Copy the contents of the container ``value``; returns whether its items are to be followed."""
+        if type(value) in CONTAINERS and not value:  # of another class, `not value` would call the user's method
             self._bare.append(value)
             return False
         held = copied(value)
@@ -130,7 +130,7 @@ class HeldState:
         self._ahead.extend((part, f"{place}.{name}", depth - 1) for name, part in named)
 
     def restore(self) -> None:
-        """Put everything back, the objects themselves and not copies."""
+        """Restore the snapshot: the same objects as before, and no copies of them."""
         for container in filter(None, self._bare):
             container.clear()
         for container, held in self.contents.values():

@@ -1,6 +1,6 @@
-"""A copy of a model that shares every Parameter and buffer with it: other modules, one set of weights.
+"""A copy of a model that shares every Parameter and buffer with the original: new modules, one set of weights.
 
-What ``copy.deepcopy`` cannot copy (a process group, a lock, a file) is shared too, and the copy's maker is told.
+An object that ``copy.deepcopy`` cannot copy (a process group, a lock, a file) is shared too, and the report notes it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 def shared_copy(model: M, notes: list[str] | None = None) -> M:
-    """``copy.deepcopy(model)`` with its tensors kept as they are.
+    """``copy.deepcopy(model)`` that shares the tensors.
 
     Args:
-        notes: gets a sentence for each other object that model and copy share because it cannot be copied.
+        notes: a list that gets a sentence for each other object that cannot be copied and is shared.
 
     Raises:
         UsageError: the model holds a module or an iterator that cannot be copied, or a patched ``forward`` that
@@ -65,9 +65,9 @@ def shared_copy(model: M, notes: list[str] | None = None) -> M:
 
 
 def _uncopyable(model: nn.Module, kept: dict[int, Any]) -> dict[str, Any]:
-    """What stops a copy and can be shared, by the path to it: attributes, and what is inside containers and objects.
+    """By path, the objects that cannot be copied and can be shared: attributes, items of containers, parts of objects.
 
-    Tensors that a graph of gradients made (a weight that a hook computes at each call) are among them.
+    Tensors that autograd computed (a weight that a hook computes at each call) are among them.
     """
     memo = kept | {id(m): m for m in model.modules()}
     found: dict[str, Any] = {}
@@ -81,11 +81,12 @@ def _uncopyable(model: nn.Module, kept: dict[int, Any]) -> dict[str, Any]:
 def _look(value: PyObject, path: str, memo: dict[int, Any], found: dict[str, Any]) -> None:
     if id(value) in memo or _copies(value, memo):
         return
-    memo[id(value)] = value  # an object that refers to itself ends here
+    memo[id(value)] = value  # so that an object that refers to itself is visited once
     for name, part in _parts(value):
         _look(part, f"{path}{name}", memo, found)
     del memo[id(value)]
-    iterates = isinstance(value, Iterator) and not isinstance(value, io.IOBase)  # a copy would take its items away
+    # two models that shared an iterator would take items from each other
+    iterates = isinstance(value, Iterator) and not isinstance(value, io.IOBase)
     if not _copies(value, memo) and not iterates and not isinstance(value, nn.Module):
         memo[id(value)] = found[path] = value
 

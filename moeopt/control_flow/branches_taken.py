@@ -1,9 +1,9 @@
-"""Which way each test in a model's code went: every ``if``, ``while``, ``and``, ``or`` and comprehension that ran.
+"""Which branch each condition in a model's code took: of ``if``, ``while``, ``and``, ``or`` and comprehensions.
 
-A tensor that Python reads leaves a node on the tape, and what becomes of the number does not: ``int(ids.max()) < 4``,
-``len(set(ids.tolist())) == 1`` and ``hit.unique().numel() > 1`` are comparisons of Python's own. So the conditional
-jumps of the bytecode are watched with ``sys.settrace``, which changes nothing in the code that runs and is seen by one
-thread alone. A function that returns a truth counts as a test, since its caller jumps on a call.
+A tensor that Python reads leaves a node on the tape; the comparison of the number afterwards leaves none:
+``int(ids.max()) < 4``, ``len(set(ids.tolist())) == 1``, ``hit.unique().numel() > 1``. So the conditional jumps of the
+bytecode are watched with ``sys.settrace``, which does not change the code that runs and acts on one thread. A function
+that returns a bool counts as a condition, because its caller jumps on the result of the call.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from moeopt.value_types import PyObject
 Position = tuple[int, ...]
 """Line, column, last line and last column of an expression; of one instruction its offset."""
 BranchPlace = tuple[types.CodeType, Position]
-"""A test in a model's code."""
+"""A condition in a model's code."""
 LookAtBranch = Callable[[BranchPlace, types.FrameType, "BranchesTaken"], None]
 
 _STANDARD = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib"))
 _PACKAGES = ("site-packages", "dist-packages")
 _NO_MODEL_IS_IN = ("/numpy/", "/einops/")
 _NO_VALUE = ("COPY", "TO_BOOL", "NOT_TAKEN", "CACHE")
-"""Between what makes the value of a test and the jump."""
+"""Instructions between the one that computes a condition and the jump."""
 _LINKS = ("COMPARE_OP", "IS_OP", "CONTAINS_OP")
 _GOES_ON = (["SWAP", "COPY"], ["DUP_TOP", "ROT_THREE"])
-"""Before a comparison of a chain that another follows, which reads the same number."""
+"""Instructions before a comparison of a chain (``a < b < c``) that keep the operand for the next one."""
 _RETURNS = ("RETURN_VALUE", "RETURN_CONST")
 
 
 class BranchesTaken:
-    """What each test answered, on all calls made under ``watching``.
+    """The answers of each condition in all calls made under ``watching``.
 
     Args:
-        look: is told of each test before it is decided, with the frame that it stands in.
-        only: the tests that ``look`` is told of.
+        look: called before a condition is decided, with the frame that runs it.
+        only: the conditions for which ``look`` is called.
 
     Attributes:
-        answers: of each test.
-        returned: what functions of a model gave to model's code last, by the place of the call; kept for ``look``.
+        answers: by condition.
+        returned: by the place of a call in the model's code, the last result of the called function; kept for ``look``.
     """
 
     __test__ = False  # not for pytest
@@ -171,7 +171,7 @@ class _InFrame:
 
 @functools.lru_cache(maxsize=4096)
 def _jumps(code: types.CodeType) -> dict[int, _Jump]:
-    """By the offsets of the instruction and of its prefixes."""
+    """The conditional jumps of ``code``, by the offset of the instruction and of each of its prefixes."""
     found: dict[int, _Jump] = {}
     groups: list[list[dis.Instruction]] = [[]]
     for one in dis.get_instructions(code):
@@ -197,7 +197,7 @@ def _jumps(code: types.CodeType) -> dict[int, _Jump]:
 
 
 def _position(instruction: dis.Instruction) -> Position:
-    """Where it stands in the source; its offset alone before Python 3.11, which does not keep columns."""
+    """The position of an instruction in the source; its offset before Python 3.11, whose code holds no columns."""
     at = getattr(instruction, "positions", None)
     if at is None or None in at:
         return (instruction.offset,)
@@ -206,8 +206,9 @@ def _position(instruction: dis.Instruction) -> Position:
 
 @functools.lru_cache(maxsize=1024)
 def call_places(code: types.CodeType) -> dict[int, Position]:
-    """Where each word of ``code`` stands in its source: while a function of Python's runs, its caller is at the last
-    word of the instruction that calls it, which has several. Before Python 3.11, which keeps no columns, none is known.
+    """The source position of each word of ``code``, by offset; none before Python 3.11, whose code holds no columns.
+
+    While a called function runs, the caller's frame points at the last word of the call, which has several words.
     """
     words = enumerate(getattr(code, "co_positions", tuple)())
     return {2 * at: (line, begin, last, end) for at, (line, last, begin, end) in words if None not in (line, begin)}
@@ -215,7 +216,7 @@ def call_places(code: types.CodeType) -> dict[int, Position]:
 
 @functools.lru_cache(maxsize=4096)
 def of_a_model(file: str) -> bool:
-    """Whether a model's code may be in ``file``: neither PyTorch's, Python's nor ours."""
+    """Whether ``file`` may hold a model's code: it is neither PyTorch's, nor Python's, nor moeopt's."""
     if not is_the_users(file) or any(part in file for part in _NO_MODEL_IS_IN):
         return False
     return not file.startswith(_STANDARD) or any(part in file for part in _PACKAGES)

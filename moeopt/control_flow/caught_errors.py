@@ -1,11 +1,11 @@
-"""Where a model's code goes on behind an error: what decides whether there is one decides numbers there.
+"""Errors that a model's code catches: what decides whether one is raised decides numbers there.
 
     try:
         y = fast(x)                     # if len(x) > 64: raise ValueError
     except ValueError:
         y = slow(x)
 
-Elsewhere a size that leads to an error is none of which the result is compared.
+Elsewhere a size that raises an error has no result to compare.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _MAY_FAIL = (ast.Call, ast.Subscript, ast.BinOp)
 
 
 def only_errs(node: ast.AST) -> bool:
-    """Whether what ``node`` tests leads to an error and to nothing else."""
+    """Whether ``node`` tests a condition only to raise an error."""
     return isinstance(node, ast.Assert) or isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise)
 
 
 def caught(node: ast.AST) -> list[ast.stmt]:
-    """The statements of ``node`` behind whose errors code goes on."""
+    """The statements of ``node`` whose errors it catches and survives."""
     return [] if _handled(node) is None else node.body  # type: ignore[attr-defined]
 
 
 def caught_of_tensors(node: ast.AST) -> Iterator[ast.stmt]:
-    """Those of them in which an operation on tensors may fail for the sizes."""
+    """The caught statements in which an operation on tensors may fail because of their sizes."""
     handled = _handled(node)
     if handled is None or handled <= _NOT_OF_SIZES:
         return
@@ -45,7 +45,7 @@ def caught_of_tensors(node: ast.AST) -> Iterator[ast.stmt]:
 
 
 def _handled(node: ast.AST) -> set[str] | None:
-    """The names of errors that code goes on behind, "" for all; None where it goes on behind none."""
+    """The names of the errors that ``node`` catches and survives, "" for all errors; None where it catches none."""
     if isinstance(node, (ast.With, ast.AsyncWith)):
         calls = [item.context_expr for item in node.items if isinstance(item.context_expr, ast.Call)]
         kinds = [call.args for call in calls if called(call) == "suppress"]

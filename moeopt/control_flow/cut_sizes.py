@@ -1,4 +1,4 @@
-"""Sizes that Python cuts by, without a test of its own: x[:64] has fewer rows of a short x, x.split(64) fewer parts."""
+"""Sizes that decide a result without a condition: x[:64] has fewer rows if x is short, x.split(64) has fewer parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moeopt.control_flow.decisive_values import called
 
 
 def clipped(node: ast.Subscript) -> Iterator[tuple[ast.expr, ast.expr]]:
-    """The sizes in which slices begin or end, and where: of less than 200 columns, ``x[:, 200:]`` has none."""
+    """(size, bound) of each slice: where a tensor has less than 200 columns, ``x[:, 200:]`` is empty."""
     for dim, part in enumerate(node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]):
         if not isinstance(part, ast.Slice) and not (isinstance(part, ast.Constant) and type(part.value) is int):
             return
@@ -20,7 +20,7 @@ def clipped(node: ast.Subscript) -> Iterator[tuple[ast.expr, ast.expr]]:
 
 
 def split(node: ast.Call) -> tuple[ast.expr, ast.expr] | None:
-    """Of a tensor's split into parts of one size, what is split and this size; None for every other call.
+    """(size of the tensor, size of a part) where a call splits a tensor into equal parts; None for any other call.
 
     A text that is split and a list of sizes have the same form, and no whole number in the second place.
     """

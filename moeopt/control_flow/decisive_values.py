@@ -1,8 +1,8 @@
-"""What a test in Python code is decided by: the numbers, lists and tensors in its source, as a frame holds them.
+"""The values that decide a condition in Python code: numbers, lists and tensors in its source, as a frame holds them.
 
-``len(set(ids.tolist())) == 1`` is False on every call and says nothing; ``len(set(ids.tolist()))`` differs from call to
-call. So the source of a test is gone through from the outside in, until values other than truths are found. Only what
-has no effect is computed again: calls of Python's own functions and of methods of tensors and plain containers.
+``len(set(ids.tolist())) == 1`` may be False in every call, while its operand ``len(set(ids.tolist()))`` differs from
+call to call. So the source of a condition is searched from the outside in, until values other than bools are found.
+Only expressions without side effects are evaluated again: built-in functions, methods of tensors and of containers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moeopt.control_flow.branches_taken import Position
 from moeopt.value_types import PyObject
 
 Decisive = tuple[ast.expr, Any]
-"""A part of a test, and something hashable that is equal where its value is."""
+"""An operand of a condition, and a hashable fingerprint of its value."""
 
 _BUILTINS = "len int float bool set frozenset list tuple dict sorted max min sum any all abs range str round".split()
 _PURE = tuple(getattr(builtins, name) for name in _BUILTINS)
@@ -49,9 +49,9 @@ _EFFECTS = (
     "register",
 )
 _OF_TYPES = frozenset("isinstance issubclass hasattr callable type is_tensor id".split())
-"""Their answers do not depend on values."""
+"""Functions whose results do not depend on values."""
 _FIELDS = (types.MemberDescriptorType, types.GetSetDescriptorType, type(collections.namedtuple("_", "a").a))  # type: ignore[attr-defined]
-"""Of slots, of Python's own classes and of named tuples: no code of the user's gives these attributes."""
+"""Descriptors of slots, of built-in classes and of named tuples: reading them runs no code of the user's."""
 _METHODS = (types.FunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, staticmethod, classmethod)
 _LARGEST = 1 << 16
 _DEPTH = 12
@@ -65,20 +65,21 @@ _OPERATORS: Mapping[type[ast.AST], Callable[..., Any]] = {
 
 
 class Results(int):
-    """How many tensors a list holds."""
+    """The number of tensors in a list."""
 
 
 class Unknown(Exception):
-    """An expression that is not computed a second time."""
+    """The value of an expression cannot be looked up without running code that may have side effects."""
 
 
 @dataclass(frozen=True)
 class Scope:
-    """Names as a frame holds them.
+    """The names that a frame can read.
 
     Attributes:
-        assigned: expressions of names that are assigned once, of the frame's function.
-        returned: what functions of the user's gave, by the position of the call.
+        local, world: the frame's local and global names.
+        assigned: for each name that the frame's function assigns once, the assigned expression.
+        returned: gives the result of a function of the user's, by the position of the call.
     """
 
     local: Mapping[str, Any]
@@ -87,7 +88,7 @@ class Scope:
     returned: Callable[[Position], Any]
 
     def decisive(self, node: ast.expr, depth: int = _DEPTH) -> Iterator[Decisive]:
-        """The values in ``node`` that are no truths, from the outside in."""
+        """The values in ``node`` that are no bools, from the outside in."""
         if not depth or isinstance(node, (ast.Constant, ast.Lambda)):
             return
         try:
@@ -95,7 +96,7 @@ class Scope:
         except Unknown:
             value = self.returned(position(node))
             value = True if value is None else value
-        except Exception:  # of the user's numbers too: a key that is not there yet
+        except Exception:  # evaluating it may fail in the user's own way: a key that is not there yet
             return
         held = fingerprint(value)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "len":
@@ -109,7 +110,7 @@ class Scope:
                 yield from self.decisive(part, depth - 1)
 
     def _parts(self, node: ast.expr) -> Iterator[ast.expr]:
-        """The expressions that make the truth ``node``."""
+        """The expressions from which the bool ``node`` is computed."""
         if isinstance(node, ast.Name):
             if node.id in self.assigned:
                 yield self.assigned[node.id]
@@ -126,7 +127,7 @@ class Scope:
             yield from (part for part in ast.iter_child_nodes(node) if isinstance(part, ast.expr))
 
     def _of_call(self, node: ast.Call) -> Iterator[ast.expr]:
-        """What decides the result of a call; nothing of a call of the user's, whose own tests are watched."""
+        """The expressions that decide the result of a call; none for the user's functions, whose code is watched."""
         name = called(node)
         if name in _OF_TYPES or (name.startswith("is_") and name != "is_nonzero"):
             return
@@ -140,10 +141,10 @@ class Scope:
         yield from node.args
 
     def value(self, node: ast.expr) -> PyObject:
-        """What ``node`` is.
+        """The value of ``node``.
 
         Raises:
-            Unknown: to tell would take more than looking.
+            Unknown: evaluating it may have side effects.
         """
         if isinstance(node, ast.Constant):
             return node.value
@@ -178,7 +179,7 @@ class Scope:
                 raise Unknown
             args = [*map(self.value, node.args)]
             if any(isinstance(arg, Iterator) for arg in (*args, *keywords.values())):
-                raise Unknown  # it can be gone through once, by the user's code
+                raise Unknown  # an iterator can be consumed once, and the user's code needs its items
             return self._function(node.func)(*args, **keywords)
         raise Unknown
 
@@ -208,7 +209,7 @@ class Scope:
         return _OPERATORS[type(op)](*values)
 
     def _function(self, node: ast.expr) -> Callable[..., Any]:
-        """The function of a call that has no effect."""
+        """The called function, where it has no side effect."""
         if isinstance(node, ast.Name):
             found = self._named(node.id)
             if not any(found is one for one in _PURE) and not _of_torch(found, node.id):
@@ -224,12 +225,12 @@ class Scope:
 
 
 def position(node: ast.AST) -> Position:
-    """As that of a test or a call."""
+    """The position of a node in its source."""
     return (node.lineno, node.col_offset, node.end_lineno, node.end_col_offset)  # type: ignore[attr-defined]
 
 
 def called(node: ast.Call) -> str:
-    """The name of what is called; "" where it has none."""
+    """The name of the called function; "" where it has none."""
     return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
 
@@ -244,7 +245,7 @@ def _of_torch(found: PyObject, name: str) -> bool:
 
 
 def _attribute(of: PyObject, name: str) -> PyObject:
-    """What is held under ``name``, with no code of the user's run: no property."""
+    """The attribute ``name`` of an object, read without running code of the user's, such as a property."""
     if isinstance(of, (Tensor, np.ndarray)) or any(of is module for module in _MODULES):
         return getattr(of, name)
     tables = [getattr(of, "__dict__", {})]
@@ -255,12 +256,12 @@ def _attribute(of: PyObject, name: str) -> PyObject:
     if type(found) in _FIELDS:
         return getattr(of, name)
     if found is Unknown or (hasattr(type(found), "__get__") and not isinstance(found, _METHODS)):
-        raise Unknown  # a property, or what else of the user's code runs to tell
+        raise Unknown  # a property or another descriptor, which would run the user's code
     return found
 
 
 def fingerprint(value: PyObject) -> PyObject:
-    """Something hashable that says which value it is; None for truths and for what is no number or holds none."""
+    """A hashable value that is equal for equal values; None for bools and for values without numbers or text."""
     if isinstance(value, (bool, np.bool_, type(None))):
         return None
     if isinstance(value, (int, float, str, np.generic)):

@@ -1,4 +1,4 @@
-"""What is told of the value of an operand: numbers, text and tuples of them as they are, and whose a function is."""
+"""What is recorded of an operand's value: numbers, text and tuples of these; and whose code a function is."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from moeopt.capture.held_contents import foreign
 from moeopt.value_types import PyObject
 
 UNKNOWN = "?"
-"""Begins what is known of an operand that cannot be looked up: the parts of it that can."""
+"""First item of the record of an operand that cannot be looked up; the values of its known parts follow."""
 MOST = 64
-"""Numbers of a tuple that are compared."""
+"""Items up to which a tuple is recorded."""
 
 
 def is_unknown(value: PyObject) -> bool:
@@ -31,8 +31,8 @@ def is_torch(function: PyObject) -> bool:
     )
 
 
-def is_own(function: PyObject) -> bool:
-    """Whether ``function``, or a class, is the user's, whose code is looked at itself."""
+def is_users(function: PyObject) -> bool:
+    """Whether a function or a class is the user's, so that its own code is watched when it runs."""
     kinds = (type, types.FunctionType, types.MethodType)
     return isinstance(function, kinds) and not foreign(function.__module__ or "")
 

@@ -1,8 +1,9 @@
-"""What an operand in a model's source is, in a frame that runs it: a number, text, a tuple of these, or a tensor.
+"""The value of an operand in a model's source, in the frame that runs it: a number, text, a tuple of these, a tensor.
 
-Names are looked up, and what has no effect is computed again; of tensors only their sizes, and what Python is given of
-one. What functions gave that the frame called is known by the place of the call. Of an operand that none of this tells
-the parts are known that can be looked up, and the sizes of tensors that were given to code which nothing tells of.
+A name is looked up in the frame, and an expression without side effects is evaluated again. Of a tensor only its sizes
+are read, and the numbers that Python reads from it (``x.item()``). The result of a call is known where the trace saw
+the function return. For an operand that stays unknown, the parts that can be looked up are recorded in its place, and
+the sizes of the tensors that were passed to code which is not watched.
 """
 
 from __future__ import annotations
@@ -22,39 +23,39 @@ from torch import Tensor, nn
 
 from moeopt.control_flow.branches_taken import Position
 from moeopt.control_flow.decisive_values import CONTAINERS, Scope, Unknown, called, position
-from moeopt.control_flow.operand_facts import MOST, UNKNOWN, is_own, is_torch, plain
+from moeopt.control_flow.operand_facts import MOST, UNKNOWN, is_torch, is_users, plain
 from moeopt.control_flow.size_uses import FOLLOWED, Item, SizesOf
 from moeopt.value_types import PyObject
 
-_ASKING = frozenset(
+_READING_NUMBERS = frozenset(
     "size numel nelement dim ndimension stride item tolist numpy element_size storage_offset untyped_storage "
     "storage nbytes broadcast_shapes __len__ __array__ __getattribute__ __length_hint__".split()
 )
-"""Methods of tensors and of their storages, and functions, that give no tensor."""
+"""Methods of tensors and storages, and functions, that return numbers to Python and no tensor."""
 _SHAPES = frozenset("shape ndim nbytes itemsize".split())
 _MADE = frozenset("int float bool len list tuple set sorted sum min max any all range str round abs".split())
-"""Python's own functions, which make no tensor of one or of many."""
-_GONE_THROUGH = frozenset("enumerate zip reversed list tuple".split())
-"""Those of ``FOLLOWED`` whose results tell how many there are of what they are given, and no more of a tensor."""
+"""Built-in functions that return no tensor, whatever tensors they are given."""
+_ITERATING = frozenset("enumerate zip reversed list tuple".split())
+"""Functions of ``FOLLOWED`` of which only the number of items matters: they iterate over their arguments."""
 COLUMNS = hasattr(types.CodeType, "co_positions")
-"""Whether Python tells at which of a line's calls it is: from 3.11 on."""
-_GIVING = (ast.Call, ast.Attribute, ast.Subscript, ast.BinOp, ast.UnaryOp, ast.Compare)
-"""Expressions that are what a function returned which was called for them."""
+"""Whether code objects hold columns, so that two calls on one line can be told apart: from Python 3.11 on."""
+_MAY_CALL = (ast.Call, ast.Attribute, ast.Subscript, ast.BinOp, ast.UnaryOp, ast.Compare)
+"""Expressions whose value a function of the user's may have returned: a call, or an operator's method."""
 _CALLS = ("__call__", "_wrapped_call_impl")
-"""Functions behind the call of an object, and of a module."""
+"""Names of the functions that run when an object, or a module, is called."""
 _STORAGES = (torch.UntypedStorage, torch.TypedStorage)
 
 
 class _IsTensor(Exception):
-    """An expression that is a tensor: what is made of it is on the tape."""
+    """The expression is a tensor, so the operations on it are on the tape already."""
 
 
 @dataclass(frozen=True)
 class _Whole(Scope):
-    """Names as a frame holds them, and what the functions returned that it called.
+    """The names of a frame, and what the functions that the frame called returned.
 
     Attributes:
-        came_back: the name of the last function that was called at a position, and what it returned.
+        came_back: by the position of a call, the name of the function that returned last, and its result.
     """
 
     came_back: Mapping[Position, tuple[str, Any]]
@@ -63,18 +64,20 @@ class _Whole(Scope):
         try:
             return super().value(node)
         except Unknown:
-            name, held = self.came_back.get(position(node), ("", None)) if isinstance(node, _GIVING) else ("", None)
-            if held is None or isinstance(held, Iterator) or not self._gave(node, name):
+            name, held = self.came_back.get(position(node), ("", None)) if isinstance(node, _MAY_CALL) else ("", None)
+            if held is None or isinstance(held, Iterator) or not self._returned_for(node, name):
                 raise
             return held
 
-    def _gave(self, node: ast.expr, name: str) -> bool:
-        """Whether what ``name`` returned at the place of ``node`` is its value: a function of Python's own, as ``map``,
-        calls others there for purposes of its own."""
+    def _returned_for(self, node: ast.expr, name: str) -> bool:
+        """Whether the value that ``name`` returned at the position of ``node`` is the value of ``node``.
+
+        A built-in such as ``map`` calls the user's functions at the same position, and their results are not its own.
+        """
         if not isinstance(node, ast.Call):
             return True
         if name == f"__{called(node)}__" or (called(node), name) == ("eval", "<module>"):
-            return True  # len(of what has a __len__), or code in a text
+            return True  # len() of an object with __len__, or eval() of a text
         try:
             function = self.value(node.func)
         except Exception:
@@ -82,7 +85,7 @@ class _Whole(Scope):
         function = getattr(function, "func", function)  # of a partial
         kinds = (types.FunctionType, types.MethodType)
         if inspect.isgeneratorfunction(function):
-            return False  # what came back is one of what it yields
+            return False  # the value that came back is one of the items that it yields
         return isinstance(function, kinds) or isinstance(_looked_up(function, "__call__"), kinds)
 
     def _item(self, held: PyObject, at: ast.expr) -> PyObject:
@@ -91,20 +94,20 @@ class _Whole(Scope):
         return super()._item(held, at)
 
     def _function(self, node: ast.expr) -> Callable[..., Any]:
-        if isinstance(node, ast.Attribute) and node.attr in _ASKING:
+        if isinstance(node, ast.Attribute) and node.attr in _READING_NUMBERS:
             of = self.value(node.value)
             if isinstance(of, (Tensor, np.ndarray, *_STORAGES)) or isinstance(of, type) and issubclass(Tensor, of):
                 return getattr(of, node.attr)  # type: ignore[no-any-return]
         elif not isinstance(node, ast.Attribute):
             found = self.value(node)
-            bound = isinstance(getattr(found, "__self__", None), Tensor) and found.__name__ in _ASKING
+            bound = isinstance(getattr(found, "__self__", None), Tensor) and found.__name__ in _READING_NUMBERS
             if found is getattr or found is type or bound:
                 return found  # type: ignore[no-any-return]
         return super()._function(node)
 
 
 class SizeScope(_Whole):
-    """The same, in which what is a tensor is not computed."""
+    """A scope in which tensors are not computed: an expression that is a tensor raises ``_IsTensor``."""
 
     def value(self, node: ast.expr) -> PyObject:
         if isinstance(node, ast.Name) and node.id not in self.local and node.id in self.assigned:
@@ -117,14 +120,14 @@ class SizeScope(_Whole):
         if not isinstance(node, ast.Call):
             return super()._computed(node)
         name = called(node)
-        if name in _ASKING or name.startswith("sym_"):
+        if name in _READING_NUMBERS or name.startswith("sym_"):
             return self.whole().value(node)
         function = self._function(node.func)
-        if getattr(function, "__name__", "") in _ASKING:
+        if getattr(function, "__name__", "") in _READING_NUMBERS:
             return self.whole().value(node)
         if function is torch.Size:
             return torch.Size(self.value(node.args[0]))
-        if function is getattr:  # of others it may be code of the user's
+        if function is getattr:  # on an object other than a tensor, it may run code of the user's
             if not isinstance(self.value(node.args[0]), Tensor):
                 raise Unknown
             return self.whole().value(node)
@@ -150,11 +153,11 @@ class SizeScope(_Whole):
         return super()._operation(op, *values)
 
     def whole(self) -> Scope:
-        """The same, by which tensors are computed as well."""
+        """The scope in which tensors are computed as well."""
         return _Whole(self.local, self.world, self.assigned, self.returned, self.came_back)
 
     def resolved(self, node: ast.expr) -> PyObject:
-        """What ``node`` is; ``Tensor`` for a tensor or a method of one, ``Unknown`` for what is not known."""
+        """The value of ``node``; ``Tensor`` for a tensor or its method, ``Unknown`` where it cannot be looked up."""
         try:
             value = self.value(node)
         except _IsTensor:
@@ -168,7 +171,7 @@ class SizeScope(_Whole):
 
 
 def operand_value(scope: SizeScope, node: ast.expr) -> PyObject:
-    """What an operand is; ``Tensor`` for a tensor, None for what is no number, text or tuple of these."""
+    """The value of an operand: numbers, text or a tuple of these; ``Tensor`` for a tensor, None for anything else."""
     if isinstance(node, ast.Constant):
         return plain(node.value)
     if isinstance(node, SizesOf):
@@ -186,20 +189,22 @@ def operand_value(scope: SizeScope, node: ast.expr) -> PyObject:
     except _IsTensor:
         return Tensor
     except Unknown:
-        inside = getattr(node, "generators", None) or ast.iter_child_nodes(node)  # a turn's code is looked at itself
+        inside = getattr(node, "generators", None) or ast.iter_child_nodes(
+            node
+        )  # the body of a comprehension is watched by itself
         parts = [part for child in inside for part in _parts(scope, child)]
-        return (UNKNOWN, *parts[:MOST], *_given(scope, node))
-    except Exception:  # of the user's numbers too: a name that is not assigned yet
+        return (UNKNOWN, *parts[:MOST], *_sizes_passed(scope, node))
+    except Exception:  # evaluating it may fail in the user's own way: a name that is not assigned yet
         return None
 
 
 def _looked_up(held: PyObject, name: str) -> PyObject:
-    """What the classes of ``held`` have under ``name``."""
+    """The attribute ``name`` of the classes of ``held``, looked up without running descriptors."""
     return next((vars(kind)[name] for kind in type(held).__mro__ if name in vars(kind)), None)
 
 
 def _parts(scope: SizeScope, node: ast.AST) -> Iterator[Any]:
-    """What can be looked up of a part of an operand: numbers, text, and how often a tensor is gone through."""
+    """The known values in a part of an operand: numbers, text, and how many items a comprehension iterates over."""
     if isinstance(node, ast.comprehension):
         with contextlib.suppress(Exception):
             yield len(scope.whole().value(node.iter))
@@ -212,26 +217,28 @@ def _parts(scope: SizeScope, node: ast.AST) -> Iterator[Any]:
             yield from _parts(scope, child)
 
 
-def _given(scope: SizeScope, node: ast.AST) -> list[Any]:
-    """The sizes of tensors that code was given which nothing tells of (neither PyTorch's nor the user's: what is behind
-    a partial, an iterator, an extension), or that ``node`` asks for their sizes; of all that the frame holds where it
-    is not known which are asked."""
+def _sizes_passed(scope: SizeScope, node: ast.AST) -> list[Any]:
+    """The sizes of the tensors that ``node`` passes to code which is not watched, or whose sizes it reads.
+
+    Code is not watched where it is neither PyTorch's nor the user's: behind a partial, an iterator, an extension. Where
+    no tensor among the names of ``node`` can be looked up, every tensor of the frame counts.
+    """
     asked: list[ast.expr] = []
     if isinstance(node, ast.Attribute) and node.attr in _SHAPES:
         asked = _names(node.value)
     elif isinstance(node, ast.Call):
         held = [node.func.value] if isinstance(node.func, ast.Attribute) else []
-        if called(node) in _ASKING:
+        if called(node) in _READING_NUMBERS:
             asked = [name for one in (*held, *node.args) for name in _names(one)]
         elif called(node) == "eval":
             asked = [node.func]
-        elif called(node) in _GONE_THROUGH:
+        elif called(node) in _ITERATING:
             return [count for one in node.args if (count := _count(scope, one)) is not None]
         elif called(node) not in FOLLOWED:
             function = scope.resolved(node.func)
             makes_tensor = function is Unknown and held and hasattr(Tensor, called(node))
             known = is_torch(function) and not getattr(function, "__name__", "").startswith("sym_")
-            known = known or isinstance(function, nn.Module) or _is_looked_at(scope, node, function)
+            known = known or isinstance(function, nn.Module) or _is_watched(scope, node, function)
             if not (makes_tensor or known):
                 return _all_sizes(scope, [*held, *node.args, *(k.value for k in node.keywords)])
     found = _all_sizes(scope, asked)
@@ -240,10 +247,13 @@ def _given(scope: SizeScope, node: ast.AST) -> list[Any]:
     return found
 
 
-def _is_looked_at(scope: SizeScope, node: ast.Call, function: PyObject) -> bool:
-    """Whether a function, or a class, is the user's, and what it gives is told by its own code: neither under another
-    name, nor something to be gone through, as often as a tensor has rows, say."""
-    if not is_own(function) or inspect.isgeneratorfunction(function):
+def _is_watched(scope: SizeScope, node: ast.Call, function: PyObject) -> bool:
+    """Whether ``function`` is the user's and is watched by itself, so that its arguments need not be recorded here.
+
+    Not so where the call names it otherwise, and where it returns an iterator: how often that is advanced is decided
+    by whoever iterates.
+    """
+    if not is_users(function) or inspect.isgeneratorfunction(function):
         return False
     if isinstance(function, type) and (hasattr(function, "__iter__") or hasattr(function, "__getitem__")):
         return False
@@ -257,7 +267,7 @@ def _all_sizes(scope: SizeScope, nodes: list[ast.expr]) -> list[Any]:
 
 
 def _count(scope: SizeScope, node: ast.expr) -> PyObject:
-    """How many there are of what ``node`` is, or of each where it stands for several; None where nothing tells."""
+    """The length of ``node``, or of each part of a starred ``node``; None where it has none."""
     with contextlib.suppress(Exception):
         held = scope.whole().value(node.value if isinstance(node, ast.Starred) else node)
         return tuple(map(len, held))[:MOST] if isinstance(node, ast.Starred) else len(held)
@@ -269,7 +279,7 @@ def _names(node: ast.expr) -> list[ast.expr]:
 
 
 def _sizes(scope: SizeScope, node: ast.expr) -> PyObject:
-    """Those of the tensor that ``node`` is, or of several; None for all else."""
+    """The sizes of the tensor ``node``, or of each tensor in a list; None for anything else."""
     try:
         held = scope.whole().value(node.value if isinstance(node, ast.Starred) else node)
     except Exception:

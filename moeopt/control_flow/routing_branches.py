@@ -1,11 +1,11 @@
-"""Branches that a block's Python takes by its routing, and that no case of verification took.
+"""Branches that the routing decides and that no case of verification took.
 
-A rewrite leaves the branches of a dispatch out (``if mask.any():`` runs an expert only where it has tokens), which is
-right for what a dispatch asks, and wrong for ``if (weights > 0.9).all(): y = 2 * y``: the probe calls take one way, and
-the other is gone. Verification sees that only if one of its cases goes there. So each place where Python reads a bool
-that depends on the arguments is watched while the original runs: a place that gave one answer on every case, and could
-give the other, is a part of the code that was compared with nothing. What Python makes of numbers that it reads, and of
-sizes that depend on values, is asked of the code's own tests (``moeopt.control_flow.untaken_branches``).
+A rewrite drops the branches of a dispatch. That is right for ``if mask.any():``, which runs an expert only if it has
+tokens, and wrong for ``if (weights > 0.9).all(): y = 2 * y``: the probe calls take one branch, and the other is lost.
+Verification sees the loss only if one of its cases takes that branch. So each place where Python reads a bool that
+depends on the arguments is watched while the original runs. A place that had one answer in every case, and could have
+the other, guards code that was compared with nothing. Conditions on numbers that Python reads, and on sizes that depend
+on values, are watched in the bytecode (``moeopt.control_flow.untaken_branches``).
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ _NOTS = ("logical_not", "bitwise_not")
 _COMPARES = ("gt", "ne", "eq", "le", "ge", "lt")
 _COUNTS = ("sum", "count_nonzero", "bincount", "histc", "scatter_add", "index_add")
 _NUMBERS = ("nonzero", "_unique2", "unique_dim", "unique_consecutive")
-"""They give the experts that have tokens."""
+"""Ops that return the experts that have tokens."""
 _SIZED = (*_NUMBERS, "index", "masked_select", "repeat_interleave", "bincount", "equal")
-"""Their sizes, or what they give to Python, depend on values."""
+"""Ops whose result has a size that depends on values, or is read by Python."""
 _WAY_OUT = "write both ways as tensors (torch.where), or leave the branch out"
 
 
 class RoutingBranches:
-    """What Python reads of one block's routing as a bool.
+    """The bools that Python reads of one block's routing.
 
     Args:
-        tape: a call of the block.
+        tape: a recorded call of the block.
 
     Attributes:
-        seen: the answers at each place, of calls that have tokens.
-        tests: the same of tests in the code, where the call reads numbers or has sizes that depend on values.
-        line: where it reads a number last; where it reads none, where it has such a size last.
+        seen: by place, the answers in calls with tokens.
+        tests: the answers of conditions in the code, where the call reads numbers or has sizes that depend on values.
+        line: the last line that reads a number, else the last one with a size that depends on values.
     """
 
     def __init__(self, tape: Tape | None = None) -> None:
@@ -68,19 +68,19 @@ class RoutingBranches:
 
     @property
     def any(self) -> bool:
-        """Whether there may be such branches: Python reads truths, numbers or sizes that depend on the arguments."""
+        """Whether Python may branch on the routing: it reads bools, numbers or sizes that depend on the arguments."""
         return bool(self._reads) or self.tests is not None
 
     def watched(self, original: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
-        """``original``, a call of ``module``, whose reads and tests are entered; itself where there are none."""
+        """``original``, a call of ``module``, with its answers recorded; itself where there is nothing to record."""
         return _WatchedCall(self, original, module) if self.any else original
 
     def check(self, run: Callable[[TorchDispatchMode], object], every: bool) -> None:
-        """``Declined`` for a branch that no call took, or whose limit no number of calls explores.
+        """``Declined`` for a branch that no call took, or that compares a weight with a limit, which no calls explore.
 
         Args:
-            run: calls the original under the mode that it is given, and undoes what that wrote.
-            every: whether all tokens may go to all experts, so that each has tokens on every call.
+            run: calls the original under a mode, and restores the state that the call changed.
+            every: whether all tokens may go to all experts, so that every expert has tokens in every call.
         """
         for place, answers in self.seen.items():
             asked, answer = self._reads[place[0]], next(iter(answers))
@@ -99,7 +99,7 @@ class RoutingBranches:
             )
 
     def check_tests(self, groups: Iterable[Iterable[Callable[[RunWatched], object]]], dispatch: DispatchFacts) -> None:
-        """``Declined`` for a test in its code that no call answered otherwise; ``groups`` as of ``untaken``."""
+        """``Declined`` for a condition with an untaken branch; ``groups`` as for ``untaken``."""
         if self.tests is None:
             return
         for one in untaken(self.tests, groups, dispatch):
@@ -111,7 +111,7 @@ class RoutingBranches:
             )
 
     def enter(self, reads: dict[ReadAt, set[bool]], tests: BranchesTaken) -> None:
-        """Enter the answers of one call."""
+        """Record the answers of one call."""
         for place, answers in reads.items():
             if place[0] in self._reads:
                 self.seen.setdefault(place, set()).update(answers)
@@ -121,9 +121,9 @@ class RoutingBranches:
 
 
 class _WatchedCall:
-    """A call of ``module`` whose reads and tests are entered; verification puts back what this writes to ``module``.
+    """A call of ``module`` whose answers are recorded; verification restores what the call writes to ``module``.
 
-    Not those of calls that show nothing: of no token everything is true, and twice a NaN or a zero is what it was.
+    A call whose result cannot show a difference is left out: without tokens ``all()`` holds, and twice a zero is zero.
     """
 
     def __init__(self, into: RoutingBranches, original: Callable[..., Any], module: nn.Module) -> None:
@@ -148,18 +148,18 @@ class _WatchedCall:
 
 
 def _shows_something(out: PyObject, given: PyObject) -> bool:
-    """Whether a result holds a number that is neither zero nor NaN; of a forward that returns none, what it writes."""
+    """Whether a result, or what a forward without one writes, holds a number that is neither zero nor NaN."""
     numbers = [t for tree in (out, given) for t in leaves_of(torch.Tensor, tree) if t.dtype.is_floating_point]
     first = [t for t in leaves_of(torch.Tensor, out) if t.dtype.is_floating_point] or numbers
     return not first or any(bool((t.isfinite() & (t != 0)).any()) for t in first)
 
 
 class _Asked:
-    """One read on the tape.
+    """A bool that Python reads, as the tape has it.
 
     Attributes:
-        name: of the op that gave the answer.
-        limit: whether weights are compared with anything but zero.
+        name: of the op that computes the bool.
+        limit: whether it compares weights with a number other than zero.
     """
 
     def __init__(self, tape: Tape, node: fx.Node) -> None:
@@ -173,7 +173,7 @@ class _Asked:
         self._number = (
             over is None and op in _COMPARES and op_name(source) in _NUMBERS and _each_of(operands[0], source)
         )
-        has: bool | None = None  # the answer of the comparison that says that an expert has a token
+        has: bool | None = None  # the comparison's answer where an expert has a token
         if zero and (floats or op_name(source) in _COUNTS or _is_mask(tape, source)):
             has = {"gt": True, "ne": True, "eq": False, "le": False}.get(op)
         elif over is not None and not floats:
@@ -182,21 +182,24 @@ class _Asked:
         self._hit = None if has is None or (over is not None and has is not over) else has ^ after
 
     def can_only_be(self, answer: bool, every: bool) -> bool:
-        """Whether ``answer`` alone is no sign of an untried way: of a comparison of an expert's number with one that
-        none has, which the bounds of the ids guard; that an expert has tokens, where ``every`` one has."""
+        """Whether no call can have another answer than ``answer``.
+
+        So it is where an expert's id is compared with an id that no expert has, against which the bounds of the ids
+        guard, and where the question is whether an expert has tokens and ``every`` expert has.
+        """
         return self._number or (every and self._hit is answer)
 
 
 def _reads_numbers(tape: Tape) -> bool:
-    """Whether Python gets numbers, other than truths, that depend on the arguments: values, sizes, or an answer."""
+    """Whether Python reads numbers (no bools) that depend on the arguments: values, sizes, or a Python result."""
     reads = [r.node for r in tape.reads if r.node.meta.get("dtype") != torch.bool]
     sized = [n for n in tape.nodes if op_name(n) in _SIZED]
     return any(n.op == "placeholder" for n in ancestors([*reads, *sized]))
 
 
 def _comparison(node: fx.Node) -> tuple[fx.Node, bool | None, tuple[bool, bool]]:
-    """What is asked of each token or of a number; whether the answers are taken together by ``any`` (True), ``all``
-    (False) or not at all (None); and whether the answer is turned after that, and before it."""
+    """The comparison behind a bool; whether ``any`` (True), ``all`` (False) or neither (None) reduces it; and whether
+    it is negated after that reduction, and before it."""
     over: bool | None = None
     after, before = False, False
     while True:
@@ -218,7 +221,7 @@ def _moved(node: fx.Node) -> fx.Node:
 
 
 def _each_of(node: fx.Node, numbers: fx.Node) -> bool:
-    """Whether ``node`` is one of ``numbers`` after the other, in a loop, and not a certain one of them."""
+    """Whether ``node`` is the loop variable of a loop over ``numbers``, and not one fixed item of it."""
     while node is not numbers:
         if op_name(node) == "unbind" or len({user.args[2:] for user in node.users if op_name(user) == "select"}) > 1:
             return True
@@ -227,6 +230,6 @@ def _each_of(node: fx.Node, numbers: fx.Node) -> bool:
 
 
 def _is_mask(tape: Tape, node: fx.Node) -> bool:
-    """Whether whole numbers are marks, zero or one."""
+    """Whether integers are a mask of zeros and ones."""
     value = tape.value(node)
     return isinstance(value, torch.Tensor) and bool(((value == 0) | (value == 1)).all())

@@ -1,8 +1,8 @@
-"""Which sizes are alike to a block's Python: read off what operands of its expressions were in calls of several sizes.
+"""Classes of sizes that a block's Python treats alike, derived from the operands in calls of several sizes.
 
-An operand that is the same in two calls of equal sizes, and another one in a call of other sizes, is a size or computed
-of one. Compared with a number it has a limit, divided by one it has remainders; whatever else is done to it has no
-classes: then each size stands for itself alone.
+An operand that is equal in two calls of equal sizes and differs in a call of other sizes is a size, or computed from
+one. A comparison with a number gives a limit between two classes, a division by a number gives remainders. Any other
+operation gives no classes: then each size is verified by itself.
 
     if 23 <= len(x) < 150          limits 23 and 150
     n % 4, n // 4, n & 3           divisor 4
@@ -27,15 +27,15 @@ from moeopt.rewrite.known_sizes import SizeUses
 from moeopt.value_types import PyObject
 
 _LARGEST = 1 << 12
-"""The largest divisor whose remainders are told apart."""
+"""The largest divisor whose remainders are classes."""
 _NAMELESS: dict[type, str] = {ast.GeneratorExp: "<genexpr>", ast.ListComp: "<listcomp>", ast.Lambda: "<lambda>"}
 _SEVERAL = 4
-"""Values of an operand in one call, at most, that are followed each."""
+"""At most so many values of one operand in one call are followed."""
 
 
 @dataclass(frozen=True)
 class SizedCall:
-    """A call: its sizes with their product behind them, and what its code's operands were."""
+    """A call: its sizes followed by their product, and the values of the operands in its code."""
 
     sizes: tuple[int, ...]
     seen: SizeValues
@@ -43,21 +43,21 @@ class SizedCall:
 
 @dataclass
 class _Found:
-    """What is known of one of the sizes so far."""
+    """The limits and divisors found so far for one size."""
 
     limits: set[float] = field(default_factory=set)
     divisors: set[int] = field(default_factory=set)
 
 
 class SizeClasses:
-    """What the Python of some calls does with their sizes.
+    """What the Python code of several calls does with their sizes.
 
     Args:
-        calls: some of equal sizes.
+        calls: of several sizes, and at least two of equal sizes.
 
     Attributes:
-        uses: of each size; calls without a token are a case of their own.
-        texts: the expressions in question.
+        uses: for each size, its limits and divisors; a call without tokens is a class of its own.
+        texts: the source of the expressions that read sizes.
     """
 
     def __init__(self, calls: Sequence[SizedCall]) -> None:
@@ -100,15 +100,15 @@ class SizeClasses:
         if not reader(use, sized):
             self._exact = True
 
-    # what each kind of expression does with its sizes: whether that was understood
+    # one method for each kind of expression: it records limits and divisors, and returns whether it understood the kind
 
     def _of_compare(self, use: Use, sized: list[int]) -> bool:
         node: ast.Compare = use.node  # type: ignore[assignment]
         for n, op in enumerate(node.ops):
             if not {n, n + 1} & {*sized}:
                 continue
-            if isinstance(op, (ast.Is, ast.IsNot)):
-                return self._constant(use, n + 1) is None  # with None, and as a number it depends on Python
+            if isinstance(op, (ast.Is, ast.IsNot)):  # with None: between numbers ``is`` depends on Python's cache
+                return self._constant(use, n + 1) is None
             within = isinstance(op, (ast.In, ast.NotIn))
             side = {ast.Gt: 1, ast.LtE: 1, ast.Lt: -1, ast.GtE: -1}.get(type(op), 0)
             if not (self._of_members(use, n) if within else self._crosses(use, n, n + 1, side)):
@@ -184,10 +184,10 @@ class SizeClasses:
         values = self._numbers(use, 0)
         return all(type(number) is int and self._limit(values, number) for number in numbers)
 
-    # sizes as functions of the input's
+    # operands as functions of the input's sizes
 
     def _is_size(self, use: Use, n: int, depth: int = 4) -> bool:
-        """Whether an operand depends on the sizes, and on nothing else."""
+        """Whether an operand depends on the sizes alone."""
         held = [call.seen.values.get((use, n), set()) for call in self._calls]
         if depth and any(is_unknown(value) for values in held for value in values):
             if any(self._makes_size(part, depth - 1) for part in parts_of(use.operands[n], use.assigned)):
@@ -197,7 +197,7 @@ class SizeClasses:
         return not by_data and self._depends(held)
 
     def _makes_size(self, part: ast.AST, depth: int) -> bool:
-        """Whether a part of an operand that cannot be looked up is computed of sizes."""
+        """Whether a part of an operand that cannot be looked up is computed from sizes."""
         name = called(part) if isinstance(part, ast.Call) else getattr(part, "attr", _NAMELESS.get(type(part), ""))
         if self._returns_size(name) or (isinstance(part, ast.Attribute) and name in self._stored):
             return True
@@ -205,7 +205,7 @@ class SizeClasses:
         return known is not None and any(self._is_size(known, n, depth) for n in range(len(known.operands)))
 
     def _returns_size(self, name: str) -> bool:
-        """Whether a function of the model's gives a number that depends on the sizes alone."""
+        """Whether a function of the model returns a number that depends on the sizes alone."""
         return self._depends([call.seen.returned.get(name, set()) for call in self._calls])
 
     def _depends(self, held: list[set[Any]]) -> bool:
@@ -216,13 +216,13 @@ class SizeClasses:
         return any(values != seen[0] for values in seen)
 
     def _constant(self, use: Use, n: int) -> PyObject:
-        """What the operand was in every call; None where that is not one value."""
+        """The one value of an operand in all calls; None where it had several."""
         held = set().union(*(call.seen.values.get((use, n), set()) for call in self._calls))
         return next(iter(held)) if len(held) == 1 else None
 
     def _numbers(self, use: Use, n: int) -> list[dict[int, Fraction]]:
-        """By call, the number that the operand was; several, least first, where each call had as many: 0 and the number
-        of rows where all choose the same experts. None where it was something else."""
+        """By call, the number of an operand; [] where it is no number. Where each call had the same count of numbers
+        (0 and the number of rows, if all tokens choose the same experts), a dict for each, the least first."""
         held = {at: c.seen.values[(use, n)] for at, c in enumerate(self._calls) if (use, n) in c.seen.values}
         plain = all(isinstance(v, (int, float)) and math.isfinite(v) for values in held.values() for v in values)
         if not plain or len(counts := {*map(len, held.values())}) != 1 or max(counts) > _SEVERAL:
@@ -231,10 +231,10 @@ class SizeClasses:
         return [{at: values[k] for at, values in ordered.items()} for k in range(max(counts))]
 
     def _forms(self, values: dict[int, Fraction]) -> Iterator[tuple[int, Fraction, Fraction]]:
-        """(number of a size, a, b) where ``values`` are a times that size and b more."""
+        """(number of a size, a, b) for each size of which ``values`` are the linear function a * size + b."""
         for q in range(len(self._found)):
             points = {self._calls[at].sizes[q]: v for at, v in values.items()}
-            fewest = 2 if all(size == value for size, value in points.items()) else 3  # the size itself is soon told
+            fewest = 2 if all(size == value for size, value in points.items()) else 3  # two suffice for the size itself
             if len(points) < fewest or any(points[self._calls[at].sizes[q]] != v for at, v in values.items()):
                 continue
             (x0, y0), (x1, y1) = [*points.items()][:2]
@@ -243,9 +243,9 @@ class SizeClasses:
                 yield q, a, y0 - a * x0
 
     def _limit(self, numbers: Sequence[dict[int, Fraction]], number: float, side: int = 0) -> bool:
-        """Enter where each of ``numbers`` passes ``number``; whether they are functions that are known.
+        """Record where ``numbers`` pass ``number``; False where they are no linear functions of the sizes.
 
-        ``side`` is 1 where equal is as less to the code, -1 where it is as greater, 0 where it is neither.
+        ``side`` is 1 where the code treats equal like less, -1 where it treats equal like greater, else 0.
         """
         known = [list(self._forms(values)) for values in numbers]
         for q, a, b in itertools.chain(*known):
@@ -256,7 +256,7 @@ class SizeClasses:
         return bool(known) and all(known)
 
     def _crosses(self, use: Use, n: int, m: int, side: int) -> bool:
-        """Enter where one operand passes the other."""
+        """Record where one operand passes the other."""
         if all(self._is_remainder(use.operands[k], use) for k in (n, m) if self._is_size(use, k)):
             return True
         pairs = itertools.product(self._numbers(use, n), self._numbers(use, m))
@@ -264,12 +264,12 @@ class SizeClasses:
         return self._limit(apart, 0, side) if apart else self._alike(use, n, m)
 
     def _alike(self, use: Use, n: int, m: int) -> bool:
-        """Whether two operands are no numbers, and the same in every call: shapes that belong together."""
+        """Whether two operands are equal in every call, as two shapes are that always belong together."""
         values = [(c.seen.values.get((use, n)), c.seen.values.get((use, m))) for c in self._calls]
         return all(a == b for a, b in values)
 
     def _divides(self, use: Use, by: PyObject, sized: list[int], quotient: bool = False) -> bool:
-        """Enter the remainders of the first operand, and where its ``quotient`` is 1, 2 and 3, as of chunks."""
+        """Record the divisor of the first operand, and where its ``quotient``, a number of chunks, is 1, 2 and 3."""
         if sized != [0] or type(by) is not int or not 0 < by <= _LARGEST:
             return False
         if self._is_remainder(use.operands[0], use):
@@ -282,7 +282,7 @@ class SizeClasses:
         return bool(known) and all([*known, *limits])
 
     def _is_remainder(self, node: ast.expr, use: Use, depth: int = 8) -> bool:
-        """Whether an operand is computed of remainders of sizes, which have classes of their own."""
+        """Whether an operand is computed from remainders of sizes, which have classes of their own."""
         node = node.value if isinstance(node, (ast.NamedExpr, Item)) else node
         if isinstance(node, ast.Name):
             return depth > 0 and node.id in use.assigned and self._is_remainder(use.assigned[node.id], use, depth - 1)

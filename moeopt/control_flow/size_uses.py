@@ -1,8 +1,9 @@
-"""Expressions in a model's source that compute something of numbers which a graph does not follow if they are sizes.
+"""Expressions in a model's source whose result a graph holds as a constant, although sizes may decide it.
 
-A graph holds sizes as sums and products of the input's: what PyTorch is given. Comparisons, remainders, bits, lookups,
-text and functions of Python's own are taken as they came out when the block was recorded. They are found in the source
-here, and whether their operands are sizes is looked at when they run (:mod:`moeopt.control_flow.size_values`).
+A graph computes sizes as sums and products of the input's sizes. The result of a comparison, a remainder, a bit
+operation, a lookup, a text or a Python function is the constant that it was when the block was recorded. This file
+finds such expressions in the source; whether their operands are sizes is seen when they run
+(:mod:`moeopt.control_flow.size_values`).
 """
 
 from __future__ import annotations
@@ -24,25 +25,25 @@ from moeopt.control_flow.untaken_branches import assigned_once
 _DIVIDES = (ast.Mod, ast.FloorDiv)
 _BITS = (ast.BitAnd, ast.BitOr, ast.BitXor, ast.LShift, ast.RShift, ast.Pow)
 _TRUTHS = (ast.Compare, ast.BoolOp, ast.Constant)
-"""Truths themselves, made of what is read by itself."""
+"""Conditions that are read by their parts, so that the whole needs no entry."""
 _WITHIN = " \t#)]}@"
-"""What a line begins with that goes on with a statement, or stands before it."""
+"""First characters of a line that continues a statement, or is a decorator or a comment before one."""
 FOLLOWED = frozenset((
     "float", "len", "list", "tuple", "slice", "isinstance", "issubclass", "hasattr", "callable", "type", "id",
     "print", "enumerate", "zip", "reversed", "setattr", "super", "warn", "debug", "info", "warning", "error", "log",
     "exception", "append",
 ))  # fmt: skip
-"""Functions that give numbers as they are, or tell something."""
+"""Functions that pass numbers through unchanged, or only print a message."""
 _NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _COMPREHENSIONS: dict[type, str] = {ast.GeneratorExp: "<genexpr>", ast.Lambda: "<lambda>"}
-if sys.version_info < (3, 12):  # later they are part of the code around them
+if sys.version_info < (3, 12):  # from 3.12 on a comprehension runs in the frame around it
     _COMPREHENSIONS |= {ast.ListComp: "<listcomp>", ast.SetComp: "<setcomp>", ast.DictComp: "<dictcomp>"}
 _OF_SHAPES = ("equal", "is_same_size", "array_equal")
-"""Functions that tell whether shapes are the same."""
+"""Functions whose result depends on whether two shapes are equal."""
 
 
 class Item(ast.expr):
-    """The number in ``value``, of a tensor without dims too: what Python asks of one is on no tape."""
+    """The number in ``value``, also where that is a tensor without dimensions: Python reads it off the tape."""
 
     _fields = ("value",)
 
@@ -52,21 +53,21 @@ class Item(ast.expr):
 
 
 class SizesOf(Item):
-    """The sizes of the tensor ``value``, which code may ask for without a word of them."""
+    """The sizes of the tensor ``value``, read by code that does not name them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """One such expression.
+    """One expression whose result is a constant of the graph.
 
     Attributes:
         kind: "compare", "divide", "bits", "truth", "call", "lookup", "clip", "text", "match", "shapes", "error",
             "split" or "store".
-        node: the whole of it.
-        operands: what may be a size.
-        assigned: expressions of names that are assigned once in its function.
-        erring: whether it decides whether there is an error, and no more.
-        owner: the name of the code that it is in: other code of its lines has other names in its frames.
+        node: the expression.
+        operands: the parts that may be sizes.
+        assigned: for each name that its function assigns once, the assigned expression.
+        erring: whether it only decides if an error is raised.
+        owner: the name of the code object that runs it: a nested function on the same line has another frame.
     """
 
     kind: str
@@ -78,14 +79,13 @@ class Use:
 
 
 def uses_in(file: str, line: int) -> dict[int, list[Use]] | None:
-    """The expressions by their lines in the class or function of a file that ``line`` is in, whatever else it is in;
-    None where its source is not to be had."""
+    """By line, the expressions of the outermost class or function around ``line``; None where there is no source."""
     found = _read(file, line)
     return None if found is None else found.uses
 
 
 def lines_that_catch(file: str, line: int) -> frozenset[int]:
-    """The lines behind whose errors the same class or function goes on."""
+    """The lines whose errors the same class or function catches."""
     found = _read(file, line)
     return frozenset() if found is None else found.catching
 
@@ -102,9 +102,10 @@ def _read(file: str, line: int) -> _SourceUses | None:
 
 
 def _outermost(lines: list[str], at: int) -> tuple[int, int]:
-    """From where to where a file's outermost statement goes that line ``at`` is in, by how its lines are indented.
+    """The range of lines of the outermost statement around line ``at``, by indentation.
 
-    A file is many times as large when it is parsed. A text whose lines begin at the margin cuts this short.
+    A syntax tree takes many times the memory of its text, so only this part of a file is parsed. A multi-line string
+    with lines at the margin ends the range too early; the caller then parses the whole file.
     """
 
     def inside(n: int) -> bool:
@@ -120,7 +121,7 @@ def _outermost(lines: list[str], at: int) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def parsed_once() -> Iterator[None]:
-    """While open, a file is parsed once; the trees, many times the size of their text, are let go of behind it."""
+    """While open, each file is parsed once; the syntax trees, which are large, are freed at the end."""
     try:
         yield
     finally:
@@ -129,8 +130,13 @@ def parsed_once() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _SourceUses:
-    """What is found in a source: its expressions by their lines, the lines on which others than texts begin, and those
-    behind whose errors it goes on."""
+    """What one source holds.
+
+    Attributes:
+        uses: its expressions, by line.
+        lines: on which a node other than a constant begins.
+        catching: whose errors the source catches.
+    """
 
     uses: dict[int, list[Use]]
     lines: frozenset[int]
@@ -139,7 +145,7 @@ class _SourceUses:
 
 @functools.lru_cache(maxsize=64)
 def _uses(source: str, begin: int) -> _SourceUses | None:
-    """The expressions of a source that begins behind line ``begin``."""
+    """The expressions of ``source``, whose first line is number ``begin + 1`` of its file."""
     try:
         tree = ast.increment_lineno(ast.parse(source), begin)
     except (SyntaxError, ValueError):
@@ -170,14 +176,14 @@ def _uses(source: str, begin: int) -> _SourceUses | None:
 
 
 def _around(node: ast.AST) -> list[ast.AST]:
-    """What of a function or a comprehension runs in the code around it."""
+    """The parts of a function or a comprehension that run in the frame around it: defaults, decorators, iterable."""
     if type(node) in _COMPREHENSIONS and not isinstance(node, ast.Lambda):
         return [node.generators[0].iter]  # type: ignore[attr-defined]
     return [node.args, *getattr(node, "decorator_list", ())] if isinstance(node, (*_NAMED[:2], ast.Lambda)) else []
 
 
 def _inside(node: ast.AST) -> Iterator[tuple[ast.AST, bool]]:
-    """The children of ``node`` that may decide numbers, and whether they decide no more than an error."""
+    """The children of ``node`` that may decide numbers, and whether they only decide if an error is raised."""
     if isinstance(node, ast.Raise):
         return
     if isinstance(node, ast.Assert):
@@ -232,7 +238,7 @@ def _of_call(node: ast.Call) -> Iterator[tuple[str, ast.AST, list[ast.expr]]]:
 
 
 def _of_places(node: ast.AST) -> Iterator[tuple[str, ast.AST, list[ast.expr]]]:
-    """Of what is looked up, matched, written into text or stored."""
+    """The entries for a subscript, a formatted text, a match statement or an attribute that is assigned."""
     if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
         yield "lookup", node, _keys(node.slice)
     if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Store):
@@ -253,7 +259,7 @@ def _of_places(node: ast.AST) -> Iterator[tuple[str, ast.AST, list[ast.expr]]]:
 
 
 def _tested(node: ast.AST) -> list[ast.expr]:
-    """What ``node`` takes the truth of."""
+    """The expressions that ``node`` uses as conditions."""
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         return [node.operand]
     if isinstance(node, ast.BoolOp):
@@ -268,7 +274,7 @@ def _tested(node: ast.AST) -> list[ast.expr]:
 
 
 def _assigned(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
-    """What is set to what."""
+    """Pairs of a target and the expression assigned to it."""
     if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
         yield from zip(target.elts, value.elts, strict=True)
     else:
@@ -282,7 +288,7 @@ def _keys(index: ast.expr) -> list[ast.expr]:
 
 
 def parts_of(node: ast.AST, assigned: dict[str, ast.expr], depth: int = 4) -> Iterator[ast.AST]:
-    """The expressions in ``node``, and in what its names are assigned."""
+    """The expressions in ``node``, and in the expressions assigned to its names."""
     for part in ast.walk(node):
         yield part
         if isinstance(part, ast.Name) and depth and part.id in assigned:

@@ -1,8 +1,8 @@
-"""What the operands of a model's Python were in one call: numbers, text and tuples of them, by the expression.
+"""The values of the operands in a model's Python during one call: numbers, text and tuples of these, by expression.
 
-The lines of the model's code are watched with ``sys.settrace``; before a line runs, the operands in it are looked up
-in the frame, or computed again where that has no effect (:mod:`moeopt.control_flow.operand_values`). Those that take
-what the line's calls return are looked up again behind it.
+``sys.settrace`` watches the lines of the model's code. Before a line runs, its operands are looked up in the frame, or
+evaluated again where that has no side effect (:mod:`moeopt.control_flow.operand_values`). An operand that needs the
+result of a call on the same line is looked up again after the line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from moeopt.capture.held_contents import foreign
 from moeopt.control_flow.branches_taken import Position, call_places
 from moeopt.control_flow.decisive_values import Unknown, called, position
-from moeopt.control_flow.operand_facts import is_own, is_torch, is_unknown, plain
+from moeopt.control_flow.operand_facts import is_torch, is_unknown, is_users, plain
 from moeopt.control_flow.operand_values import SizeScope, operand_value
 from moeopt.control_flow.size_uses import Use, lines_that_catch, uses_in
 from moeopt.value_types import PyObject
@@ -39,12 +39,12 @@ class SizeValues:
     """The values of one call.
 
     Attributes:
-        values: of each operand, by its number.
-        orders: digests of the same in the order of the call.
-        returned: what functions of the model's gave, by their names.
-        ran: names of these functions.
-        unread: places of code whose source is not to be had, and that may compute with sizes.
-        unresolved: calls of what is not known: of the model's, if a function of that name ran.
+        values: by expression and number of the operand, the values that it had.
+        orders: digests of the same values in the order of the call.
+        returned: by name, the results of the model's functions.
+        ran: the names of the model's functions that ran.
+        unread: places of code without source that may compute with sizes.
+        unresolved: calls of an unknown function: the model's, if a function of that name ran.
     """
 
     def __init__(self) -> None:
@@ -77,22 +77,22 @@ class SizeValues:
         if place not in self._uses:
             self._uses[place] = uses_in(*place)
         uses = self._uses[place]
-        if uses is None and _may_ask(code):
+        if uses is None and _may_read_sizes(code):
             self.unread.add(f"{code.co_filename}:{code.co_firstlineno}")
         return _FrameOperands(self, uses or {})
 
     def look(self, use: Use, scope: SizeScope, place: str, again: bool) -> bool:
-        """Enter the operands of ``use``; False where the line's calls may tell more of them, unless it is ``again``."""
+        """Record the operands of ``use``; False where calls on the line must return first, unless this is ``again``."""
         values = [operand_value(scope, operand) for operand in use.operands]
         function = scope.resolved(use.node.func) if isinstance(use.node, ast.Call) else None
         if not again and (function is Unknown or any(map(is_unknown, values))):
             return False
         if isinstance(function, _SCRIPTS) and "prim::If" in str(function.graph):
             self.unread.add(place)
-        if any(value is Tensor for value in values) or _followed(use, scope, function):
+        if any(value is Tensor for value in values) or _is_watched_elsewhere(use, scope, function):
             return True
         if function is int and use.kind == "call" and all(isinstance(value, int) for value in values):
-            return True  # it stays as it is
+            return True  # int() of an int is that int
         if function is Unknown:
             self.unresolved.add(use)
         for number, value in enumerate(values):
@@ -104,7 +104,7 @@ class SizeValues:
 
 
 class _Returns:
-    """The trace function of a frame that is not the model's, called by one that is."""
+    """The trace function of a frame of other code that the model's code called."""
 
     def __call__(self, frame: types.FrameType, event: str, arg: PyObject) -> _Returns:
         caller = _watched(frame.f_back)
@@ -117,7 +117,7 @@ class _Returns:
 
 
 class _FrameOperands(_Returns):
-    """That of a frame of the model's."""
+    """The trace function of a frame of the model's code."""
 
     def __init__(self, into: SizeValues, uses: dict[int, list[Use]]) -> None:
         self._into, self._uses = into, uses
@@ -147,7 +147,7 @@ class _FrameOperands(_Returns):
     def _look(self, use: Use, scope: SizeScope, place: str, again: bool) -> bool:
         try:
             return self._into.look(use, scope, place, again)
-        except Exception:  # noqa: BLE001  it would end the user's own call, and the watching with it
+        except Exception:  # noqa: BLE001  an error here would end the user's own call
             self._into.unread.add(place)
             return True
 
@@ -158,7 +158,7 @@ def _watched(frame: types.FrameType | None) -> _FrameOperands | None:
 
 
 def _is_caught(frame: types.FrameType) -> bool:
-    """Whether the model's code goes on behind an error in ``frame``."""
+    """Whether the model's code catches an error that is raised in ``frame``."""
     at: types.FrameType | None = frame
     while at is not None:
         if _watched(at) is not None and at.f_lineno in lines_that_catch(
@@ -169,8 +169,8 @@ def _is_caught(frame: types.FrameType) -> bool:
     return False
 
 
-def _followed(use: Use, scope: SizeScope, function: PyObject) -> bool:
-    """Whether what takes the operands is PyTorch's, and so on the tape, or the user's, and so looked at itself."""
+def _is_watched_elsewhere(use: Use, scope: SizeScope, function: PyObject) -> bool:
+    """Whether the operands go to PyTorch, whose ops are on the tape, or to code of the user's, which is watched."""
     if use.kind == "lookup" and isinstance(use.node, ast.Subscript):
         held = scope.resolved(use.node.value)
         return held is Tensor or (held is Unknown and isinstance(use.node.slice, (ast.Slice, ast.Tuple)))
@@ -182,11 +182,11 @@ def _followed(use: Use, scope: SizeScope, function: PyObject) -> bool:
     if function is Tensor or (function is Unknown and isinstance(use.node.func, ast.Attribute)):
         return hasattr(Tensor, name)
     asks = name.startswith("sym_")  # as min and max of sizes
-    return is_own(function) or isinstance(function, nn.Module) or is_torch(function) and not asks
+    return is_users(function) or isinstance(function, nn.Module) or is_torch(function) and not asks
 
 
-def _may_ask(code: types.CodeType) -> bool:
-    """Whether code asks for sizes and computes with anything, for all that its names and instructions tell."""
+def _may_read_sizes(code: types.CodeType) -> bool:
+    """Whether code reads sizes and computes with something, judged by its names and instructions."""
     if not _SIZED & {*code.co_names}:
         return False
     steps = [*dis.get_instructions(code)]
@@ -194,7 +194,7 @@ def _may_ask(code: types.CodeType) -> bool:
 
 
 def _only_asserts(code: types.CodeType, steps: list[dis.Instruction]) -> bool:
-    """Whether code decides between an error and nothing, as what torch.export writes out of a program's guards."""
+    """Whether code does nothing but raise errors, as the guards that torch.export generates for a program."""
     ends = [
         (before, step) for before, step in itertools.pairwise(steps) if step.opname in ("RETURN_VALUE", "RETURN_CONST")
     ]

@@ -1,8 +1,8 @@
-"""Tests in a model's code that gave one answer on every case, and that values of its input decide.
+"""Conditions in a model's code that had one answer in every case of verification, and that input values decide.
 
-Told apart by calls of equal shapes and other values: what decides ``len(x) > 4`` or ``self.normalise`` is the same on
-all of them, and what decides ``int(ids.max()) < 4`` is not. A dispatch's own questions are left out: whether an expert
-has tokens, and whether its number is one that none has.
+Calls of equal shapes and different values tell which conditions these are: ``len(x) > 4`` and ``self.normalise`` read
+the same operands in all of them, ``int(ids.max()) < 4`` does not. The conditions of a dispatch are left out: whether an
+expert has tokens, and whether an id names an expert.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from moeopt.control_flow.decisive_values import Results, Scope, position
 from moeopt.value_types import PyObject
 
 RunWatched = Callable[..., Any]
-"""Calls the function that it is given, watched."""
+"""Calls a function while its conditions are watched."""
 _Seen = dict[tuple[BranchPlace, str], set[Any]]
-"""In one call the values of each part that decides a test, by the test and the part's text."""
+"""Of one call, the values of each operand of a condition, by the condition and the operand's source text."""
 _ASKS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }  # fmt: skip
 _MANY = 6
-"""Numbers below that of the experts, and none above: counts are not so."""
+"""So many different numbers, all of them below the number of experts, are ids of experts and no counts of tokens."""
 
 
 @dataclass(frozen=True)
 class DispatchFacts:
-    """What is known of a block's dispatch.
+    """What is known about a block's dispatch.
 
     Attributes:
-        experts: their number.
-        every: whether each has tokens on every call.
-        most: tokens of a call of the rewritten code; None where there is no bound.
+        experts: the number of experts.
+        every: whether every expert has tokens in every call.
+        most: the largest number of tokens for which the rewritten code runs; None where there is no bound.
     """
 
     experts: int
@@ -53,7 +53,7 @@ class DispatchFacts:
 
 @dataclass(frozen=True)
 class UntakenBranch:
-    """One test: the text of its source, the answer that it gave, and its line."""
+    """A condition with one answer: its source text, the answer, and its line."""
 
     text: str
     answer: bool
@@ -62,11 +62,11 @@ class UntakenBranch:
 
 @dataclass(frozen=True)
 class _Test:
-    """A test in its source.
+    """A condition in the source.
 
     Attributes:
-        around: what it stands in, the nearest first.
-        assigned: expressions of names that are assigned once in its function.
+        around: the nodes around it, the innermost first.
+        assigned: for each name that its function assigns once, the assigned expression.
     """
 
     node: ast.expr
@@ -77,10 +77,10 @@ class _Test:
 def untaken(
     taken: BranchesTaken, groups: Iterable[Iterable[Callable[[RunWatched], object]]], dispatch: DispatchFacts
 ) -> Iterator[UntakenBranch]:
-    """The tests of ``taken`` in question.
+    """The conditions of ``taken`` with a branch that no case took, although some input may take it.
 
     Args:
-        groups: calls of equal shapes and other values; each runs the model by what it is given.
+        groups: in each group, calls of equal shapes and different values, which run the model watched.
     """
     one_sided = {place: test for place, said in taken.answers.items() if len(said) == 1 and (test := _test(place))}
     one_sided = {place: test for place, test in one_sided.items() if not _raises(test)}
@@ -96,7 +96,7 @@ def untaken(
 
 
 def _decided_by(tests: dict[BranchPlace, _Test], call: Callable[[RunWatched], object]) -> _Seen:
-    """What decided each of ``tests`` in ``call``; nothing after an error of its code."""
+    """The operands of each of ``tests`` in ``call``, up to an error of the model's code."""
     seen: _Seen = defaultdict(set)
 
     def look(place: BranchPlace, frame: types.FrameType, into: BranchesTaken) -> None:
@@ -111,7 +111,7 @@ def _decided_by(tests: dict[BranchPlace, _Test], call: Callable[[RunWatched], ob
 
 
 def _varied(calls: list[_Seen]) -> Iterator[tuple[BranchPlace, str]]:
-    """The parts whose values were not those of another call."""
+    """The operands whose values differed between the calls."""
     for key in {key for seen in calls for key in seen}:
         values = [seen[key] for seen in calls if key in seen]
         if any(one != values[0] for one in values):
@@ -119,7 +119,7 @@ def _varied(calls: list[_Seen]) -> Iterator[tuple[BranchPlace, str]]:
 
 
 def _asked_by_dispatch(test: _Test, place: BranchPlace, calls: list[_Seen], dispatch: DispatchFacts) -> bool:
-    """Whether a test of numbers can have no other answer, or may have it with nothing computed otherwise."""
+    """Whether a condition belongs to the dispatch: no input changes its answer, or the other answer changes nothing."""
     parts, ask = _question(test)
     known = [
         _constant(part) or {v for seen in calls for v in seen.get((place, ast.unparse(part)), ())} for part in parts
@@ -145,26 +145,26 @@ def _asked_by_dispatch(test: _Test, place: BranchPlace, calls: list[_Seen], disp
 def _cannot_differ(
     asked: Callable[[int], bool], numbers: list[int], bounds: list[Any], dispatch: DispatchFacts
 ) -> bool:
-    """Whether each expert's number has the same answer, or each count of tokens that there may be."""
+    """Whether the answer is the same for the id of every expert, or for every possible number of tokens."""
     if _names_experts(numbers, dispatch.experts):
         return all(asked(e) is asked(max(numbers)) for e in range(dispatch.experts))
     return dispatch.most is not None and all(max(numbers) <= dispatch.most <= b for b in bounds)
 
 
 def _compares_containers(held: set[Any]) -> bool:
-    """Whether lists are compared by what they hold, and not with an empty one."""
+    """Whether the items of lists are compared, and not only whether a list is empty."""
     return any(_length(v) is not v for v in held if isinstance(v, tuple)) and 0 not in map(_length, held)
 
 
 def _names_experts(numbers: list[int], experts: int) -> bool:
-    """Whether they are the experts' own numbers, and no counts, for all that they show."""
+    """Whether ``numbers`` are ids of experts and no counts of tokens, as far as their values tell."""
     if min(numbers) < 0 or max(numbers) >= experts:
         return False
     return max(numbers) == experts - 1 or len(set(numbers)) >= _MANY
 
 
 def _question(test: _Test) -> tuple[list[ast.expr], Callable[[list[int]], bool]]:
-    """Numbers, and what is asked of them: a truth asks whether it is not 0."""
+    """The operands of a condition, and its predicate on their numbers; that of a bare value is ``!= 0``."""
     node = test.node
     while isinstance(node, ast.Name) and isinstance(test.assigned.get(node.id), ast.Compare):
         node = test.assigned[node.id]
@@ -186,14 +186,14 @@ def _constant(node: ast.expr) -> set[Any]:
 
 
 def _length(value: PyObject) -> PyObject:
-    """Of a container's fingerprint the length, a number as it is."""
+    """The length in a container's fingerprint; a number as it is."""
     if isinstance(value, tuple) and value and type(value[0]) is int:
         return value[0]
     return int(value) if isinstance(value, (int, np.integer)) else value
 
 
 def _passes_over(test: _Test) -> bool:
-    """Whether all that hangs on it is whether one of many is passed over: in a loop, or in a comprehension."""
+    """Whether the condition only decides if an item of a loop or a comprehension is skipped."""
     inner = next(one for one in test.around if not isinstance(one, (ast.BoolOp, ast.UnaryOp)))
     if isinstance(inner, ast.comprehension):
         return True
@@ -203,7 +203,7 @@ def _passes_over(test: _Test) -> bool:
 
 
 def _raises(test: _Test) -> bool:
-    """Whether the other answer is an error, which gives no numbers."""
+    """Whether the other branch raises an error, so that it returns no numbers."""
     for one in test.around:
         if isinstance(one, ast.match_case):
             return isinstance(one.body[-1], ast.Raise)
@@ -217,14 +217,14 @@ def _raises(test: _Test) -> bool:
 
 
 def _test(place: BranchPlace) -> _Test | None:
-    """The test at ``place``; None where its source is not to be had."""
+    """The condition at ``place``; None where its source cannot be read."""
     code, at = place
     return _tests_of("".join(linecache.getlines(code.co_filename))).get(at) if len(at) > 1 else None
 
 
 @functools.lru_cache(maxsize=16)
 def _tests_of(source: str) -> dict[Position, _Test]:
-    """By their positions the expressions of a file."""
+    """The expressions of a source, by position."""
     try:
         tree = ast.parse(source)
     except SyntaxError:
@@ -244,7 +244,7 @@ def _tests_of(source: str) -> dict[Position, _Test]:
 
 
 def _of_patterns(node: ast.Match, around: tuple[ast.AST, ...], assigned: dict[str, ast.expr]) -> dict[Position, _Test]:
-    """By the positions of patterns and their parts what is matched with them."""
+    """The subject of a match statement, by the position of each pattern and its parts."""
     return {
         position(part): _Test(node.subject, (case, node, *around), assigned)
         for case in node.cases
@@ -254,7 +254,7 @@ def _of_patterns(node: ast.Match, around: tuple[ast.AST, ...], assigned: dict[st
 
 
 def assigned_once(function: ast.AST) -> dict[str, ast.expr]:
-    """Of names that one assignment sets, what they are set to."""
+    """For each name that ``function`` assigns once, the assigned expression."""
     found: dict[str, ast.expr | None] = {}
     for node in ast.walk(function):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):

@@ -1,10 +1,10 @@
-"""What Python reads of tensors that no input changes, while a model is traced: the values that they have.
+"""Values that Python reads from constant tensors while a model is traced.
 
-A model may ask a table of its own, ``if self.cos[0, 0] == 0: fill it``. ``torch.export`` traces without values and
-stops there, as at a branch on the data. But weights and buffers are what they are, and so is all that is computed from
-them alone; an engine holds them as constants. While :func:`answered` is open each op on such tensors is noted, and a
-question of Python's (``bool``, ``int``, ``.item()``) about one of them is answered with its value. A model that also
-writes to what it asked, or asks about random numbers, is refused: what it asks would change from call to call.
+A model may branch on a table of its own: ``if self.cos[0, 0] == 0: fill the table``. ``torch.export`` traces without
+values and stops there, as at a branch on data. But weights, buffers and everything computed from them alone are
+constants of an engine. :class:`Answers` follows the ops on such tensors, and where Python reads one (``bool``, ``int``,
+``.item()``), it gets the value. A model that also writes to a tensor that it reads so, or that reads random numbers, is
+refused: the value would change from call to call.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _MADE_OF_NUMBERS = frozenset({
 
 
 class _ConstantRead:
-    """A tensor that no input changes: how its value is computed, and from what.
+    """A constant tensor: how its value is computed, and from which weights.
 
     Attributes:
-        alike: the traced tensor. It is held so that its ``id`` names no other.
-        roots: paths of weights and buffers, and numbers of tensors that were made of plain numbers.
+        alike: the traced tensor. It is kept alive so that no other tensor gets its ``id``.
+        roots: paths of the weights and buffers it is computed from, and ids of tensors made from plain numbers.
     """
 
     def __init__(self, alike: Tensor, compute: Callable[[], Tensor], roots: frozenset[str]) -> None:
@@ -52,22 +52,22 @@ class _ConstantRead:
 
     @property
     def untouched(self) -> bool:
-        """Whether no op has written to it, or to what it is a view of, since it was made."""
+        """Whether no op has written to the tensor, or to its base, since it was made."""
         return self.alike._version == self._version
 
 
 class Answers(TorchFunctionMode):
-    """Answers questions about constants.
+    """A mode in which Python reads the values of constants.
 
     Attributes:
-        asked: the roots of all constants that were asked.
+        asked: the roots of all constants that Python read.
         written: the roots of all constants that an op wrote to.
     """
 
     def __init__(
         self, model: nn.Module, values: dict[str, Tensor], settled: Mapping[Asked, bool] | None = None
     ) -> None:
-        """The traced weights and buffers of ``model`` stand for ``values``; ``settled`` are answers about the data."""
+        """``values``: of the traced weights and buffers, by name; ``settled``: known answers of conditions on data."""
         super().__init__()
         self._settled = settled or {}
         self._named = type(model).__name__
@@ -103,7 +103,9 @@ class Answers(TorchFunctionMode):
         free = _has_symbols(leaves)
         if not constant or free or not (tensors or func in _MADE_OF_NUMBERS):
             return result
-        call = pytree.tree_map(lambda leaf: leaf, (args, kwargs))  # the caller may change its lists
+        call = pytree.tree_map(
+            lambda leaf: leaf, (args, kwargs)
+        )  # the caller may change its lists later
         compute = functools.cache(functools.partial(_computed, func, call[0], call[1], held))
         self._remember(result, compute, roots or frozenset([f"<{id(result)}>"]))
         return result
@@ -114,7 +116,7 @@ class Answers(TorchFunctionMode):
         return told if told is None or not length else int(told)
 
     def of_size(self, node: SymNode) -> bool | None:
-        """The settled answer to a question about a symbolic size that data decide; None for any other."""
+        """The settled answer of a condition on a data-dependent size; None for any other size."""
         return self._settled_here() if free_unbacked_symbols(node.expr) else None
 
     def _settled_here(self) -> bool | None:
@@ -122,7 +124,7 @@ class Answers(TorchFunctionMode):
         return None if place is None else self._settled.get(place)
 
     def _answer(self, func: FxTarget, args: PyObject, kwargs: PyObject, held: PyObject) -> PyObject:
-        """The value that Python asks for; ``NotSaveableError`` where random numbers decide it."""
+        """The value that Python reads; ``NotSaveableError`` where random numbers decide it."""
         before = _random_states()
         answer = _computed(func, args, kwargs, held)
         if not all(map(torch.equal, before, _random_states())):
@@ -133,7 +135,7 @@ class Answers(TorchFunctionMode):
         return answer
 
     def _remember(self, result: PyObject, compute: Callable[[], Any], roots: frozenset[str]) -> None:
-        """The tensors of ``result`` are what ``compute`` gives."""
+        """Record that ``compute`` gives the values of the tensors in ``result``."""
         if isinstance(result, Tensor):
             self._known[id(result)] = _ConstantRead(result, compute, roots)
         elif isinstance(result, (tuple, list)):
@@ -170,7 +172,7 @@ def _untraced() -> Iterator[None]:
 
 
 def _random_states() -> list[Tensor]:
-    """Of the generators that ops without one of their own draw from."""
+    """The states of the default generators, of the CPU and of each GPU."""
     with _untraced():
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
 
@@ -193,17 +195,17 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 class ConstantReads:
-    """The questions of one trace, asked about a model's own constants, or about data where the answer is settled."""
+    """What Python reads during one trace: constants of the model, and conditions on data with a settled answer."""
 
     def __init__(self, model: nn.Module, settled: Mapping[Asked, bool] | None = None) -> None:
         self._model, self._values, self._settled = model, _tensors(model), settled
         self.asked: set[str] = set()
 
     def run(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> PyObject:
-        """``forward(*args, **kwargs)`` with questions about constants answered.
+        """``forward(*args, **kwargs)``, in which Python can read constants.
 
         Raises:
-            NotSaveableError: the model writes to what it asked.
+            NotSaveableError: the model writes to a constant that it read.
         """
         answers = Answers(self._model, self._values, self._settled)
         before = _tensors(self._model)
@@ -215,7 +217,7 @@ class ConstantReads:
         return result
 
     def refuse(self, written: set[str]) -> None:
-        """Raise ``NotSaveableError`` if what was asked is among what a call has ``written``."""
+        """``NotSaveableError`` if a call has ``written`` to a constant that Python read."""
         if both := sorted(self.asked & written):
             raise NotSaveableError(
                 f"{type(self._model).__name__} cannot be saved: its Python branches on {both[0]}, which its forward "

@@ -1,10 +1,11 @@
-"""What Python asks of the sizes of tensors whose rows data choose, on a run with values: has it any row?
+"""Conditions of Python on the number of rows of a data-dependent tensor, in a run with values: is it zero?
 
     rows = torch.where(ids == e)[0]
-    if rows.numel() == 0: continue         n == 0, n > 0, n >= 1, `if n`, `not n`: it has some row, or none
+    if rows.numel() == 0: continue         n == 0, n > 0, n >= 1, `if n`, `not n`: zero rows, or some
 
-Numbers leave no op behind that a mode could see, so while :class:`RowCounts` is open each size is an ``int`` that
-tells when it is asked this. ``len()`` gives plain numbers only; there the instructions after the call must ask it.
+A comparison of Python numbers is no op that a mode could see. So while :class:`RowCounts` is open, sizes are instances
+of a subclass of ``int`` that reports this comparison. ``len()`` returns plain ints only; for ``len()`` the bytecode
+after the call is read.
 """
 
 from __future__ import annotations
@@ -28,29 +29,29 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Asked = tuple[CodeType, int]
-"""The function that asks, and the instruction in it."""
+"""The code object that has the condition, and the offset of the instruction."""
 aten = torch.ops.aten
 _SOME = {("==", 0): False, ("!=", 0): True, (">", 0): True, ("<=", 0): False, ("<", 1): False, (">=", 1): True}
-"""The comparisons that tell some row from none, and what they are where there is one."""
+"""The comparisons that decide whether a number is zero, and their result where it is not."""
 _PICKS = {aten.nonzero.default: 0, aten.index.Tensor: 1, aten.masked_select.default: 1}
-"""Which argument is the mask that says how many rows they give."""
+"""For each op with a data-dependent number of rows, the argument that is the mask."""
 _SHAPES: tuple[Any, ...] = (Tensor.shape.__get__, Tensor.size)  # type: ignore[attr-defined]  # torch
 _NUMBERS = (Tensor.numel, Tensor.nelement, torch.numel, Tensor.item)
 
 
 def masks_of(func: FxTarget, args: tuple[Any, ...]) -> list[Tensor]:
-    """The masks that say how many rows a call gives."""
+    """The masks that decide how many rows the result of a call has."""
     given = [] if func not in _PICKS else [t for t in pytree.tree_leaves(args[_PICKS[func]]) if isinstance(t, Tensor)]
     return given if func is aten.nonzero.default else [t for t in given if t.dtype in (torch.bool, torch.uint8)]
 
 
 class RowCounts(TorchFunctionMode):
-    """Sizes that tell of what they are asked.
+    """A mode in which sizes report comparisons with zero.
 
     Args:
-        answer: is told where it is asked, what the answer is, and the places of the masks that decide it (None: of
-            something else); gives the answer that Python gets.
-        about: the place of the mask that a number was counted of, if any.
+        answer: called with the place of the condition, its answer, and the places of the masks that decide the number
+            of rows (None for an unknown cause); returns the answer that Python gets.
+        about: returns the place of the mask whose entries a number counts, if any.
     """
 
     def __init__(
@@ -58,15 +59,17 @@ class RowCounts(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._answer, self._about, self._open = answer, about, True
-        self._chosen: dict[int, tuple[frozenset[Asked | None], int]] = {}  # by memory: masks, and how many rows
+        self._chosen: dict[
+            int, tuple[frozenset[Asked | None], int]
+        ] = {}  # by memory: masks, number of rows
         self._held: list[StorageWeakRef] = []
 
     def __exit__(self, *error: PyObject) -> None:
-        self._open = False  # a size that the code keeps is a plain number from now on
+        self._open = False  # sizes that the code stored act as plain numbers from now on
         super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch
 
     def enter(self, func: FxTarget, args: PyObject, kwargs: PyObject, out: PyObject, place: Asked | None) -> None:
-        """Take down the masks that decide how many rows the result of a call has."""
+        """Record the masks that decide how many rows the result of a call has."""
         results = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.layout == torch.strided]
         varies = torch.Tag.dynamic_output_shape in getattr(func, "tags", ()) and func is not aten.index.Tensor
         if varies or masks_of(func, args):
@@ -108,13 +111,13 @@ class RowCounts(TorchFunctionMode):
         return masks if size == count or size == tensor.numel() else frozenset([None])
 
     def ask(self, masks: frozenset[Asked | None], own: bool) -> bool:
-        """What the code that runs now is told in the place of ``own``."""
+        """The answer for the code that runs now, instead of ``own``."""
         place = asked_from() if self._open else None
         return own if place is None else self._answer(place, own, masks)
 
 
 class _Told(int):
-    """The answer to whether there is a row, until Python takes a way by it."""
+    """The result of a comparison with zero; it reports when Python branches on it."""
 
     _into: RowCounts
     _masks: frozenset[Asked | None]
@@ -132,7 +135,7 @@ class _Told(int):
 
 
 class _Count(_Told):
-    """A size, which tells when it is asked whether it is zero."""
+    """A size, which reports when it is compared with zero."""
 
     __hash__ = int.__hash__
 
@@ -164,7 +167,7 @@ class _Count(_Told):
 
 @functools.lru_cache(maxsize=4096)
 def asks_for_some(code: CodeType, at: int) -> bool:
-    """Whether what the call at an instruction gives is a number that is asked whether it is zero, and nothing else."""
+    """Whether the result of the call at an instruction is only compared with zero."""
     after = [one for one in dis.get_instructions(code) if one.offset > at and one.opname not in _IDLE]
     if len(after) > 1 and after[0].opname in _CONSTANTS and after[1].opname == "COMPARE_OP":
         compared = str(after[1].argrepr).removeprefix("bool(").removesuffix(")")

@@ -1,11 +1,13 @@
-"""What tensors are, told by the ops that made them and not by their numbers.
+"""Symbolic terms of tensors: which ops on which inputs made a tensor, independent of its numbers.
 
-Two runs give the same for every input if they make it by the same ops of the same things, where ops that can't change
-anything are left out: rows written where a mask has none, a copy, a sum with zeros. Two equal numbers prove less: a
-clamp gives back all that lies within its limits. Numbers are taken to be finite: of infinity, no zeros are made.
+Two runs return the same tensor for every input if they make it by the same ops from the same inputs. Ops that cannot
+change the result are left out: rows written where a mask is empty, a copy, a sum with zeros. Equal numbers prove less:
+a clamp returns all numbers within its limits unchanged. All numbers are taken to be finite, since infinity times zero
+is no zero.
 
-A *term* is a number for (op, terms of its arguments). The memory of a tensor has a term, which in-place ops replace,
-and a tensor is its memory's term with how it lies there. Some memory is *nothing*: it has no element, or zeros alone.
+A *term* is an int that stands for (op, terms of its arguments). The memory of a tensor has a term, which in-place ops
+replace; a tensor is the term of its memory with its strides and offset there. Memory is *nothing* where it has no
+element, or only zeros.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _WRITTEN_AT: dict[FxTarget, int] = {
     aten.scatter_.value: 2, aten.scatter.value: 2, aten.scatter_add_.default: 2, aten.scatter_add.default: 2,
     aten.scatter_reduce_.two: 2, aten.scatter_reduce.two: 2,
 }  # fmt: skip
-"""Which argument says where these write; with nothing there they give what they are given."""
+"""For ops that write at places, the argument that names the places; with no place they return their input."""
 _SUMS = (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor, aten.bitwise_or.Tensor,
          aten.logical_or.default)  # fmt: skip
 _PRODUCTS = (aten.mul.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default)
@@ -51,9 +53,9 @@ class Terms:
 
     Args:
         interned: the terms of all runs that are compared.
-        model: its weights and buffers are terms by their names.
-        given: the inputs; terms by their positions.
-        emptied: the terms of masks that are set to False where they are made; :meth:`empty` adds to it.
+        model: the model whose weights and buffers have their names as terms.
+        given: the inputs, which have their positions as terms.
+        emptied: the terms of masks that are set to False as soon as they are made; :meth:`empty` adds to this set.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Terms:
     ) -> None:
         self._interned = interned
         self._memory: dict[int, Term] = {}
-        self._held: list[StorageWeakRef] = []  # no other memory gets the number of one that is gone
+        self._held: list[StorageWeakRef] = []  # so that the address of freed memory is not used again
         self._nothing: set[Term] = set()
         self._copy_of: dict[Hashable, Hashable] = {}
         self._parts: set[Hashable] = set()
@@ -73,7 +75,7 @@ class Terms:
                 self._set(tensor, self._term("leaf", str(type(name)), name))
 
     def call(self, func: FxTarget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PyObject:
-        """``func(*args, **kwargs)``, entered."""
+        """``func(*args, **kwargs)``, with the terms of its results recorded."""
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         random = torch.Tag.nondeterministic_seeded in func.tags
         self._random += random
@@ -107,10 +109,10 @@ class Terms:
         return out
 
     def empty(self, mask: Tensor) -> None:
-        """Set a mask to False; and each that is made later by the same ops, before it is read."""
+        """Set a mask to False, and every mask that the same ops make later, before it is read."""
         before = self._whole_term(mask)
         mask.zero_()
-        if before is None:  # the rest of the memory keeps its values
+        if before is None:  # a part of its memory: the rest keeps its values
             self._set(mask, self._term("emptied in part", self._tensor(mask)))
             self._parts.add(self._tensor(mask))
             return
@@ -120,19 +122,19 @@ class Terms:
         self._nothing.add(term)
 
     def is_nothing(self, tensor: Tensor) -> bool:
-        """Whether a tensor has no element or zeros alone, for every input."""
+        """Whether a tensor has no element, or only zeros, for every input."""
         at = _memory_of(tensor)
         return at is not None and (self._memory.get(at) in self._nothing or self._tensor(tensor) in self._parts)
 
     def _nowhere(self, places: Tensor) -> bool:
-        """Whether a mask or indices name no place."""
+        """Whether a mask is empty, or there are no indices."""
         return (places.dtype == torch.bool or not places.numel()) and self.is_nothing(places)
 
     def _nothing_of(self, func: FxTarget, given: list[Tensor]) -> bool | None:
-        """Whether a call gives nothing; None where it does if what it gives has no element here."""
+        """Whether the result of a call is *nothing*; None where it is if it has no element in this run."""
         if func in _ZEROS:
             return True
-        if func is aten.nonzero.default:  # of numbers too: a row of one_hot's
+        if func is aten.nonzero.default:  # also on integers, such as a row of one_hot
             return self.is_nothing(given[0])
         if func is aten.cat.default:
             return all(map(self.is_nothing, given))
@@ -144,12 +146,12 @@ class Terms:
         return None if none else False
 
     def value(self, tensor: Tensor) -> Hashable:
-        """Equal for tensors of two runs only if they are equal for every input."""
+        """A value that two runs give to tensors only if the tensors are equal for every input."""
         kind = tuple(tensor.shape), tensor.dtype
         return ("nothing", kind) if self.is_nothing(tensor) else (self._value(tensor), kind)
 
     def _unchanged(self, func: FxTarget, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        """The argument that the call gives back as it is, or a copy of it."""
+        """The argument that the call returns unchanged, or as a copy; None where it computes something."""
         if func in _COPIES:
             dtype = kwargs.get("dtype")
             return args[0] if dtype in (None, args[0].dtype) and kwargs.get("device") is None else None
@@ -176,7 +178,11 @@ class Terms:
             self._held.append(StorageWeakRef(tensor.untyped_storage()))
 
     def _set_copy(self, tensor: Tensor, value: Hashable, whole: Term | None, strides: tuple[int, ...]) -> None:
-        """Enter that ``tensor`` is a copy of what has that value, those strides, and that memory to itself."""
+        """Record that ``tensor`` is a copy of a tensor with this value and these strides.
+
+        Args:
+            whole: the term of that tensor's memory, if the memory is the tensor's alone.
+        """
         if whole is not None and tensor.stride() == strides and _is_whole(tensor):
             self._set(tensor, whole)
             return
@@ -186,19 +192,19 @@ class Terms:
     def _tensor(self, tensor: Tensor) -> Hashable:
         at = _memory_of(tensor)
         if at is None:
-            return self._term("sparse", len(self._interned))  # equal to nothing
-        if at not in self._memory:  # made where no op is seen, of Python's numbers
+            return self._term("sparse", len(self._interned))  # a term of its own: equal to no other
+        if at not in self._memory:  # made from Python numbers, which no op shows
             self._set(tensor, self._term("numbers", _bytes_of(tensor)))
         return (self._memory[at], tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset(),
                 tensor.is_conj(), tensor.is_neg())  # fmt: skip
 
     def _value(self, tensor: Tensor) -> Hashable:
-        """As :meth:`_tensor`; of a copy what that says of the original."""
+        """As :meth:`_tensor`; for a copy, that of the original."""
         term = self._tensor(tensor)
         return self._copy_of.get(term, term)
 
     def _whole_term(self, tensor: Tensor) -> Term | None:
-        """The term of its memory, all of which is the tensor's; else None."""
+        """The term of the tensor's memory; None where the tensor is a part of that memory."""
         self._tensor(tensor)
         at = _memory_of(tensor)
         return self._memory[at] if at is not None and _is_whole(tensor) else None
@@ -218,7 +224,7 @@ def _memory_of(tensor: Tensor) -> int | None:
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor has each number of its memory once."""
+    """Whether a tensor covers its memory, each element once."""
     step = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != step:

@@ -1,4 +1,4 @@
-"""The passes that options ask for, and where those that keep codes find them."""
+"""The pass manager that a user's options ask for, and where ``quantize_experts`` finds codes that were published."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def pass_manager(
     """The manager that ``options`` ask for.
 
     Args:
-        model: what they are for, where a plan takes codes of its checkpoint.
-        rows: what a plan's method weighs by.
+        model: the model that is optimised; a quantising plan may take the codes of its checkpoint.
+        rows: the rows of calibration data by which the plan's method weighs.
 
     Raises:
-        UsageError: they name a pass that is not there, or codes of a checkpoint and the model is from none.
+        UsageError: ``options`` name an unknown pass, or codes of a checkpoint where the model was read from none.
     """
     plan = options.quantize
     published = _codes_for(model) if model is not None and plan is not None and plan.takes_checkpoint else None
@@ -37,7 +37,7 @@ def pass_manager(
     here = {one.name for one in passes}
     return PassManager(
         passes,
-        [name for name in options.skip_passes if name in here],  # MOEOPT_SKIP_PASSES holds for every run
+        [name for name in options.skip_passes if name in here],  # MOEOPT_SKIP_PASSES also holds for other pass lists
         options.only_passes,
         options.fuel,
         runtime is not None,
@@ -46,7 +46,7 @@ def pass_manager(
 
 
 def _codes_for(model: nn.Module) -> PublishedExperts | FileExperts:
-    """Where the codes of a model's experts are: in the ONNX file that it was read of, or in its checkpoint."""
+    """The source of the codes of a model's experts: the ONNX file or the checkpoint that the model was read from."""
     coded = coded_weights(model)
     return FileExperts(coded) if coded else PublishedExperts(model)
 
@@ -55,7 +55,7 @@ def with_plan(
     passes: Sequence[Pass], plan: QuantPlan | None, published: PublishedExperts | FileExperts | None = None,
     rows: BankRows | None = None,
 ) -> tuple[Pass, ...]:  # fmt: skip
-    """``passes`` with the one that quantises as ``plan`` says, if there is one; at the end where it is missing."""
+    """``passes`` in which ``quantize_experts`` follows ``plan``; appended where ``passes`` lack it."""
     if plan is None:
         return tuple(passes)
     asked = QuantizeExperts(plan, published, rows)

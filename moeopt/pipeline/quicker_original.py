@@ -1,15 +1,15 @@
-"""At which numbers of tokens is a rewritten block slower than its own code on this machine? There its own code runs.
+"""Numbers of tokens at which a rewritten block is slower here than its original code: there the original runs.
 
-A small block that is a few calls of PyTorch on stacked weights has nothing to group at one token, and what Python takes
-around the op is not won back; on hundreds of tokens that every expert takes, the library's one long product may be the
-quicker. The same block gains where it has other sizes. So each kind of block is timed beside its own code at a few
-numbers of tokens (``ops.measured``: milliseconds, once, remembered), and the calls near those at which its own code is
-the quicker are left to it: they were the yardstick of the verification, so they need none. Ties, and machines that may
-not be timed, run the rewritten code.
+A small block that makes a few PyTorch calls on stacked weights has nothing to group at one token, and the Python around
+the op costs more than the op saves. At hundreds of tokens for every expert, one long product of the library may be
+quicker. At other sizes the same block gains. So each kind of block is timed beside its original code at a few numbers
+of tokens (``ops.measured``: milliseconds, once, remembered), and calls near those at which the original is quicker are
+left to it. They need no verification: the original was its yardstick. Where both are equally quick, and on machines
+that may not be timed, the rewritten code runs.
 
-A model that runs without ``torch.no_grad()`` records every call, which costs both ways something else, so that is asked
-by itself. And a backward pass may follow or not, which no call can know: one in training mode is timed with it, one in
-evaluation mode without. A block on a GPU is timed by the GPU's own events.
+Outside of ``torch.no_grad()`` autograd records every call, at a different cost for the two, so such calls are timed by
+themselves. No call can know whether a backward pass follows: a block in training mode is timed with one, a block in
+evaluation mode without. A block on a GPU is timed by the GPU's events.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from moeopt.verification.gradients import hooks_of
 from moeopt.verification.state import RestoreState, in_mode
 
 NEAR = {1: range(1, 2), 8: range(2, 17), 64: range(17, 129), 512: range(129, 513)}
-"""The numbers of tokens that are timed, and those for which each stands. Longer prompts run the rewritten code: an own
-code may hold the outputs of all experts for each token."""
+"""The numbers of tokens that are timed, and those for which each stands. Longer prompts run the rewritten code, because
+an original may hold the outputs of all experts for each token in memory."""
 LARGEST = 1 << 24
-"""Weights of a block from which its calls are made of products and not of what is around them: it is not timed."""
+"""Weights of a block from which matrix products dominate the time of a call, so that the block is not timed."""
 WORK = 1 << 29
 """Multiply-adds of all experts on all tokens above which a number of tokens is not timed: some milliseconds a call."""
 ON_GPU = 1 << 8
-"""How many times as large both may be on a GPU: about what one reads and multiplies more than a core in that time."""
+"""The factor of both limits on a GPU: about how much more a GPU reads and multiplies than a core in the same time."""
 TURN = 1e-3
-"""Seconds that a turn of one way takes at least, of up to ``CALLS`` calls."""
+"""Seconds for which one of the two runs in turn, at least, or ``CALLS`` calls."""
 CALLS = 16
 GAIN = 1.03
-"""By how much the own code must be the quicker, with what it takes to see that a call is left to it."""
+"""By how much the original must be quicker, including the check whether a call is left to it."""
 PLAIN, RECORDED, TRAINED = "", " recorded,", " trained,"
 MODES = {PLAIN: " under torch.no_grad()", RECORDED: " outside of torch.no_grad()", TRAINED: " in training"}
 """The modes in which a call is timed, as a question and as a note name them."""
 
 
 def choose_original_calls(model: nn.Module, outcome: PipelineResult) -> list[str]:
-    """Leave calls of the rewritten blocks of ``model`` to their own code where that is the quicker; a note of each."""
+    """Leave calls of rewritten blocks to the original code where that is quicker; returns notes for the report."""
     if not measuring():
         return []
     mixtures = {block.name for block in outcome.blocks if block.kind == "moe" and block.status == "rewritten"}
@@ -89,10 +89,10 @@ def _in_words(slower: tuple[int, ...]) -> str:
 
 
 def _happens(forward: RewrittenForward, mode: str) -> bool:
-    """Whether there are such calls, that cost something else than those without gradients.
+    """Whether the rewritten code runs calls of ``mode``, at another cost than without gradients.
 
-    Those that the original answers are none. Of a frozen block no call is recorded, but for its tokens' gradient. A
-    block with hooks on gradients, of its Parameters or modules, is not timed in training: each backward pass runs them.
+    A frozen block records no call, except for the gradient of its tokens. A block with hooks on gradients, on its
+    Parameters or modules, is not timed in training, because each backward pass would run the hooks.
     """
     guard, parameters = forward.program.guard, list(forward.module.parameters())
     if mode == PLAIN:
@@ -106,7 +106,7 @@ def _happens(forward: RewrittenForward, mode: str) -> bool:
 
 
 def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OriginalCalls, mode: str) -> list[int]:
-    """The numbers of tokens at which the own code of the block is the quicker, in a mode of ``MODES``."""
+    """The numbers of tokens at which the original code of the block is quicker, in a mode of ``MODES``."""
     block, module = forward.program.block, forward.module
     held = [*module.parameters(), *module.buffers()]
     numbers, device = sum(t.numel() for t in held), _device(held)
@@ -116,7 +116,7 @@ def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OriginalCalls, mod
     if numbers > LARGEST * more:
         return []
     found, kind, silent = list[int](), "", forward.silent
-    forward.silent = True  # a number of tokens that is refused is no news
+    forward.silent = True  # no warning for a number of tokens that is refused
     training = in_mode(module, mode == TRAINED or module.training)
     work = more * (WORK // 3 if mode == TRAINED else WORK)  # a backward pass multiplies twice as much
     try:
@@ -138,13 +138,13 @@ def _slower(forward: RewrittenForward, call: ArgsKwargs, own: OriginalCalls, mod
 
 
 def _device(held: list[Tensor]) -> torch.device | None:
-    """The CPU or the one GPU that all tensors are on; None of others, whose time no clock here tells."""
+    """The CPU or the one GPU that holds all tensors; None for other devices, which have no clock here."""
     devices = {t.device for t in held}
     return devices.pop() if len(devices) == 1 and all(d.type in ("cpu", "cuda") for d in devices) else None
 
 
 def _kind(forward: RewrittenForward) -> str:
-    """What decides the time of both ways: code and configuration of the modules, the graph, the weights' shapes."""
+    """What decides the time of a call: the modules' code and configuration, the graph, the shapes of the weights."""
     module, block = forward.module, forward.program.block
     parts = [fingerprint(type(m).forward) for m in module.modules()]
     parts += [f"{p.dtype} {tuple(p.shape)} {p.stride()}" for p in module.parameters()]
@@ -156,7 +156,7 @@ def _kind(forward: RewrittenForward) -> str:
 
 
 def _values(module: nn.Module) -> list[str]:
-    """The plain values of a module and of its configuration: one forward may run several implementations by them."""
+    """The plain values of a module and of its configuration, by which a forward may choose an implementation."""
     config = vars(module).get("config")
     held = [vars(module), vars(config) if hasattr(config, "__dict__") else {}]
     plain = str, int, float, bool, type(None)
@@ -164,10 +164,10 @@ def _values(module: nn.Module) -> list[str]:
 
 
 def _ways(forward: RewrittenForward, left: OriginalCalls, call: ArgsKwargs, mode: str) -> dict[str, Way]:
-    """Both on the same call, several times where one is short.
+    """The rewritten and the original code on the same call, repeated where one call is short.
 
     Raises:
-        Declined: the rewritten code refuses the call, so its own code runs anyway; or no such call is left to it.
+        Declined: the rewritten code refuses the call, so that the original runs anyway; or the call is not left to it.
     """
     before = forward.fallbacks
     args, kwargs = call
@@ -186,7 +186,7 @@ def _ways(forward: RewrittenForward, left: OriginalCalls, call: ArgsKwargs, mode
         return run
 
     rewritten, own = calls(None, 1), calls(left, 1)
-    for _ in range(2):  # the first builds or measures what the second only calls
+    for _ in range(2):  # the first call may build or measure a kernel
         started = time.perf_counter()
         rewritten()
         once = time.perf_counter() - started
@@ -199,7 +199,7 @@ def _ways(forward: RewrittenForward, left: OriginalCalls, call: ArgsKwargs, mode
 
 
 def _step(forward: RewrittenForward, call: ArgsKwargs) -> None:
-    """A call and its backward pass, to the tokens and to the Parameters that want a gradient; none is stored."""
+    """A call and its backward pass, to the tokens and the Parameters that require a gradient; no ``.grad`` is set."""
     args, kwargs = tree_map(Tensor, lambda t: t.detach().requires_grad_(t.is_floating_point()), call)
     results = [t for t in leaves_of(Tensor, forward(*args, **kwargs)) if t.requires_grad]
     wanted = [t for t in (*leaves_of(Tensor, (args, kwargs)), *forward.module.parameters()) if t.requires_grad]

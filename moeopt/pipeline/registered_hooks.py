@@ -1,8 +1,8 @@
-"""A block without the forward hooks that are registered on itself: they run around its rewritten code as well.
+"""The forward hooks that are registered on a block itself: they run around its rewritten forward as before.
 
-What a hook makes of the arguments or of the result is no part of the forward that is rewritten. A forward that can't do
-without its hooks, since one of them stores what it reads, is told so. So is a block with a hook on one of its experts
-that makes this expert another function than the others: read by values, it would be anything but a hook.
+So the forward is read without them. A forward that does not run without them, because one of the hooks stores what the
+forward reads, is declined with that reason. So is a block with a hook on one of its experts that changes the result:
+read by values, the hook would be taken for a part of the expert's function.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def without_own_hooks(module: nn.Module) -> Iterator[None]:
 
 
 def needs_own_hooks(module: nn.Module, call: ArgsKwargs) -> str:
-    """Why the forward of ``module`` does not run without its own hooks, in a sentence; "" where it does, or has none.
+    """Why the forward of ``module`` does not run without its hooks, in a sentence; "" where it runs, or has no hooks.
 
     Args:
-        call: as its forward gets it, behind the hooks.
+        call: the arguments after the forward pre-hooks.
     """
     hooks = [hook for name in _TABLES for hook in module.__dict__[name].values()]
     if not hooks:
@@ -60,11 +60,12 @@ def needs_own_hooks(module: nn.Module, call: ArgsKwargs) -> str:
 
 
 def changing_hook_reason(module: nn.Module, call: ArgsKwargs) -> str:
-    """Why a block with a hook inside one of its experts stays as it is, where the hook changes the block's result;
-    "" where none does: a hook that only looks on stands in the way of what would be rewritten, and is told there.
+    """Why a block is declined because a hook inside one of its experts changes the block's result; "" where none does.
+
+    A hook that changes nothing is declined later, by the part of the rewrite that it stands in the way of.
 
     Args:
-        call: as the forward of ``module`` gets it, behind its own hooks.
+        call: the arguments after the forward pre-hooks of ``module``.
     """
     experts = {part for child in alike_children(module) for part in child.modules()}
     hooked = {

@@ -1,8 +1,8 @@
 """The weights of a block's experts as codes and scales, in place of its floats.
 
-While a block is verified its :class:`LiveCodes` hold what the module's floats are rounded to. ``store_codes`` then
-makes them buffers of the module and takes the floats away, so that ``state_dict``, ``.to(device)`` and copies carry the
-codes, and nothing holds a weight twice. The block's own code, which knows of no codes, runs in :func:`dequantized`.
+While a block is verified, its :class:`LiveCodes` hold the rounded weights beside the module's floats. ``store_codes``
+then makes the codes buffers of the module and removes the floats, so that ``state_dict``, ``.to(device)`` and copies
+carry the codes, and no weight is held twice. The block's original code reads floats: it runs in :func:`dequantized`.
 
 Shape legend: E experts, N out, K in.
 """
@@ -35,20 +35,20 @@ from moeopt.rewrite.weight_regions import region
 from moeopt.value_types import PyObject
 
 PREFIX = "moeopt_experts"
-"""Of the buffers' names: ``moeopt_experts_0_w_in_0_codes`` on the module of the block."""
+"""The beginning of the buffers' names: ``moeopt_experts_0_w_in_0_codes`` on the module of the block."""
 
 _PLAIN = {Tensor, nn.Parameter}
 
 
 class LiveCodes(QuantizedExpertWeights):
-    """One bank of quantised experts of ``module``: its parts are looked up at each read.
+    """One bank of quantised experts of ``module``; codes, scales and biases are looked up at each read.
 
     Args:
         module: the block.
         index: the bank's number in the block.
-        experts, spec: where the floats are, or were, and what they compute.
-        format: what each matrix is rounded to, where the module does not hold codes already; or those of ``given``.
-        given, place: codes that are not rounded here; how biases are read.
+        experts, spec: where the floats are, or were, and the function of an expert.
+        format: the format to which matrices are rounded, where the module holds no codes yet; else that of the codes.
+        given, place: codes of a checkpoint, in place of rounded ones; the class that finds and reads a bias.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class LiveCodes(QuantizedExpertWeights):
         return None
 
     def handed_out(self, layouts: tuple[str, str], dtype: torch.dtype) -> QuantizedExpertWeights:
-        """As the base class has it, and read live as well: an export asks while tensors have no values."""
+        """As the base class has it; read live as well, since torch.export asks while tensors have no values."""
         other = self._handed.get((layouts, dtype))
         if other is None:
             other = copy.copy(self)
@@ -126,14 +126,14 @@ class LiveCodes(QuantizedExpertWeights):
         return other
 
     def read(self, activations: str) -> None:
-        """From now on products read what ``activations`` says, a field of ``BankFormat``."""
+        """Set ``BankFormat.activations``: the format in which later products read their rows."""
         for one in self._handed.values():  # this bank too
             one.format, one._bank, one._known = dataclasses.replace(self.format, activations=activations), None, None
 
     def remembered(self, rows: int) -> Remembered | None:
-        """What a kernel has worked out of the codes as they lie now, for it to fill, and all tensors, to be kept.
+        """A dict in which a kernel caches what it derives from the present addresses, and the tensors to keep alive.
 
-        None where one is no plain tensor, or biases are copied: those lie elsewhere each time.
+        None where a tensor is of a subclass, or biases are copied: a copy has another address at each call.
         """
         del rows
         if self._biases.copied:
@@ -141,9 +141,9 @@ class LiveCodes(QuantizedExpertWeights):
         tensors: list[Any] = [*map(self.held.get, self.names), *self._biases.read()]
         if not _PLAIN.issuperset(map(type, tensors)):
             return None
-        # no tensor is kept: what is worked out holds of whatever lies so, and codes that were moved are given free
+        # the cache is keyed by addresses and keeps no tensor alive, so that codes moved to another device are freed
         lie = how_they_lie(tensors)
-        known = self._known  # looked up once: another thread may replace it
+        known = self._known  # read once: another thread may replace the attribute
         if known is None or known[0] != lie:
             known = self._known = lie, {}
         return known[1], tuple(tensors)
@@ -157,18 +157,18 @@ class LiveCodes(QuantizedExpertWeights):
         tensors = [self.held.get(name) for name in self.names]
         biases = self._biases.read()
         key = tuple(map(id, (*tensors, *biases)))
-        recorded = bool(biases) and torch.is_grad_enabled()  # a view that was taken without gradients passes none on
+        recorded = bool(biases) and torch.is_grad_enabled()  # a view made without gradients passes no gradient on
         if recorded or self._biases.copied or torch.compiler.is_compiling():
             return self._checked(tensors)
-        known = self._bank  # looked up once: another thread may replace it
+        known = self._bank  # read once: another thread may replace the attribute
         if known is None or known[0] != key:
-            for other in list(self._handed.values()):  # which hold codes that may have been moved to another device
+            for other in list(self._handed.values()):  # they would keep codes on the former device alive
                 other._bank = None
             known = self._bank = key, self._checked(tensors)
         return known[1]
 
     def of_one_call(self) -> QuantizedExpertWeights:
-        """What is read once in a call where each look would copy biases anew; else this bank itself."""
+        """The bank read once for a call, where each read copies biases; else this bank itself."""
         return self.now().handed_out(self.layouts, self.dtype) if self._biases.copied else self
 
     def _checked(self, tensors: list[Any]) -> QuantizedExpertWeights:
@@ -176,7 +176,7 @@ class LiveCodes(QuantizedExpertWeights):
         try:
             bank = from_tensors(self.format, lambda name: by_name[self.prefix + name], *self._biases.lists())
             for matrices in (*bank.w_in_q, bank.w_out_q):
-                matrices[0]  # its dtypes and shapes
+                matrices[0]  # raises where dtypes or shapes are wrong
         except (UsageError, AttributeError) as err:
             raise UsageError(
                 f"the codes of {type(self.module).__name__}'s quantised experts are no longer what they were ({err}): "
@@ -186,23 +186,23 @@ class LiveCodes(QuantizedExpertWeights):
 
     @property
     def float_bytes(self) -> int:
-        """Bytes of the floats that they stand for, in the module's dtype."""
+        """Bytes of the floats that the codes replace, in the module's dtype."""
         sizes = sum(math.prod(m.shape) for m in (*self.format.w_in, self.format.w_out))
         return int(self.num_experts * sizes * self.float_dtype.itemsize)
 
     @property
     def float_dtype(self) -> torch.dtype:
-        """Of the module's floats that they stand for."""
+        """The dtype of the floats that the codes replace."""
         path = self.experts[0].w_out.path
         held = tensor_at(self.module, path)
         return held.dtype if isinstance(held, Tensor) else floats_of(self.module)[path][1]
 
     def paths(self) -> set[str]:
-        """Of the tensors that hold, or held, the floats of the matrices."""
+        """The paths of the tensors that hold, or held, the floats of the matrices."""
         return {w.path for ref in self.experts for w in (*ref.w_in, ref.w_out)}
 
     def fill(self, module: nn.Module) -> None:
-        """Write the floats that the codes stand for to where ``module``, a copy of the block or itself, has its own."""
+        """Write the dequantised weights to the floats of ``module``, the block or a copy of it."""
         bank = self.now()
         for e, ref in enumerate(self.experts):
             inside = [matrices[e] for matrices in bank.w_in_q]
@@ -225,10 +225,10 @@ def shapes_of(ref: ExpertRef) -> list[tuple[int, int]]:
 
 
 class _Biases:
-    """The float vectors of a bank, read where they live.
+    """The biases of a bank, read from the module at each call.
 
     Attributes:
-        copied: whether what is handed out is a copy of what was picked: it says nothing of what is written later.
+        copied: whether a read copies picked neurons, so that it does not follow later writes to the bias.
     """
 
     def __init__(self, module: nn.Module, experts: list[ExpertRef], place: type[Place]) -> None:
@@ -252,9 +252,9 @@ class _Biases:
 
 @contextlib.contextmanager
 def dequantized(module: nn.Module, banks: Iterable[object]) -> Iterator[None]:
-    """While open, the experts' weights of ``module`` are the floats that the codes among ``banks`` stand for.
+    """While open, the experts' weights of ``module`` are the dequantised floats of the codes among ``banks``.
 
-    They take the memory of the block's floats for as long.
+    For that time they take the memory of the block's floats.
     """
     codes = [bank for bank in banks if isinstance(bank, LiveCodes)]
     before: list[tuple[dict[str, Any], str, Any]] = []
@@ -290,7 +290,7 @@ def _restore(before: list[tuple[dict[str, Any], str, Any]]) -> None:
 
 
 class DequantizedForward:
-    """A block's own forward on the floats that the codes of a rewritten twin of it stand for."""
+    """A block's original forward on the dequantised weights of its rewritten twin."""
 
     def __init__(self, module: nn.Module, original: Callable[..., Any], codes: list[LiveCodes]) -> None:
         self.module, self.original, self.codes = module, original, codes

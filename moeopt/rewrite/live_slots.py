@@ -1,4 +1,4 @@
-"""What each expert has in the slots of a row function, read from the user's own Parameters at every call."""
+"""The tensors of each expert for the slots of a row function, read from the user's Parameters at every call."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from moeopt.rewrite.live_weights import Place
 
 
 class LiveSlots:
-    """``moeopt.ops.row_function.SlotBank`` over the Parameters of ``root``; like ``live_weights.LiveExpertWeights``.
+    """A ``moeopt.ops.row_function.SlotBank`` over the Parameters of ``root``, like ``LiveExpertWeights`` for matrices.
 
     Args:
         root: the block.
-        experts: where each expert's slots are, in the order of their ids.
-        check: called with the number of each expert that is read; may raise :class:`~.live_weights.Stale`.
-        place: what finds and reads each Parameter.
+        experts: the places of each expert's tensors, in the order of the expert ids.
+        check: called with the id of each expert that is read; may raise :class:`~.refused_call.Stale`.
+        place: the class that finds and reads a Parameter.
     """
 
     def __init__(
@@ -42,17 +42,17 @@ class LiveSlots:
         """Views of expert ``e``'s Parameters, as they are now."""
         if not torch.compiler.is_compiling():
             self._check(e)
-        found = []
-        for read, at, order, new in self._parts[e]:
-            part = read()
-            if at is not None:
-                part = part[at]
+        views = []
+        for read, index, order, new_dims in self._parts[e]:
+            view = read()
+            if index is not None:
+                view = view[index]
             if order is not None:
-                part = part.permute(order)
-            for dim in new:
-                part = part.unsqueeze(dim)
-            found.append(part)
-        return found
+                view = view.permute(order)
+            for dim in new_dims:
+                view = view.unsqueeze(dim)
+            views.append(view)
+        return views
 
     def stacked(self) -> None:
         """Slots are read one expert at a time."""
