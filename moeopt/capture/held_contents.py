@@ -1,6 +1,6 @@
-"""What one container or object holds, kept and put back: lists, dicts and their like, of subclasses too, and slots.
+"""The contents of one container or object, copied and restored: lists, dicts, sets, their subclasses, and slots.
 
-A class of the user's may say otherwise what its ``clear`` or ``update`` do, so those of the base class are called.
+A user's subclass may override ``clear`` or ``update``, so the methods of the base class are called.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from moeopt.value_types import PyObject
 CONTAINERS = (list, dict, set, OrderedDict, defaultdict, Counter, deque, bytearray)
 """The tables of ``nn.Module`` (parameters, submodules, hooks) are among them."""
 _BASES = (OrderedDict, dict, list, set, deque, bytearray)
-"""Of subclasses; ``Counter`` and ``defaultdict`` are dicts here, whose ``update`` adds nothing up."""
+"""Base classes whose methods are called; a ``Counter`` is a dict here, whose ``update`` does not add counts."""
 _OPEN = (types.SimpleNamespace, UserDict, UserList)
-"""Classes of Python's own whose objects hold what users put there."""
+"""Classes of Python's library whose instances hold a user's values."""
 
 
 def foreign(name: str) -> bool:
-    """Whether a module is Python's, PyTorch's or ours: what it holds is not the user's to change."""
+    """Whether a module is Python's, PyTorch's or moeopt's, so that its objects are not the user's."""
     top = name.partition(".")[0]
     return top in ("torch", "moeopt", "numpy") or (top in sys.stdlib_module_names and top != "__main__")
 
 
 def is_container(value: PyObject) -> bool:
-    """Whether ``value`` is a container that a forward may write into: a plain one, or one of the user's own class.
+    """Whether ``value`` is a container that a forward may write to: a built-in one, or one of a user's class.
 
-    A proxy says that it is of the class of what it stands for, and is none: its own class decides.
+    A proxy reports the ``__class__`` of its target and is no container: ``type(value)`` decides.
     """
     cls = type(value)
     return cls in CONTAINERS or (issubclass(cls, _BASES) and not foreign(cls.__module__))
 
 
 def is_open(value: PyObject) -> bool:
-    """Whether the attributes of ``value`` are the user's to change."""
+    """Whether the attributes of ``value`` may be the user's."""
     return not foreign(type(value).__module__) or isinstance(value, _OPEN)
 
 
 def copied(container: PyObject) -> PyObject:
-    """Its items in a plain container that :func:`put_back` takes."""
+    """A copy of the items, as :func:`put_back` takes them."""
     base = _base(container)
     if type(container) in CONTAINERS:
         return container.copy()
@@ -51,19 +51,19 @@ def copied(container: PyObject) -> PyObject:
 
 
 def parts(container: PyObject) -> list[Any]:
-    """What it holds: the values of a dict."""
+    """The items of a container; of a dict the values."""
     base = _base(container)
     return list(base.values(container) if issubclass(base, dict) else base.__iter__(container))
 
 
 def put_back(container: PyObject, held: PyObject) -> None:
-    """Give ``container`` the items that ``held`` has, where it has others."""
+    """Make the items of ``container`` those of ``held``."""
     if same_items(container, held):
         return
     base = _base(container)
     same_size = base.__len__(container) == len(held)
     if same_size and issubclass(base, dict) and all(map(is_, base.__iter__(container), held)):
-        for name, value in held.items():  # never without its names: other threads may read it
+        for name, value in held.items():  # the names stay in place, since other threads may read the dict
             if base.__getitem__(container, name) is not value:
                 base.__setitem__(container, name, value)
     else:
@@ -72,7 +72,7 @@ def put_back(container: PyObject, held: PyObject) -> None:
 
 
 def same_items(now: PyObject, before: PyObject) -> bool:
-    """The same names or items, in the same order, for the same objects."""
+    """Whether two containers hold the same objects under the same names, in the same order."""
     base = _base(now)
     if base.__len__(now) != len(before) or not all(map(is_, base.__iter__(now), before)):
         return False
@@ -85,7 +85,7 @@ def _base(container: PyObject) -> PyObject:
 
 
 def table_of(value: PyObject) -> dict[str, Any] | None:
-    """The table of attributes of an object; None where it has none."""
+    """The ``__dict__`` of an object; None where it has none."""
     try:
         table = object.__getattribute__(value, "__dict__")
     except AttributeError:
@@ -94,7 +94,7 @@ def table_of(value: PyObject) -> dict[str, Any] | None:
 
 
 def slots_of(value: PyObject) -> Iterator[tuple[Any, Any]]:
-    """The slots of an object that are filled, as descriptors with what is in them; see :func:`refill`."""
+    """(descriptor, value or ``EMPTY``) of each slot of an object; see :func:`refill`."""
     for cls in type(value).__mro__:
         if "__slots__" in vars(cls) and not foreign(cls.__module__):
             for slot in vars(cls).values():
@@ -106,11 +106,11 @@ def slots_of(value: PyObject) -> Iterator[tuple[Any, Any]]:
 
 
 EMPTY = object()
-"""Stands for what is in a slot that is not filled."""
+"""The value of a slot that is not set."""
 
 
 def refill(value: PyObject, slot: PyObject, held: PyObject) -> None:
-    """Put back what was in a slot."""
+    """Set a slot to the value that it had."""
     now = slot.__get__(value) if _filled(value, slot) else EMPTY
     if now is held:
         return

@@ -1,7 +1,8 @@
-"""Who is still there: each process tells the job's store, a few times a second, that it lives and how far it is.
+"""Heartbeats: each process writes to the job's store, about once a second, how many collectives it has begun.
 
-A collective that fails says neither which process was lost nor why. The store does: a process that exited or was
-stopped tells no more, one that raised said so, and one that waits elsewhere has begun fewer collectives.
+The error of a failed collective names neither the lost process nor the cause. The store does: a process that exited or
+was stopped writes no heartbeat, a process that raised has written its error, and a process that waits elsewhere has
+begun fewer collectives.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from queue import Empty, SimpleQueue
 from moeopt.value_types import PyObject
 
 GRACE = 4
-"""Intervals in which a living process tells at least once that it lives."""
+"""Intervals in which a living process writes at least one heartbeat."""
 
 
 _SILENT = "exited or stopped: nothing is heard of it"
 
 
 class Lifeline:
-    """The part of one process; it tells from its making on until :meth:`close`.
+    """The heartbeats of one process, from construction until :meth:`close`, and what it reads of the others.
 
     Args:
-        store: of the whole job, this model's part of it.
-        ranks: of the job, those that share the model.
+        store: this model's part of the job's store.
+        ranks: the ranks of the job that share the model.
         me: the rank of this process in the job.
-        timeout: seconds that a collective may take; what is needed to find the lost process is kept aside of them.
+        timeout: seconds that a collective may take, including the time to find a lost process.
 
     Attributes:
         calls: how many collectives this process has begun.
@@ -41,7 +42,7 @@ class Lifeline:
         self.me, self.others, self.calls = me, [r for r in ranks if r != me], 0
         self.interval = min(1.0, timeout / 24)
         self.collectives = timeout - (GRACE + 2) * self.interval
-        self._tells, self._asks = store.clone(), store.clone()  # a connection each: one may wait, the other not
+        self._tells, self._asks = store.clone(), store.clone()  # a read may block, and a heartbeat must not
         self._done = threading.Event()
         self._seen: dict[int, tuple[str, float]] = {}
         self._tells.set(f"lives/{me}", "0 0")
@@ -49,31 +50,31 @@ class Lifeline:
         atexit.register(_exited, weakref.ref(self))
 
     def tell(self, number: int) -> None:
-        """This process lives; ``number`` is another one each time."""
+        """Write a heartbeat; ``number`` differs each time."""
         self._tells.set(f"lives/{self.me}", f"{number} {self.calls}")
 
     def say(self, what: str) -> None:
-        """Tell the others what became of this process; where nobody can be told any more, nobody is."""
+        """Write what became of this process, if the store still answers."""
         self._with_store(lambda: self._tells.set(f"said/{self.me}", json.dumps([self.calls, what])), 1.0)
 
     def agree(self, rank: int, reason: str) -> tuple[int, str]:
-        """What all processes hold for the loss: that which the first of them found."""
+        """The loss that all processes report: the one that the first process found."""
         told = self._asks.compare_set("verdict", "", json.dumps([rank, reason]))
         found, why = json.loads(told)
         return int(found), str(why)
 
     def lost(self) -> tuple[int, str]:
-        """The rank that a failed collective waited for, and what is known of it; takes a few intervals."""
+        """The rank that a failed collective waited for, and why it is lost; takes a few intervals."""
         found: tuple[int, str] | None = self._with_store(self._look, 2 * GRACE * self.interval + 2.0)
         return found or self._without_store()
 
     def heard(self) -> tuple[int, str] | None:
-        """A rank that is lost by now while this process works alone, and why; None where all are well."""
+        """A rank that was lost while this process worked alone, and why; None where none was."""
         found = self._with_store(lambda: (self._fallen(self.others),), self.collectives)
         return self._without_store() if found is None else found[0]
 
     def come(self, place: str) -> tuple[int, str] | None:
-        """Wait until all ranks have come to ``place``, however long one of them works; the lost rank where one is."""
+        """Wait until all ranks have reached ``place``, however long one works; returns a lost rank, if there is one."""
 
         def ask() -> PyObject:
             away = [rank for rank in self.others if not self._asks.check([f"at/{place}/{rank}"])]
@@ -90,7 +91,7 @@ class Lifeline:
             time.sleep(self.interval)
 
     def _fallen(self, ranks: Sequence[int]) -> tuple[int, str] | None:
-        """One of ``ranks`` that said what became of it, or whose life nothing was heard of for the timeout."""
+        """One of ``ranks`` that wrote an error, or wrote no heartbeat for the timeout."""
         if told := self._read("verdict"):
             rank, reason = json.loads(told)
             return int(rank), str(reason)
@@ -110,11 +111,11 @@ class Lifeline:
         return host, "exited or stopped, and with it the store of the job, which does not answer any more"
 
     def close(self) -> None:
-        """Tell no more."""
+        """Write no further heartbeat."""
         self._done.set()
 
     def _with_store(self, ask: PyObject, seconds: float) -> PyObject:
-        """What ``ask`` gives; None where the store does not answer, which may last for ever."""
+        """The result of ``ask``; None where the store does not answer within ``seconds``."""
         answers: SimpleQueue[PyObject] = SimpleQueue()
 
         def run() -> None:
@@ -167,7 +168,7 @@ def _tell(lifeline: weakref.ref[Lifeline], done: threading.Event, interval: floa
             return
         try:
             own.tell(number)
-        except Exception:  # the store is gone; whoever asks it is told
+        except Exception:  # the store is gone, which the next read reports
             return
         del own
 
@@ -175,6 +176,6 @@ def _tell(lifeline: weakref.ref[Lifeline], done: threading.Event, interval: floa
 def _exited(lifeline: weakref.ref[Lifeline]) -> None:
     own = lifeline()
     if own is not None and not own._done.is_set():
-        with contextlib.suppress(RuntimeError):  # an interpreter that ends may start no thread; silence tells as well
+        with contextlib.suppress(RuntimeError):  # no thread can be started at exit: the missing heartbeats say as much
             own.say("exited")
         own.close()

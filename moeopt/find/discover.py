@@ -1,9 +1,9 @@
-"""Places worth a look in a whole model: which module calls hold parallel experts, which a dense FFN.
+"""Block candidates of a whole model: module calls that may hold parallel experts or a dense FFN.
 
-The model runs once on the tape without values. FFN candidates (matmul, element-wise function, matmul)
-that stand side by side on the same rows are experts; one whose weight is a slice of a stack, or has idle
-twins, is an expert whose siblings were not hit; a lone one is a dense FFN. A place is only a hint:
-what a block computes is decided by its own probe call.
+The model runs once on a tape without values. Several FFN candidates (matmul, element-wise function, matmul)
+on the same rows are taken for experts. An FFN candidate whose weight is a slice of a stack, or that has unused
+siblings, is taken for an expert whose siblings were not hit; a single one for a dense FFN. A block candidate is only
+a hint: its probe calls decide what the block computes.
 """
 
 from __future__ import annotations
@@ -42,8 +42,11 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _without_parts(places: list[BlockCandidate]) -> list[BlockCandidate]:
-    """Of declined places for one reason in one call, those that read what another's experts give are the same experts:
-    adapters of their last matrix, behind adapters of the first ones."""
+    """``places`` in which those that are parts of the same declined experts are one.
+
+    A place declined for the same reason in the same call, which reads the outputs of another place's experts, belongs
+    to those experts: it holds adapters of their last matrix, after the adapters of the first matrices.
+    """
     kept: list[BlockCandidate] = []
     for place in places:
         reads = ancestors(s.operand for c in place.candidates for s in c.ins) if place.reason else set()

@@ -103,9 +103,7 @@ class Answers(TorchFunctionMode):
         free = _has_symbols(leaves)
         if not constant or free or not (tensors or func in _MADE_OF_NUMBERS):
             return result
-        call = pytree.tree_map(
-            lambda leaf: leaf, (args, kwargs)
-        )  # the caller may change its lists later
+        call = pytree.tree_map(lambda leaf: leaf, (args, kwargs))  # the caller may change its lists later
         compute = functools.cache(functools.partial(_computed, func, call[0], call[1], held))
         self._remember(result, compute, roots or frozenset([f"<{id(result)}>"]))
         return result

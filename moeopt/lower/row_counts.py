@@ -59,9 +59,7 @@ class RowCounts(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._answer, self._about, self._open = answer, about, True
-        self._chosen: dict[
-            int, tuple[frozenset[Asked | None], int]
-        ] = {}  # by memory: masks, number of rows
+        self._chosen: dict[int, tuple[frozenset[Asked | None], int]] = {}  # by memory: masks, number of rows
         self._held: list[StorageWeakRef] = []
 
     def __exit__(self, *error: PyObject) -> None:

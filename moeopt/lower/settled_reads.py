@@ -1,14 +1,15 @@
-"""Questions of Python's about the data whose answer a graph may take for granted.
+"""Conditions of Python on data that a graph may replace by one fixed answer.
 
-    if mask.any(): y[mask] = f(x[mask])    "some row": with none the code inside computes nothing
-    if rows.numel() == 0: continue         the same, asked of a size
-    assert x.isfinite().all()              the other answer raises, and gives no numbers
+    if mask.any(): y[mask] = f(x[mask])    "some row": without rows the code inside computes nothing
+    if rows.numel() == 0: continue         the same condition on a size
+    assert x.isfinite().all()              the other answer raises, so it has no result
 
-``torch.export`` stops at each. Whether some row is left is settled where the model says so itself: it runs with the
-masks emptied, once as it is and once with the question answered as if there were rows, and must give and leave the same
-bits, by the same ops of the same things (``moeopt.lower.tensor_terms``): equal bits alone may be those of these inputs.
-In a loop over experts all masks are emptied, and then every second one: where nothing is left, nobody sees a ``break``.
-An assertion is one by what the other answer does, see ``moeopt.capture.bool_reads``.
+``torch.export`` stops at each of these. Whether "some row" may be fixed is found by running the model with its masks
+emptied, once as it is and once with the condition answered as if there were rows. Both runs must return and leave the
+same bits, made by the same ops from the same tensors (``moeopt.lower.tensor_terms``), since equal bits alone may be
+chance. In a loop over experts all masks are emptied, and then every second mask: with all masks empty, a ``break``
+would change nothing. An assertion is recognised by the error that the other answer raises, see
+``moeopt.capture.bool_reads``.
 """
 
 from __future__ import annotations
@@ -37,29 +38,30 @@ _COMPARED = {aten.gt.Scalar: 0, aten.ne.Scalar: 0, aten.eq.Scalar: 0, aten.le.Sc
              aten.lt.Scalar: 1}  # fmt: skip
 _NOTS = (aten.logical_not.default, aten.bitwise_not.default)
 _MANY = 1 << 12
-"""Rows that masks without any are given in one run: a ``while`` that waits for none would never end."""
+"""Masks that get a row in one run, at most: a ``while`` that waits for an empty mask would never end."""
 _ALL = (True,)
 _MORE = 16
-"""Questions at one place beyond those that the model asked itself: a ``while`` that goes on for ever ends so."""
+"""How often a condition may be read more than in the first run: a forced answer may keep a ``while`` running."""
 
 
 class _Endless(Exception):
-    """A question is asked again and again."""
+    """A condition is read again and again: the run would not end."""
 
 
 class _Questions(TorchDispatchMode):
-    """What Python asks of tensors as a bool, some of it answered otherwise, some of the masks emptied before.
+    """A mode that records the bools that Python reads, forces some of them, and empties some masks before.
 
     Args:
-        forced: answers by where they are asked.
-        emptied: where masks are asked for any row, and are set to False first.
-        most: how often each place may ask.
-        turns: which of the masks at each place are emptied: those whose number, by the turns' length, is among them.
+        forced: answers by place of the condition.
+        emptied: places at which masks are set to False before they are reduced to a bool or a size.
+        most: how often each condition may be read; ``_Endless`` is raised ``_MORE`` reads later.
+        known: interned terms and emptied masks of other runs, with which the terms of this run are compared.
+        turns: a cycle that says of each mask at a place, in order, whether the mask is emptied.
 
     Attributes:
-        answers: each place's own.
-        masks: for each place that asked a mask for any row, where.
-        terms: what the tensors of a run are made of, where ``known`` terms of other runs are given.
+        answers: by place, the unforced answers.
+        masks: by place of a condition, the places of the masks that decide the answer.
+        terms: the terms of the run's tensors, where ``known`` is given.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class _Questions(TorchDispatchMode):
         self._known = known
         self.answers: dict[Asked, list[bool]] = {}
         self.masks: dict[Asked, set[Asked | None]] = {}
-        self._about: dict[int, tuple[Tensor, Asked]] = {}  # results that tell of a mask; held, so that ids name them
+        self._about: dict[int, tuple[Tensor, Asked]] = {}  # reduced masks by id; held so that no id is used twice
         self.sizes = RowCounts(self._size_asked, lambda t: self._about.get(id(t), (t, None))[1])
 
     def starts(self, model: nn.Module, given: PyObject) -> None:
@@ -89,7 +91,7 @@ class _Questions(TorchDispatchMode):
         for mask in masks:
             if turn or not mask.numel():
                 self.terms.empty(mask)
-            elif not mask.any():  # the others have a row, whatever these inputs choose
+            elif not mask.any():  # a mask that is not emptied has a row, whatever these inputs choose
                 mask[(0,) * mask.dim()] = 1
                 self._given += 1
         if self._given > _MANY:
@@ -119,7 +121,7 @@ class _Questions(TorchDispatchMode):
         return self._asked(place, out, [None if told is None else told[1]])
 
     def _size_asked(self, place: Asked, own: bool, masks: Iterable[Asked | None]) -> bool:
-        if set(masks) == {None}:  # the size of an input, or of what no mask decides
+        if set(masks) == {None}:  # the size of an input, or another size that no mask decides
             self.masks.setdefault(place, set()).add(None)
             return own
         return self._asked(place, own, masks)
@@ -134,7 +136,7 @@ class _Questions(TorchDispatchMode):
 
 
 def settled_reads(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Asked, bool]:
-    """The answers that hold for all inputs, by where ``model`` asks on this call; see the module's docstring."""
+    """By place of the condition, the answers that hold for all inputs; see the module's docstring."""
     first = _Questions({}, set())
     if _run(model, args, kwargs, first) is None:
         return {}
@@ -154,14 +156,14 @@ def settled_reads(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _some_row(
     model: nn.Module, call: ArgsKwargs, place: Asked, masks: set[Asked | None], known: Mapping[Asked, bool]
 ) -> bool | None:
-    """What ``place`` is told where some row is left, if that may be told where none is; else None."""
+    """The answer at ``place`` for "some row", if that answer is right without rows too; else None."""
     answer: bool | None = None
     for turns in (_ALL, (True, False), (False, True)):
         tried = _some_row_in(turns, answer, model, call, place, masks, known)
         if tried is None:
             return None
         answer, times = tried
-        if times < 2:  # no other mask's rows are to be seen beside it
+        if times < 2:  # no loop: there is no second mask to keep
             break
     return answer
 
@@ -170,12 +172,13 @@ def _some_row_in(
     turns: tuple[bool, ...], answer: bool | None, model: nn.Module, call: ArgsKwargs, place: Asked,
     masks: set[Asked | None], known: Mapping[Asked, bool],
 ) -> tuple[bool, int] | None:  # fmt: skip
-    """As :func:`_some_row` with the masks of these turns emptied, and how often ``place`` then asked.
+    """As :func:`_some_row` with the masks of ``turns`` emptied; also how often the condition was read then.
 
-    ``answer`` is what it is told, None where all are emptied: there it is the other one than its own.
+    Args:
+        answer: the forced answer; None where all masks are emptied: there it is the opposite of the model's answer.
     """
     terms: tuple[dict[Hashable, int], set[int]] = {}, set()
-    for _ in range(2):  # the second time masks are emptied where they are made: rows may be picked before it is asked
+    for _ in range(2):  # the second time masks are emptied as soon as made: rows may be picked before the condition
         natural = _Questions({}, masks, None, terms, turns)
         without = _run(model, *call, natural)
         own = natural.answers.get(place, [])
@@ -200,15 +203,15 @@ def _run(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: _Questions,
     failed: Callable[[Exception], object] = lambda err: None,
 ) -> list[Any] | None:  # fmt: skip
-    """What the model gives and leaves in its inputs and buffers, with its terms; None where it raises.
+    """The model's results, inputs and buffers after a run on copies of the inputs, with their terms; None for an error.
 
-    It runs on copies of the inputs.
+    ``failed`` is called with the error.
     """
     args, kwargs = clone_inputs((args, kwargs))
     mode.starts(model, (args, kwargs))
     with undone(model) as watched:
         try:
-            # default_impl: an exporter counts the calls of what stands for the experts' op
+            # default_impl: an exporter counts the calls of its stand-in for the experts' op
             with default_impl(), watched, mode, mode.sizes:
                 leaves = pytree.tree_leaves(model(*args, **kwargs))
         except Exception as err:

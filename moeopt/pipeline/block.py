@@ -16,7 +16,7 @@ from torch import nn
 from moeopt.capture.call_roles import CallSpec
 from moeopt.capture.probe_inputs import probe_call
 from moeopt.capture.tree import ArgsKwargs
-from moeopt.control_flow.asks_of_arguments import question_decides
+from moeopt.control_flow.tensor_properties import property_decides
 from moeopt.errors import CaptureError, Declined, UsageError
 from moeopt.ir.specs import RouterSpec
 from moeopt.obstacles import Obstacle, Rank
@@ -190,7 +190,7 @@ def _check_python(capture: Capture, program: BlockProgram, call: ArgsKwargs, opt
         raise _reverted(capture, failed, capture.branches.line)
     if (failed := check_sizes(capture, program, own, options)) is not None:
         raise _reverted(capture, failed)
-    if asked := question_decides(capture.module, own, call, program.reads):
+    if asked := property_decides(capture.module, own, call, program.reads):
         raise Declined(asked)
 
 

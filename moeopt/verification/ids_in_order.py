@@ -1,12 +1,12 @@
-"""Calls whose experts come in an exact order, for a block whose Python reads numbers of its routing.
+"""Calls whose expert ids have an exact order, for a block whose Python reads numbers of its routing.
 
-A factor that is 2 where ``ids.flatten().tolist() == [0, 1, 2, 3]``, where each row of ids ascends, or where they read
-the same from behind, follows from no row that a router is likely to give. So the choice itself is replaced, in the
-original and in the rewritten block alike: the router runs, and what it chose is exchanged before the dispatch sees it.
+A factor may be 2 where ``ids.flatten().tolist() == [0, 1, 2, 3]``, where each row of ids ascends, or where the ids
+are a palindrome. No input is likely to make a router choose so. So the choice is replaced, in the original and in the
+rewritten block alike: the router runs, and its ids are exchanged before the dispatch reads them.
 
     in order      all experts once, ascending or descending, row by row or column by column
     each row      ascending, descending; one row repeated
-    there and     back: the same read from behind
+    palindrome    ids that read the same backwards
     as in code    a list of numbers in the block's code or attributes, as ids
     one token     each order of a few experts
 
@@ -28,17 +28,17 @@ from moeopt.verification.pins import RoutingLog
 from moeopt.verification.results import Case
 
 _ORDERS = 24
-"""Calls of one token."""
+"""The largest number of calls of one token."""
 _LONG = 4
-"""Rows of the calls whose rows are alike in their order."""
+"""The number of rows where one row is repeated, and of experts that are permuted."""
 
 
 def orders(experts: int, chosen: int, listed: Iterable[Sequence[int]], most: int) -> Iterator[Tensor]:
     """Ids (T, K), each row of different experts.
 
     Args:
-        listed: numbers that may be ids in a certain order.
-        most: rows of a call.
+        listed: sequences of numbers in the block's code that may be ids.
+        most: the largest number of rows of a call.
     """
     if not 0 < chosen <= experts:
         return
@@ -50,7 +50,7 @@ def orders(experts: int, chosen: int, listed: Iterable[Sequence[int]], most: int
     kinds = [every, columns, ascending, [every[0]] * _LONG, [every[-1]] * _LONG, every[:2]]
     kinds += [_reversed(rows) for rows in kinds] + [[*rows, *_reversed(rows)] for rows in (every[:1], every[:2])]
     few = list(itertools.islice(itertools.permutations(range(min(experts, _LONG)), min(chosen, _LONG)), _ORDERS))
-    rest = list(range(_LONG, chosen))  # behind the first few
+    rest = list(range(_LONG, chosen))  # the ids after those that are permuted
     kinds += [[[*order, *rest]] for order in few]
     seen = set()
     for rows in (*given, *kinds):
@@ -61,18 +61,18 @@ def orders(experts: int, chosen: int, listed: Iterable[Sequence[int]], most: int
 
 
 def _rows(numbers: Sequence[int], chosen: int) -> list[list[int]]:
-    """``numbers`` as ids of tokens one after the other; nothing where they do not make whole rows."""
+    """``numbers`` as rows of ids; [] where they do not fill whole rows."""
     whole = numbers and len(numbers) % chosen == 0
     return [list(numbers[n : n + chosen]) for n in range(0, len(numbers), chosen)] if whole else []
 
 
 def _reversed(rows: list[list[int]]) -> list[list[int]]:
-    """Read from behind."""
+    """The ids in reverse order."""
     return [row[::-1] for row in rows[::-1]]
 
 
 class Choosing:
-    """``run``, a call of a block, which goes on with ``ids`` (T, K) in the place of its choices number ``at``."""
+    """``run``, a call of a block, with ``ids`` (T, K) in place of its choices number ``at``."""
 
     def __init__(self, run: Callable[..., Any], module: PyObject, at: Sequence[int]) -> None:
         self.run, self.module, self.at = run, module, at
@@ -83,7 +83,7 @@ class Choosing:
             return self.run(*args, **kwargs)
 
     def _exchanged(self, own: Tensor) -> Tensor:
-        """The ids in the form of the choice ``own`` (..., K or more): what else it chose comes behind them."""
+        """``ids`` in the shape of the choice ``own`` (..., K or more), followed by its other experts."""
         tokens, chosen = self.ids.shape
         if own.numel() != tokens * own.shape[-1] or own.shape[-1] < chosen:
             return own
@@ -94,7 +94,7 @@ class Choosing:
 
 
 class _Logged:
-    """``run``, a call of a block, whose choices are kept."""
+    """``run``, a call of a block, with its choices recorded."""
 
     def __init__(self, run: Callable[..., Any], module: PyObject) -> None:
         self.run, self.module = run, module
@@ -108,9 +108,9 @@ class _Logged:
 
 
 def choices_of(run: Callable[..., Any], module: PyObject, case: Case, ids_TK: Tensor) -> tuple[int, ...]:
-    """The numbers of the choices that give ``ids_TK`` where ``run``, a call of ``module``, gets ``case``.
+    """The numbers of the choices that are ``ids_TK`` in the call ``case`` of ``run``, a call of ``module``.
 
-    Code may make one choice several times, once for each expert, and the rewritten code makes it once.
+    The original may make one choice several times, once for each expert; the rewritten code makes it once.
     """
     logged = _Logged(run, module)
     record_selections(logged, case.args, case.kwargs)

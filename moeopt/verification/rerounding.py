@@ -56,7 +56,8 @@ def rerounded_distances(
         fn, args, kwargs: the original and one call of it.
         selections: its choices, pinned in every run.
         oracle: the leaves of its float64 outputs.
-        eps: of each leaf, as in ``token_distance``. features: of a token, as ``features_last`` takes them.
+        eps: of each leaf, as in ``token_distance``.
+        features: of a token, as ``features_last`` takes them.
 
     Returns:
         float64 (tokens,) per floating leaf; None for the other leaves. Tokens that were not finite hold NaN.

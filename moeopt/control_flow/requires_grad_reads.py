@@ -1,7 +1,7 @@
-"""Code that asks its Parameters whether they require a gradient: where that changes its numbers, it is left alone.
+"""Code that reads ``requires_grad`` of its Parameters: where the flag changes the outputs, the block is declined.
 
-People freeze and thaw weights all the time, and a graph has no such question in it. It is asked of blocks whose code
-names ``requires_grad``, by running it with the flags as they are and turned.
+Weights are often frozen and unfrozen after the rewrite, and a graph does not read the flag. So a block whose code names
+``requires_grad`` is run with the flags as they are, all off, and all on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moeopt.verification.trees import flatten
 def requires_grad_decides(
     module: nn.Module, original: Callable[..., Any], call: ArgsKwargs, reads: Reads | None
 ) -> str:  # fmt: skip
-    """Why ``module`` has other outputs once its weights are frozen or thawed, in a sentence; "" where it has not."""
+    """Why ``module`` has other outputs once its weights are frozen or unfrozen, in a sentence; "" where it has not."""
     if reads is None or "requires_grad" not in reads.names:
         return ""
     flags = [(p, p.requires_grad) for p in module.parameters() if p.is_floating_point()]

@@ -1,8 +1,8 @@
-"""Code that asks of its tensors what no graph can ask: where they lie, whether they are Parameters, what made them.
+"""Code that reads properties of tensors that no graph holds: storage offset, class, version, autograd history.
 
-A call's values, dtypes and shapes are compared with what was verified; a factor that is 2 where ``x.storage_offset()``
-is none is in no graph. It is asked of blocks whose code names such a question, by running it on tensors of the same
-values for which the answer is another.
+The guard of a call compares dtypes and shapes with those that were verified. A factor that is 2 where
+``x.storage_offset()`` is 0 is in no graph. So a block whose code names such a property is run on tensors of the same
+values for which the property differs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.capture.tree import ArgsKwargs, tree_map
-from moeopt.control_flow.asks_requires_grad import requires_grad_decides
+from moeopt.control_flow.requires_grad_reads import requires_grad_decides
 from moeopt.rewrite.reads import Reads
 from moeopt.value_types import PyObject
 from moeopt.verification.few_tokens import unlike
@@ -23,8 +23,8 @@ from moeopt.verification.results import Case
 MakeSpecial = Callable[[Tensor], Tensor]
 
 
-def _further_on(t: Tensor) -> Tensor:
-    """A view of a larger memory, which begins in its midst."""
+def _offset_view(t: Tensor) -> Tensor:
+    """A view into the middle of a larger storage."""
     return torch.cat([torch.zeros(1, dtype=t.dtype, device=t.device), t.flatten(), t.flatten()])[
         1 : t.numel() + 1
     ].view(t.shape)
@@ -41,7 +41,7 @@ def _of_inference(t: Tensor) -> Tensor:
 
 
 def _computed(t: Tensor) -> Tensor:
-    """Recorded by autograd, with a hook, and to be given a gradient."""
+    """A result that autograd recorded, with a hook and a retained gradient."""
     with torch.enable_grad():
         new = t.clone().requires_grad_() * 1
         new.retain_grad()
@@ -60,13 +60,13 @@ def _of_floats(make: MakeSpecial) -> MakeSpecial:
 
 
 def _first_repeated(t: Tensor) -> Tensor:
-    """Steps of 0 along the first dimension."""
+    """The first row repeated, with stride 0 along the first dimension."""
     return t[:1].expand_as(t) if t.dim() else t
 
 
-_LIES = ("storage_offset", "data_ptr", "untyped_storage", "storage", "nbytes", "_base", "_is_view")
-_QUESTIONS: tuple[tuple[tuple[str, ...], MakeSpecial], ...] = (
-    (_LIES, _further_on),
+_STORAGE = ("storage_offset", "data_ptr", "untyped_storage", "storage", "nbytes", "_base", "_is_view")
+_PROPERTIES: tuple[tuple[tuple[str, ...], MakeSpecial], ...] = (
+    (_STORAGE, _offset_view),
     (("Parameter", "type", "__class__"), lambda t: nn.Parameter(t.clone(), requires_grad=False)),
     (("_version",), _written),
     (("is_inference",), _of_inference),
@@ -77,16 +77,16 @@ _QUESTIONS: tuple[tuple[tuple[str, ...], MakeSpecial], ...] = (
 )
 
 
-def question_decides(module: nn.Module, original: Callable[..., Any], call: ArgsKwargs, reads: Reads | None) -> str:
-    """Why the code of ``module`` has other outputs by what it asks of its tensors; "" where it has not."""
+def property_decides(module: nn.Module, original: Callable[..., Any], call: ArgsKwargs, reads: Reads | None) -> str:
+    """Why a property of its tensors changes the outputs of ``module``; "" where none does."""
     return requires_grad_decides(module, original, call, reads) or argument_decides(module, original, call, reads)
 
 
 def argument_decides(module: nn.Module, original: Callable[..., Any], call: ArgsKwargs, reads: Reads | None) -> str:
-    """Why ``module`` has other outputs for other tensors of the same values, in a sentence; "" where it has not."""
-    for names, make in _QUESTIONS:
+    """Why ``module`` has other outputs for tensors of the same values, in a sentence; "" where it has not."""
+    for names, make in _PROPERTIES:
         asked = [name for name in names if reads is not None and name in reads.names]
-        if asked and make is _first_repeated:  # of which all rows are alike, as those of the given call are not
+        if asked and make is _first_repeated:  # stride 0 makes rows equal: compare with equal rows that are copied
             call = tree_map(Tensor, lambda t: _first_repeated(t).clone(), call)
         if asked and _differs(original, module, call, make):
             return (
@@ -97,12 +97,12 @@ def argument_decides(module: nn.Module, original: Callable[..., Any], call: Args
 
 
 def _differs(original: Callable[..., Any], module: nn.Module, call: ArgsKwargs, make: MakeSpecial) -> bool:
-    """Whether ``original`` gives other numbers for what ``make`` makes of the tensors of ``call``."""
+    """Whether ``original`` has other outputs on the tensors that ``make`` makes from those of ``call``."""
     return bool(list(unlike(original, _Special(original, module, make), [Case("the given inputs", *call)])))
 
 
 class _Special:
-    """``original``, a call of ``module``, on what ``make`` makes of its tensors; where it takes no such, on these."""
+    """``original``, a call of ``module``, on the tensors that ``make`` makes, or on the given ones if it refuses."""
 
     def __init__(self, original: Callable[..., Any], module: nn.Module, make: MakeSpecial) -> None:
         self.original, self.module, self.make = original, module, make
