@@ -63,6 +63,27 @@ def test_every_code_name_of_the_glossary_exists():
     assert len(quoted) > 30 and not quoted - names, quoted - names
 
 
+def references(source: str) -> set[str]:
+    """What docstrings point at: :role:`x.y`, and ``moeopt.x.y`` in the package."""
+    roles = re.findall(r":(?:class|func|meth|mod|data):`~?\.?([\w.]+)`", source)
+    paths = re.findall(r"``(moeopt\.[\w.]+)``", source)
+    return {name for name in (*roles, *paths) if not name.startswith(("torch", "moeopt.json", "moeopt.cuda_graph"))}
+
+
+def test_what_docstrings_refer_to_exists():
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in FILES}
+    names = {path.stem for path in FILES} | {path.parent.name for path in FILES}
+    for text in texts.values():
+        names |= {*re.findall(r"\b(?:def|class) (\w+)", text), *re.findall(r"^(?: {4})?(\w+)(?:: .*)? = ", text, re.M)}
+    assert len(names) > 3000
+    assert not [(p, name) for p, text in texts.items() for name in references(text) if name.split(".")[-1] not in names]
+
+
+def test_a_lost_reference_would_be_seen():
+    source = '"""See :class:`~.gone.Probe` and ``moeopt.ir.lost``."""\n'
+    assert references(source) == {"gone.Probe", "moeopt.ir.lost"}
+
+
 def test_a_term_is_explained_once():
     terms = [term.split(" (")[0] for term, _ in glossary()]
     assert len(set(terms)) == len(terms)

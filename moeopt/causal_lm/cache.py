@@ -1,7 +1,7 @@
 """Caches in and out of an engine: a transformers ``DynamicCache``, or a list of tuples of tensors without it.
 
 Shape legend: B rows, G key/value heads, P cached tokens, D head size; keys and values are (B, G, P, D), the states of
-:mod:`~.causal_layers` (B, ...). An engine keeps every token of every layer: attention windows are in its graph's masks.
+:mod:`~.layers` (B, ...). An engine keeps every token of every layer: attention windows are in its graph's masks.
 """
 
 from __future__ import annotations

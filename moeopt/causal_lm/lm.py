@@ -9,7 +9,7 @@ G key/value heads, D head size::
     input_ids (B, S), attention_mask (B, P+S), position_ids (B, S), logits_to_keep (N),
     keys and values of each layer (B, G, P, D)  ->  logits (B, N, V), keys and values (B, G, P+S, D)
 
-and the states of layers that have others (:mod:`~.causal_layers`), which begin at zero.
+and the states of layers that have others (:mod:`~.layers`), which begin at zero.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Modules that carry a recurrent state from token to token (Mamba, delta rules), found by what they do.
 
 What they do to a cache finds them, not their name. A trace of the model stops at them: they choose in Python between a
-program for one token and one for many, and a graph holds both (:mod:`~.causal_steps`).
+program for one token and one for many, and a graph holds both (:mod:`~.steps`).
 
 Shape legend: B rows, S new tokens.
 """

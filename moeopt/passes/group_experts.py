@@ -3,9 +3,9 @@
     for e in range(E):  y.index_add_(0, t_e, expert_e(x[t_e]) * w_e)
      ==  y = experts(x, ids, weights)                                       and any other spelling of the same sum
 
-Which ids and weights, which Parameters and which function was read from the recorded calls (``recognize_experts``);
-``replace_experts`` says what stands in place of the sum. Dispatch and expert loops are no longer needed by anything,
-so they are gone; what else led to the outputs stays. Sizes of the recorded calls become sizes of the inputs.
+Ids, weights, Parameters and the function of an expert are read from the recorded calls (``moeopt.recognise.experts``);
+``moeopt.rewrite.replace_experts`` writes the nodes that replace the sum. No output reads the dispatch and the loop over
+experts any more, so they are gone; everything else stays. Sizes of the recorded calls become sizes of the inputs.
 
 Shapes     T tokens, E experts, K chosen per token, H hidden: x (T, H), ids (T, K), weights (T, K) -> y (T, H)
 Seen in    every MoE block that is not grouped already

@@ -60,14 +60,14 @@ class BankLayout:
         tensors = cast(list[Tensor], list(map(dict.get, self._registries, self._keys)))
         return tensors if _PLAIN.issuperset(map(type, tensors)) else None
 
-    def arm(self, probe: GuardExpression, tensors: Sequence[Tensor]) -> None:
+    def arm(self, guard: GuardExpression, tensors: Sequence[Tensor]) -> None:
         """Add terms that hold while every place gives a tensor (``t0``, ``t1`` ...) that lies as one of ``tensors``."""
         for registry, name, child in zip(self._modules, self._names, self._children, strict=True):
-            probe.item(registry, name, child)
+            guard.item(registry, name, child)
         for owner in self._owners:
-            probe.add("not {0}._forward_hooks and not {0}._forward_pre_hooks", owner)
+            guard.add("not {0}._forward_hooks and not {0}._forward_pre_hooks", owner)
         for i, (registry, key, tensor) in enumerate(zip(self._registries, self._keys, tensors, strict=True)):
-            probe.lies(registry, key, tensor, f"t{i}")
+            guard.lies(registry, key, tensor, f"t{i}")
 
     @staticmethod
     def lie(tensors: list[Tensor]) -> tuple[tuple[object, ...], ...]:

@@ -1,13 +1,13 @@
 """Many small comparisons as one generated function: a dozen nanoseconds each.
 
-    probe = Probe()
-    probe.item(config.__dict__, "top_k", 2)
-    same = probe.compiled()
+    guard = GuardExpression()
+    guard.item(config.__dict__, "top_k", 2)
+    same = guard.compiled()
     same()                                      config.__dict__["top_k"] is 2
 
-Objects are compared by identity, which is quick and may say "changed" of something equal: whoever asks compares the
-values then, and arms a new probe. The text of the function is the same for blocks of one structure, so it is compiled
-once; what it compares is held in its defaults.
+Objects are compared by identity, which is quick, and may report an object as changed that is only another equal one:
+the caller then compares values, and compiles a new guard. The text of the function is the same for blocks of one
+structure, so it is compiled once; the objects to compare are its defaults.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class GuardExpression:
     """Terms of one conjunction, each an expression over bound objects.
 
     Args:
-        classes: whether attributes of classes count; another probe may compare them already.
+        classes: whether attributes of classes count; another guard may compare them already.
 
     Attributes:
         cost: about how many nanoseconds it takes.
@@ -52,7 +52,7 @@ class GuardExpression:
         return known
 
     def add(self, template: str, *values: PyObject) -> None:
-        """A term such as ``"{0}[{1}] is {2}"``; the values stay alive as long as the probe."""
+        """A term such as ``"{0}[{1}] is {2}"``; the values stay alive as long as the guard."""
         term = template.format(*[self.name(v) for v in values])
         if term not in self._terms:
             self._terms[term] = None
@@ -144,7 +144,7 @@ class GuardExpression:
 
 
 def holds(same: Callable[[], bool]) -> bool:
-    """What a compiled probe says; False where something was removed, or is of a kind that cannot be compared."""
+    """What a compiled guard says; False where something was removed, or is of a kind that cannot be compared."""
     try:
         return same()
     except Exception:
@@ -159,6 +159,6 @@ def _quoted(key: str) -> str:
 def compiled_once(source: str, name: str) -> types.CodeType:
     """The code of the function ``name`` that ``source`` defines."""
     scope: dict[str, Any] = {}
-    exec(compile(source, "<moeopt probe>", "exec"), scope)
+    exec(compile(source, "<moeopt guard>", "exec"), scope)
     code: types.CodeType = scope[name].__code__
     return code

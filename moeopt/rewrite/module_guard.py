@@ -55,40 +55,40 @@ class _WatchedModule:
         tables = [t for t in ("_parameters", "_buffers") if not d[t].keys().isdisjoint(looked_up)]
         self.tables = [(name, d[name]) for name in (["_modules"] if d["_modules"] else []) + tables]
 
-    def compare(self, probe: GuardExpression) -> None:
-        """Add terms to ``probe`` that hold while everything that ``changed`` compares is the same object."""
+    def compare(self, guard: GuardExpression) -> None:
+        """Add terms to ``guard`` that hold while everything that ``changed`` compares is the same object."""
         fact, module = self.fact, self.module
         d: dict[str, Any] = module.__dict__
-        probe.attribute(module, "__class__", module.__class__)
-        probe.attribute(module.__class__, "forward", module.__class__.forward)
+        guard.attribute(module, "__class__", module.__class__)
+        guard.attribute(module.__class__, "forward", module.__class__.forward)
         if fact.path:
             for kind in _HOOKS:
                 count = len(d[kind])
-                probe.add(f"{{0}}({{1}}) == {count}" if count else "not {1}", len, d[kind])
+                guard.add(f"{{0}}({{1}}) == {count}" if count else "not {1}", len, d[kind])
             if not fact.patched and "forward" not in d:
-                probe.lacks(d, "forward")
+                guard.lacks(d, "forward")
         for name, held in self.tables:
-            probe.item(d, name, held)
+            guard.item(d, name, held)
         for name in self.weights:  # an attribute of the instance is found before a Parameter
             if any(name in table for _, table in self.tables):
-                probe.lacks(d, name)
-        probe.entries(d["_modules"], ordered=isinstance(module, _ORDERED))
+                guard.lacks(d, name)
+        guard.entries(d["_modules"], ordered=isinstance(module, _ORDERED))
         for name, training in fact.modes:
             if (child := module._modules.get(name)) is not None:
-                probe.item(child.__dict__, "training", training)
+                guard.item(child.__dict__, "training", training)
         tables = [(d, fact.names)]
         for table in (d["_parameters"], d["_buffers"]):
             tables.append((table, tuple(n for n in fact.absent if n in table)))
             if not _of_pytorch(module):
-                probe.length(table)
+                guard.length(table)
         for table, names in tables:
             for name in names:
                 if name not in table:
-                    probe.lacks(table, name)
+                    guard.lacks(table, name)
                     continue
-                probe.item(table, name, table[name])
+                guard.item(table, name, table[name])
                 if type(table[name]) is list:
-                    probe.equal(table[name], table[name].copy())
+                    guard.equal(table[name], table[name].copy())
 
     def changed(self) -> str:
         """The first difference from the verified facts, in words; "" where there is none."""
@@ -213,7 +213,7 @@ class Watch:
         self.cost = shared.cost
         self._unchanged = not (self._shared_reason or self._read_reason or self._frozen)
         self._shared_guard = shared.compiled()
-        self._expert_guards = {key: probe.compiled() for key, probe in by_expert.items()}
+        self._expert_guards = {key: guard.compiled() for key, guard in by_expert.items()}
 
     def _compare_reads(self, reads: Reads, shared: GuardExpression, by_expert: dict[Any, GuardExpression]) -> str:
         def links(path: str) -> GuardExpression:
@@ -250,19 +250,19 @@ class Watch:
         self._compare_values()
         return self._expert_reasons[key] or self._shared_reason or self._read_reason
 
-    def arm(self, bank: int, probe: GuardExpression) -> None:
+    def arm(self, bank: int, guard: GuardExpression) -> None:
         """Add the terms that hold while no module of an expert of the bank number ``bank`` changes."""
         keys, unused = [key for key in self._by_expert if key[0] == bank], GuardExpression()
         own_keys = {(key,) for key in keys}
         if self.paused:  # what is there now may be an exporter's own
-            probe.add("{0}.paused", self)
+            guard.add("{0}.paused", self)
         for key in keys:
             for module in self._by_expert[key]:
-                module.compare(probe)
+                module.compare(guard)
         if self._reads is not None and keys:
 
             def guard_of(path: str) -> GuardExpression:
-                return probe if self._expert_of(path)[:1] in own_keys else unused
+                return guard if self._expert_of(path)[:1] in own_keys else unused
 
             self._reads.walk(self._root, unused, guard_of)
 

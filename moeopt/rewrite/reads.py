@@ -69,18 +69,18 @@ class Reads:
         return {*self.ran.sequences, *(tuple(numbers) for numbers in found.values() if len(numbers) > 1)}
 
     def walk(
-        self, root: nn.Module, probe: GuardExpression, links: Callable[[str], GuardExpression],
+        self, root: nn.Module, guard: GuardExpression, links: Callable[[str], GuardExpression],
         called: Iterable[int] = (), *, code: bool = True,
     ) -> Walk:  # fmt: skip
         """What ``root`` and the code reach now.
 
         Args:
-            probe: gets a term for each link.
-            links: by a module's path, the probe that gets the terms of that module's own attributes.
+            guard: gets a term for each link.
+            links: by a module's path, the guard that gets the terms of that module's own attributes.
             called: ids of the modules that a run called, where ``whole`` is not known yet.
             code: whether to follow classes and globals too.
         """
-        walk = Walk(root, self, probe, called=frozenset(called))
+        walk = Walk(root, self, guard, called=frozenset(called))
         kept = {p for p, _ in root.named_modules() if any(p == k or p.startswith(f"{k}.") for k in self.kept)}
         modules = [(p, m, {name for at, name in self.written if at == p}) for p, m in root.named_modules()]
         for path, module, _ in modules if code else ():

@@ -80,9 +80,9 @@ class SameLayout:
     def _know(self) -> Remembered | None:
         """Look at each weight, and remember how it lies."""
         self._known, self._wait = None, PATIENCE
-        probe = GuardExpression()
+        guard = GuardExpression()
         if self._arm is not None:
-            self._arm(probe)
+            self._arm(guard)
         self._ask()
         tensors = tuple([place.read() for place in self._places])
         if self._all.tensors() is None or not all(map(_plain, tensors)):
@@ -90,8 +90,8 @@ class SameLayout:
         if len(tensors) > MOST:
             same = self._compared(self._all.lie(list(tensors)))
         else:
-            self._all.arm(probe, tensors)
-            same = probe.compiled(f"({', '.join(f't{i}' for i in range(len(tensors)))},)")
+            self._all.arm(guard, tensors)
+            same = guard.compiled(f"({', '.join(f't{i}' for i in range(len(tensors)))},)")
         remembered: dict[Any, Any] = {}
         self._known, self._wait = (same, remembered), 0
         return remembered, tensors

@@ -69,17 +69,17 @@ class _ModuleFacts:
         module = self._module()
         return module is not None and hook_count(module) != self._before.get("the number of hooks")
 
-    def arm(self, probe: GuardExpression) -> None:
+    def arm(self, guard: GuardExpression) -> None:
         """Terms for all of it but hooks, which PyTorch counts."""
         module = self._module()
         if module is None:
             return
         for registry in filter(None, _registries(module)):
-            probe.entries(registry)
+            guard.entries(registry)
         if self.values:
             for _, name, value in _items(module):
                 if name not in module._modules and value is not None:
-                    probe.tensor(value, False)
+                    guard.tensor(value, False)
 
     def changed(self) -> str:
         """What is another than it was; from now on that is how it should be."""
@@ -110,18 +110,18 @@ class _Code:
         tables = _registries(module)
         return type(module), id(module.__dict__.get("forward")), *map(len, tables), *tables
 
-    def arm(self, probe: GuardExpression) -> None:
+    def arm(self, guard: GuardExpression) -> None:
         """A term each; none that would hold the root."""
         module = self._module()
         if module is None:
             return
         if self.path:
-            probe.attribute(module, "__class__", type(module))
+            guard.attribute(module, "__class__", type(module))
         if "forward" not in module.__dict__:
-            probe.lacks(module.__dict__, "forward")
+            guard.lacks(module.__dict__, "forward")
         for name, registry in zip(_TABLES, _registries(module), strict=True):
-            probe.item(module.__dict__, name, registry)
-            probe.add(f"{{0}}({{1}}) == {len(registry)}" if registry else "not {1}", len, registry)
+            guard.item(module.__dict__, name, registry)
+            guard.add(f"{{0}}({{1}}) == {len(registry)}" if registry else "not {1}", len, registry)
 
     def changed(self) -> str:
         """As that of ``_ModuleFacts``."""
@@ -139,11 +139,11 @@ class _Block:
         self._before: dict[str, Any] = {}
         self.changed()
 
-    def arm(self, probe: GuardExpression) -> None:
+    def arm(self, guard: GuardExpression) -> None:
         """A term for each link."""
         block = self._block()
         if block is not None:
-            self.reads.walk(block, probe, lambda path: probe, code=False)
+            self.reads.walk(block, guard, lambda path: guard, code=False)
 
     def changed(self) -> str:
         """As that of ``_ModuleFacts``."""
@@ -160,10 +160,10 @@ _Thing = _ModuleFacts | _Code | _Block
 
 
 def _armed(things: list[_Thing]) -> GuardExpression:
-    probe = GuardExpression(classes=False)  # the twin's classes are the source's, and each block compares its own
+    guard = GuardExpression(classes=False)  # the twin's classes are the source's, and each block compares its own
     for thing in things:
-        thing.arm(probe)
-    return probe
+        thing.arm(guard)
+    return guard
 
 
 class _Turns:
@@ -176,12 +176,12 @@ class _Turns:
     def __init__(self, things: list[_Thing], max_nanoseconds: int) -> None:
         self.parts: list[list[_Thing]] = []
         some: list[_Thing] = []
-        probe = _armed(some)
+        guard = _armed(some)
         for thing in things:
-            thing.arm(probe)
-            if some and probe.cost > max_nanoseconds:
+            thing.arm(guard)
+            if some and guard.cost > max_nanoseconds:
                 self.parts.append(some)
-                some, probe = [], _armed([thing])
+                some, guard = [], _armed([thing])
             some.append(thing)
         self.parts += [some] if some else []
         self.sames = [_armed(part).compiled() for part in self.parts]

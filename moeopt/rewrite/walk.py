@@ -57,7 +57,7 @@ class Walk:
     Args:
         root: the block.
         bounds: what its code names, and what is left out.
-        probe: gets a term for each link.
+        guard: gets a term for each link.
         called: ids of modules that the forward called; everything plain in those outside the block counts.
 
     Attributes:
@@ -67,11 +67,11 @@ class Walk:
     """
 
     def __init__(
-        self, root: nn.Module, bounds: Bounds, probe: GuardExpression, called: frozenset[int] = frozenset()
+        self, root: nn.Module, bounds: Bounds, guard: GuardExpression, called: frozenset[int] = frozenset()
     ) -> None:
         self.ran, self.names, self.ignored = bounds.ran, bounds.names, bounds.ignored
         self.whole, self.tables, self._called = set(bounds.whole), dict(bounds.tables), called
-        self.probe = probe
+        self.guard = guard
         self.entries: dict[str, Spelled] = {}
         self.opaque: dict[str, Any] = {}
         self.strings: set[str] = set()
@@ -85,14 +85,14 @@ class Walk:
             tensors = [t for t in held if issubclass(type(t), torch.Tensor)]  # isinstance asks a proxy's dead object
             self._own.update({id(t): f"a tensor of {path or 'the block'}" for t in tensors})
 
-    def module(self, path: str, module: nn.Module, written: set[str], probe: GuardExpression) -> None:
-        """The attributes of a module of the block but those ``written`` by it; ``probe`` gets the links to them."""
+    def module(self, path: str, module: nn.Module, written: set[str], guard: GuardExpression) -> None:
+        """The attributes of a module of the block but those ``written`` by it; ``guard`` gets the links to them."""
         held = module.__dict__
         for name in self.mentioned(held):
             if name not in written and name not in _MODULE and name not in ("forward", "_old_forward", "_hf_hook"):
-                self.link(probe, held, name, held[name], f"{path}.{name}" if path else name)
+                self.link(guard, held, name, held[name], f"{path}.{name}" if path else name)
         if not foreign(type(module).__module__):
-            probe.keys(held)
+            guard.keys(held)
 
     def functions(self) -> None:
         """The globals and imports of the code that ran, and the modes of PyTorch under which it ran."""
@@ -114,14 +114,14 @@ class Walk:
         for name in () if foreign(module) else names:
             there = name in table and not stands_for_builtin(table[name])
             if there and (writable or not inert(table[name])):
-                self.link(self.probe, table, name, table[name], f"{module}.{name}")
+                self.link(self.guard, table, name, table[name], f"{module}.{name}")
             elif not there and writable and hasattr(builtins, name):
-                self.probe.lacks(table, name)
+                self.guard.lacks(table, name)
 
-    def link(self, probe: GuardExpression, table: PyObject, key: PyObject, value: PyObject, place: str) -> None:
-        """Visit ``value``, and give ``probe`` a term that notices another value under ``key``."""
+    def link(self, guard: GuardExpression, table: PyObject, key: PyObject, value: PyObject, place: str) -> None:
+        """Visit ``value``, and give ``guard`` a term that notices another value under ``key``."""
         if place not in self.ignored:
-            probe.item(table, key, value)
+            guard.item(table, key, value)
             self.visit(place, value)
 
     def note(self, place: str, kind: str, text: str) -> None:
@@ -194,7 +194,7 @@ class Walk:
         self.note(place, "function", fingerprint(value))
         code, writable = value.__code__, not in_installed_package(value.__code__.co_filename)
         if writable:
-            self.probe.attribute(value, "__code__", code)
+            self.guard.attribute(value, "__code__", code)
         if digest(code) not in self.ran.codes:
             if names_in(code).names & ASKED_WITH:  # a variable that it looks up is called by a name in it
                 self.strings |= names_in(code).names
@@ -202,7 +202,7 @@ class Walk:
         self._named(place, value.__dict__)
         where = f"of {value.__qualname__}"
         if writable:
-            self.probe.attribute(value, "__defaults__", value.__defaults__)
+            self.guard.attribute(value, "__defaults__", value.__defaults__)
         first = code.co_argcount - len(value.__defaults__ or ())
         for name, default in zip(code.co_varnames[first:], value.__defaults__ or (), strict=False):
             self.visit(f"the default {name} {where}", default)
@@ -211,7 +211,7 @@ class Walk:
         for name, cell in zip(code.co_freevars, value.__closure__ or (), strict=False):
             spot = f"{name} in the closure {where}"
             if name != "__class__" and has_contents(cell) and spot not in self.ignored:
-                self.probe.attribute(cell, "cell_contents", cell.cell_contents)
+                self.guard.attribute(cell, "cell_contents", cell.cell_contents)
                 self.visit(spot, cell.cell_contents)
         self._globals(value.__globals__, names_in(code).globals)
 
@@ -227,13 +227,13 @@ class Walk:
             self._named(place, owner.__dict__)
             if not in_installed_package(getattr(sys.modules.get(owner.__module__), "__file__", "")):
                 # a new attribute may hide one of a base class
-                self.probe.add(f"{{0}}({{1}}) == {len(owner.__dict__)}", len, owner.__dict__)
+                self.guard.add(f"{{0}}({{1}}) == {len(owner.__dict__)}", len, owner.__dict__)
 
     def _named(self, place: str, table: PyObject, every: bool = False) -> None:
         """The entries of a namespace that the code names."""
         for name in list(table) if every else self.mentioned(table):
             if type(table[name]) not in (types.MemberDescriptorType, types.GetSetDescriptorType):
-                self.link(self.probe, table, name, table[name], f"{place}.{name}")
+                self.link(self.guard, table, name, table[name], f"{place}.{name}")
 
     def mentioned(self, table: PyObject) -> list[str]:
         return [n for n in table if n in self.names]
@@ -249,7 +249,7 @@ class Walk:
             self.note(place, "object", f"{cls.__module__}.{cls.__qualname__}")
         if not foreign(cls.__module__):
             self.klass(cls)
-            self.probe.add("{0}({1}) is {2}", type, value, cls)
+            self.guard.add("{0}({1}) is {2}", type, value, cls)
         bare = bare_lookup(cls)
         try:
             held = bare(value, "__dict__")
@@ -261,10 +261,10 @@ class Walk:
         elif isinstance(held, dict) and not tells_nothing(cls):
             lookup: object = cls.__getattribute__
             if lookup is object.__getattribute__:
-                self.probe.attribute(value, "__dict__", held)
+                self.guard.attribute(value, "__dict__", held)
             else:
-                self.probe.add("{0}({1}, {2}) is {3}", bare, value, "__dict__", held)
-            self.probe.keys(held)
+                self.guard.add("{0}({1}, {2}) is {3}", bare, value, "__dict__", held)
+            self.guard.keys(held)
             self._named(place, held, self.ran.computes_names)
             for registry in ("_parameters", "_buffers", "_modules") if isinstance(value, nn.Module) else ():
                 self._named(place, held[registry])
@@ -280,21 +280,21 @@ class Walk:
         for name in user:
             part = getattr(value, name, self)
             if part is not self and f"{place}.{name}" not in self.ignored:
-                self.probe.attribute(value, name, part)
+                self.guard.attribute(value, name, part)
                 self.visit(f"{place}.{name}", part)
             elif part is self:
-                self.probe.add("not {0}({1}, {2})", hasattr, value, name)
+                self.guard.add("not {0}({1}, {2})", hasattr, value, name)
         return user
 
     def _outside(self, place: str, module: nn.Module) -> None:
         """A module that the block does not own: what it computes is not live in the rewritten code."""
-        self.probe.keys(module.__dict__)
+        self.guard.keys(module.__dict__)
         for name, value in module.__dict__.items():
             if name not in _MODULE or name == "training":
-                self.link(self.probe, module.__dict__, name, value, f"{place}.{name}")
+                self.link(self.guard, module.__dict__, name, value, f"{place}.{name}")
         for registry in (module._parameters, module._buffers, module._modules):
-            self.probe.keys(registry)
+            self.guard.keys(registry)
             for name, value in registry.items():
                 if isinstance(value, nn.Module):
                     self.whole.add(f"{place}.{name}")
-                self.link(self.probe, registry, name, value, f"{place}.{name}")
+                self.link(self.guard, registry, name, value, f"{place}.{name}")

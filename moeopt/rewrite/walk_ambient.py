@@ -75,7 +75,7 @@ def _context(walk: Walk, place: str, value: ContextVar[PyObject]) -> None:
     """A context variable: the value that it has here, its own default included."""
     walk.note(place, "context variable", value.name)
     held = value.get(_UNSET)
-    walk.probe.add("{0}.get({1}) is {2}", value, _UNSET, held)
+    walk.guard.add("{0}.get({1}) is {2}", value, _UNSET, held)
     if held is _UNSET:
         try:
             held = value.get()
@@ -93,10 +93,10 @@ def read_modes(walk: Walk) -> None:
             _ask(walk, f"torch.{name}", getattr(torch, name, None), device)
     for name in _OF_PYTHON if "sys" in walk.names else ():
         if name in walk.names:
-            walk.probe.attribute(sys, name, getattr(sys, name))
+            walk.guard.attribute(sys, name, getattr(sys, name))
             walk.visit(f"sys.{name}", getattr(sys, name))
     if walk.names & _DECIMALS:
-        walk.probe.add("({0}().prec, {0}().rounding) == {1}", decimal.getcontext, _decimals())
+        walk.guard.add("({0}().prec, {0}().rounding) == {1}", decimal.getcontext, _decimals())
         walk.note("decimal.getcontext()", "context", "{} digits, {}".format(*_decimals()))
     wanted = walk.ran.variables | (walk.names if walk.names & ASKED_WITH else frozenset())
     if wanted:  # those that are named where no recorded call came: in a branch of other sizes, or of another mode
@@ -122,7 +122,7 @@ def _ask(walk: Walk, place: str, ask: Callable[..., PyObject] | None, *of: str) 
     except Exception:  # not in this build, or of a group of processes that there is not
         return
     place = f"{place}({', '.join(map(repr, of))})"
-    walk.probe.add("{0}({2}) == {1}" if of else "{0}() == {1}", ask, value, *of)
+    walk.guard.add("{0}({2}) == {1}" if of else "{0}() == {1}", ask, value, *of)
     if isinstance(value, dict):
         walk.note(place, "dict", repr(value))
     else:
@@ -136,7 +136,7 @@ def _logger(walk: Walk, place: str, logger: logging.Logger) -> None:
     if walk.names & _LEVELS or any((holder, asked) in walk.ran.reads for holder in holders for asked in _LEVEL_OF):
         lets = logger.getEffectiveLevel(), logger.manager.disable, logger.disabled
         asked = logger.getEffectiveLevel, logger.manager, logger
-        walk.probe.add("({0}(), {1}.disable, {2}.disabled) == {3}", *asked, lets)
+        walk.guard.add("({0}(), {1}.disable, {2}.disabled) == {3}", *asked, lets)
         walk.note(f"{place}.level", "level", "{}, all below {} disabled, disabled: {}".format(*lets))
 
 
@@ -154,7 +154,7 @@ def _backend(walk: Walk, place: str, holder: PyObject, depth: int = 2) -> None:
         except Exception:  # it has no such flag, or not in this build
             continue
         if type(value) in (bool, int, float, str):
-            walk.probe.add(f"{{0}}.{name} == {{1}}", holder, value)
+            walk.guard.add(f"{{0}}.{name} == {{1}}", holder, value)
             walk.visit(f"{place}.{name}", value)
         elif isinstance(value, types.FunctionType) and name.endswith("_enabled"):
             _ask(walk, f"{place}.{name}", value)
@@ -165,9 +165,9 @@ def _backend(walk: Walk, place: str, holder: PyObject, depth: int = 2) -> None:
 def _variables(walk: Walk, names: frozenset[str]) -> None:
     """Those of ``names`` that are variables of the process, and that no other was added."""
     table, keys = variables(names)
-    walk.probe.keys(table)
+    walk.guard.keys(table)
     for name, key in keys.items():
-        walk.link(walk.probe, table, key, table[key], f"the variable {name}")
+        walk.link(walk.guard, table, key, table[key], f"the variable {name}")
 
 
 def bare_lookup(cls: type) -> Callable[[PyObject, str], PyObject]:

@@ -1,7 +1,7 @@
 """How a walk reads tensors, arrays and Python's own containers: what is compared at each call, and what by length only.
 
 Each function writes the value down on a :class:`moeopt.rewrite.walk.Walk`, adds the terms that notice a change to its
-probe, and visits the parts.
+guard, and visits the parts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def read_tensor(walk: Walk, place: str, value: torch.Tensor) -> None:
         walk.opaque[place] = value
     if type(value) in (torch.Tensor, nn.Parameter, nn.Buffer) and not value.is_meta:
         with _disable_current_modes(), torch.no_grad():
-            walk.probe.tensor(value, value.numel() <= SMALL and value.device.type == "cpu")
+            walk.guard.tensor(value, value.numel() <= SMALL and value.device.type == "cpu")
 
 
 def read_array(walk: Walk, place: str, value: PyObject) -> None:
@@ -47,9 +47,9 @@ def read_array(walk: Walk, place: str, value: PyObject) -> None:
     else:
         walk.note(place, type(value).__qualname__, bytes(value).hex() if small else str(count))
     if small and numpy:
-        walk.probe.add("{0}.tobytes() == {1}", value, value.tobytes())
+        walk.guard.add("{0}.tobytes() == {1}", value, value.tobytes())
     elif small:
-        walk.probe.add("{0}({1}) == {2}", bytes, value, bytes(value))
+        walk.guard.add("{0}({1}) == {2}", bytes, value, bytes(value))
     else:
         walk.opaque[place] = value
 
@@ -61,9 +61,9 @@ def read_dict(walk: Walk, place: str, value: PyObject) -> None:
     keys = list(value) if whole and not registry else named
     walk.note(place, "dict", "" if registry or not whole else ", ".join(map(key_text, keys)))
     if type(value) is not types.MappingProxyType:
-        walk.probe.keys(value)
+        walk.guard.keys(value)
     for key in keys:
-        walk.link(walk.probe, value, key, dict.__getitem__(value, key) if isinstance(value, dict) else value[key],
+        walk.link(walk.guard, value, key, dict.__getitem__(value, key) if isinstance(value, dict) else value[key],
                    f"{place}[{key_text(key)}]")  # fmt: skip
     if type(value) is not dict:
         walk.instance(place, value, note=False)
@@ -73,17 +73,17 @@ def read_sequence(walk: Walk, place: str, value: PyObject) -> None:
     walk.note(place, type(value).__name__, str(len(value)))
     changes = not isinstance(value, tuple)
     if len(value) > _LONG:
-        walk.probe.add(f"{{0}}({{1}}) == {len(value)}", len, value)
+        walk.guard.add(f"{{0}}({{1}}) == {len(value)}", len, value)
     elif all(plain(v) is not None for v in value):
         for index, part in enumerate(value):
             walk.visit(f"{place}[{index}]", part)
         if changes:
-            walk.probe.equal(value, value.copy())
+            walk.guard.equal(value, value.copy())
     else:
-        walk.probe.add(f"{{0}}({{1}}) == {len(value)}", len, value)
+        walk.guard.add(f"{{0}}({{1}}) == {len(value)}", len, value)
         for index, part in enumerate(value):
             if changes:
-                walk.probe.add(f"{{0}}[{index}] is {{1}}", value, part)
+                walk.guard.add(f"{{0}}[{index}] is {{1}}", value, part)
             walk.visit(f"{place}[{index}]", part)
     if type(value) not in (list, tuple):
         walk.instance(place, value, note=False)
@@ -94,4 +94,4 @@ def read_set(walk: Walk, place: str, value: PyObject) -> None:
     spelled = str(sorted(map(key_text, value))) if short else str(len(value))
     walk.note(place, type(value).__name__, spelled)
     if short and not isinstance(value, frozenset):
-        walk.probe.equal(value, value.copy())
+        walk.guard.equal(value, value.copy())

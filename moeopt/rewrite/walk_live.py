@@ -25,32 +25,32 @@ _READ = (torch.Tensor, nn.Module)
 """Read where they are."""
 
 
-def read_live(walk: Walk, path: str, module: nn.Module, written: Collection[str], probe: GuardExpression) -> None:
+def read_live(walk: Walk, path: str, module: nn.Module, written: Collection[str], guard: GuardExpression) -> None:
     """The attributes of ``module`` but those ``written`` by it, and what its Parameters are."""
     held = module.__dict__
     for name in walk.mentioned(held):
         if name not in written and name not in _FOLLOWED and not isinstance(held[name], _READ):
-            walk.link(probe, held, name, held[name], f"{path}.{name}")
+            walk.link(guard, held, name, held[name], f"{path}.{name}")
     users = not foreign(type(module).__module__)
     if users:
-        probe.keys(held)
+        guard.keys(held)
     for owner in type(module).__mro__ if users else ():
         table = owner.__dict__ if not foreign(owner.__module__) else {}
         for name in walk.mentioned(table):
             if name not in _FOLLOWED:
-                walk.link(walk.probe, table, name, table[name], f"{owner.__qualname__}.{name}")
+                walk.link(walk.guard, table, name, table[name], f"{owner.__qualname__}.{name}")
     any_of_them = {"parameters", "dtype"} <= walk.names
     for table in (module._parameters, module._buffers):
         for name in table if any_of_them else walk.mentioned(table):
-            _tensor(walk, probe, table, name, f"{path}.{name}")
+            _tensor(walk, guard, table, name, f"{path}.{name}")
 
 
-def _tensor(walk: Walk, probe: GuardExpression, table: dict[str, Any], name: str, place: str) -> None:
+def _tensor(walk: Walk, guard: GuardExpression, table: dict[str, Any], name: str, place: str) -> None:
     """Whether there is a Parameter or buffer, and of which dtype."""
     tensor = table[name]
     if tensor is None:
-        probe.item(table, name, None)
+        guard.item(table, name, None)
         walk.note(place, "Parameter", "absent")
     else:
-        probe.add("{0}[{1}].dtype is {2}", table, name, tensor.dtype)
+        guard.add("{0}[{1}].dtype is {2}", table, name, tensor.dtype)
         walk.note(f"{place}.dtype", "dtype", str(tensor.dtype))

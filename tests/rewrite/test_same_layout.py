@@ -242,7 +242,7 @@ def test_an_expert_that_is_not_what_was_verified_is_never_known():
             raise Stale("another expert")
 
     root, refs = listed()
-    bank = LiveExpertWeights(root, refs, ("oi", "oi"), changed, arm=lambda probe: None)
+    bank = LiveExpertWeights(root, refs, ("oi", "oi"), changed, arm=lambda guard: None)
     assert bank.remembered(E) is None
     with pytest.raises(Stale, match="another expert"):
         experts(torch.ones(2, H), CALLS["every"], torch.ones(2, E), bank, SPEC)

@@ -69,7 +69,7 @@ def load_onnx_bundle(
         device: where it shall run, like ``"cuda"`` or a provider's name; None means what it was built for. A bundle
             that was built and not executed runs its CPU fallback graph on ``"cpu"``; where what it was built for is not
             there, None gives an engine that says so when it is called.
-        replay: run the golden inputs too; :func:`verify_onnx_bundle` does so itself.
+        replay: run the golden inputs too; ``moeopt.verify`` runs them itself.
         session_options: an ``onnxruntime.SessionOptions``.
         limits: what the self-test and the golden runs may take.
         resident: whether :meth:`OnnxEngine.keep_resident` will be asked of it, which is refused before the graph is
