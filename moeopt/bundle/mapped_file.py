@@ -10,13 +10,13 @@ import contextlib
 import ctypes
 import mmap
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from moeopt.errors import UsageError
+from moeopt.patches import no_warnings
 from moeopt.sizes import in_words
 
 
@@ -77,8 +77,7 @@ class MappedFile:
     def _tensor(self, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
         if not count:
             return torch.empty(0, dtype=dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*not writable.*")
+        with no_warnings():  # the mapping is read-only, and nothing writes to these tensors
             return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset)
 
 

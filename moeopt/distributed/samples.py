@@ -7,7 +7,6 @@ hidden, K chosen per token, E experts, D width of the result.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,11 +18,12 @@ from moeopt.capture.tape import clone_inputs
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.distributed.agreement import digest_of_expert
 from moeopt.distributed.install import ExpertOp
-from moeopt.errors import StaleModelWarning, UsageError
+from moeopt.errors import UsageError
 from moeopt.ops.experts import experts
 from moeopt.ops.override import override_experts_impl
 from moeopt.ops.reference import dtypes
 from moeopt.rewrite.install import RewrittenForward
+from moeopt.rewrite.silent_refusals import silent_refusals
 from moeopt.value_types import PyObject
 
 MOST = 32
@@ -159,8 +159,7 @@ def _split(op: ExpertOp, x: Tensor, width: int) -> tuple[tuple[Tensor, Tensor], 
         return x.new_zeros(len(x), width, dtype=dtypes(x, spec)[2])
 
     call: Callable[[Tensor], PyObject] = op.module
-    with torch.no_grad(), override_experts_impl(only_route), warnings.catch_warnings():
-        warnings.simplefilter("ignore", StaleModelWarning)  # a block that takes no other shapes runs its own code
+    with torch.no_grad(), override_experts_impl(only_route), silent_refusals(op.module):
         for part in parts:
             try:
                 call(part)

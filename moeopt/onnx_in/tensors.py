@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from moeopt.errors import Declined
 from moeopt.onnx_in.dtypes import torch_dtype
+from moeopt.patches import no_warnings
 from moeopt.value_types import OnnxNode, OnnxValue, PyObject
 
 
@@ -60,7 +59,6 @@ def tensor_of(value: OnnxValue, where: str) -> Tensor:
     array = _mapped(value) if isinstance(value, ir.ExternalTensor) and value.dtype.bitwidth >= 8 else value.numpy()
     if dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
         array = array.view("int16" if dtype == torch.bfloat16 else "uint8")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # mapped bytes are read-only, and nothing writes to a constant
+    with no_warnings():  # mapped bytes are read-only, and nothing writes to a constant
         found = torch.from_numpy(array)
     return found if found.dtype == dtype else found.view(dtype)

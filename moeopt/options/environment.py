@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,18 +135,28 @@ def passes_to_print() -> bool | tuple[str, ...]:
         return names_in(text)
 
 
+_VARIABLES, _SET = threading.Lock(), dict[str, tuple[int, "str | None"]]()
+"""The lock of the variables that are set, and by name how many callers are inside and the value before."""
+
+
 @contextlib.contextmanager
 def variable_set(name: str, value: str) -> Iterator[None]:
-    """While open, a variable of the environment that another library reads has ``value``."""
-    before = os.environ.get(name)
-    os.environ[name] = value
+    """While a caller is inside, a variable that another library reads has ``value``; the last one out restores it."""
+    with _VARIABLES:
+        inside, before = _SET.get(name, (0, os.environ.get(name)))
+        _SET[name] = inside + 1, before
+        os.environ[name] = value
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
+        with _VARIABLES:
+            inside, before = _SET.pop(name)
+            if inside > 1:
+                _SET[name] = inside - 1, before
+            elif before is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = before
 
 
 def variables_beginning(beginnings: tuple[str, ...]) -> dict[str, str]:

@@ -4,6 +4,7 @@ A patch is counted and locked: in force while a caller is inside, taken back by 
 
     file          patch                    what is changed, and for whom
     collector     fewer_collections        the collector's threshold, all threads
+    collector     no_collections           the collector off, all threads
     tracing       module_calls             nn.Module.__call__, one thread at a time
     tracing       size_questions           SymNode.bool_ and guard_int, the caller's thread
     tracing       size_answers             SymNode.bool_, the caller's thread
@@ -30,6 +31,7 @@ A patch is counted and locked: in force while a caller is inside, taken back by 
     recurrent     recurrent_inputs_of_any_dtype
                                            nn.RNNBase.check_input, the caller's thread
     output        no_fake_tensor_errors    the logger of fake tensors, all threads
+    output        no_warnings              warnings, the caller's thread
     output        quiet                    standard output and warnings, the caller's thread; loggers, all threads
 
 Two more are built on :class:`Patch` beside the reasons for them: ``lower``'s exact rules of onnxscript, and the
@@ -40,6 +42,7 @@ Here a reader sees which private names of torch, onnxscript and transformers moe
 
 from moeopt.patches.attention import sdpa_of as sdpa_of
 from moeopt.patches.collector import fewer_collections as fewer_collections
+from moeopt.patches.collector import no_collections as no_collections
 from moeopt.patches.contiguity import untraced_contiguity as untraced_contiguity
 from moeopt.patches.decomposition import composites_listed_once as composites_listed_once
 from moeopt.patches.decomposition import kernels_entered_plainly as kernels_entered_plainly
@@ -53,6 +56,7 @@ from moeopt.patches.onnx_export import promotion_from_known_values as promotion_
 from moeopt.patches.onnx_export import quicker_export as quicker_export
 from moeopt.patches.onnx_export import rules_by_their_last_op as rules_by_their_last_op
 from moeopt.patches.output import no_fake_tensor_errors as no_fake_tensor_errors
+from moeopt.patches.output import no_warnings as no_warnings
 from moeopt.patches.output import quiet as quiet
 from moeopt.patches.patch import InForce as InForce
 from moeopt.patches.patch import Patch as Patch

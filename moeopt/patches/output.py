@@ -21,14 +21,17 @@ _LOUD = (
     "onnx_ir",
     "transformers",
 )
-_hushed = Mine()
+_hushed, _unwarned = Mine(), Mine()
 
 
-class _IfHushed:
-    """Stands for a pattern of ``warnings.filters``: matches any text in threads that are inside ``quiet``."""
+class _IfInside:
+    """Stands for a pattern of ``warnings.filters``: matches any text in threads that hold a value of ``threads``."""
+
+    def __init__(self, threads: Mine) -> None:
+        self._threads = threads
 
     def match(self, text: str) -> bool:
-        return _hushed.top is not None
+        return self._threads.top is not None
 
 
 class _Output:
@@ -65,14 +68,23 @@ def _hush() -> Undo:
     levels_back = _set_levels(_LOUD, logging.ERROR)
     stream, output = sys.stdout, _Output(sys.stdout)
     sys.stdout = output
-    entry: PyObject = ("ignore", _IfHushed(), Warning, None, 0)
-    warnings.filters.insert(0, entry)  # type: ignore[attr-defined]
-    _filters_changed()
+    filter_back = _ignore(_hushed)
 
     def undo() -> None:
         levels_back()
         if sys.stdout is output:
             sys.stdout = stream
+        filter_back()
+
+    return undo
+
+
+def _ignore(threads: Mine) -> Undo:
+    entry: PyObject = ("ignore", _IfInside(threads), Warning, None, 0)
+    warnings.filters.insert(0, entry)  # type: ignore[attr-defined]
+    _filters_changed()
+
+    def undo() -> None:
         with contextlib.suppress(ValueError):  # gone with a ``catch_warnings`` that was left meanwhile
             warnings.filters.remove(entry)  # type: ignore[attr-defined]
         _filters_changed()
@@ -86,7 +98,14 @@ def _filters_changed() -> None:
     warnings.filters.pop(0)  # type: ignore[attr-defined]
 
 
-_quieted = Patch(_hush)
+_quieted, _ignoring = Patch(_hush), Patch(lambda: _ignore(_unwarned))
+
+
+@contextlib.contextmanager
+def no_warnings() -> Iterator[None]:
+    """Ignore the caller's warnings: ``warnings.catch_warnings`` leaves filters behind where threads overlap."""
+    with _ignoring(), _unwarned.holding(True):
+        yield
 
 
 @contextlib.contextmanager

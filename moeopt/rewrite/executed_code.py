@@ -8,7 +8,6 @@ configuration that no executed code names cannot change the result, and is not w
 from __future__ import annotations
 
 import contextlib
-import gc
 import sys
 import types
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from moeopt.capture.held_contents import foreign
+from moeopt.patches import no_collections
 from moeopt.rewrite.asked_outside import AskedOutside
 from moeopt.rewrite.bytecode import digest, names_in
 from moeopt.value_types import FxArg, PyObject
@@ -142,16 +142,13 @@ def _names_of_all(codes: dict[types.CodeType, dict[str, Any]], outside: AskedOut
 def observing(kept: list[nn.Module]) -> Iterator[CodeObserver]:
     """Collect the code that this thread runs; an active profiler is suspended meanwhile."""
     observer, before = CodeObserver({id(m) for m in kept}), sys.getprofile()
-    collecting = gc.isenabled()
-    gc.disable()  # what a collection calls back is not the block's code
-    sys.setprofile(observer)
-    try:
-        yield observer
-    finally:
-        sys.setprofile(None)
-        if collecting:
-            gc.enable()
-        if callable(before):
-            sys.setprofile(before)
-        elif before is not None:  # the profiler object of cProfile, which switches itself on
-            before.enable()
+    with no_collections():  # finalizers that a collection runs are not the block's code
+        sys.setprofile(observer)
+        try:
+            yield observer
+        finally:
+            sys.setprofile(None)
+            if callable(before):
+                sys.setprofile(before)
+            elif before is not None:  # the profiler object of cProfile, which switches itself on
+                before.enable()

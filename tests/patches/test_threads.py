@@ -2,9 +2,12 @@
 
 import gc
 import logging
+import os
+import re
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +17,15 @@ from torch.fx.experimental.sym_node import SymNode
 
 import moeopt
 from moeopt import patches
+from moeopt.options import variable_set
 from moeopt.patches import output
 
 
 def state():
     """What moeopt changes in the process, as it stands."""
     found = {
-        "gc": gc.get_threshold(),
+        "gc": (gc.get_threshold(), gc.isenabled()),
+        "environment": dict(os.environ),
         "call": vars(nn.Module)["__call__"],
         "to": vars(nn.Module)["to"],
         "bool_": vars(SymNode)["bool_"],
@@ -49,6 +54,9 @@ def attend(theirs, *args, **options):
 
 EVERY = {
     "fewer_collections": patches.fewer_collections,
+    "no_collections": patches.no_collections,
+    "no_warnings": patches.no_warnings,
+    "variable_set": lambda: variable_set("MOEOPT_OF_NOBODY", "1"),
     "module_calls": lambda: patches.module_calls(lambda run, module, args, kwargs: run(module, *args, **kwargs)),
     "size_questions": lambda: patches.size_questions(lambda node, answer, frame: None),
     "size_answers": lambda: patches.size_answers(lambda node: None),
@@ -82,6 +90,22 @@ def test_the_first_to_come_may_be_the_first_to_leave(name):
     assert state() == inside  # the second caller still has it
     second.__exit__(None, None, None)
     assert state() == before
+
+
+_OF_THE_PROCESS = (
+    r"catch_warnings|filterwarnings|simplefilter|gc\.(?:disable|set_threshold)|sys\.std\w+ = |os\.environ\[.*\] = "
+)
+
+
+def test_the_process_is_changed_in_patches_alone():
+    """``warnings.catch_warnings`` and the like restore what they found, so two threads leave a change behind."""
+    home = Path(moeopt.__file__).parent
+    changed = {
+        str(path.relative_to(home))
+        for path in home.rglob("*.py")
+        if re.search(_OF_THE_PROCESS, path.read_text()) and "patches" not in path.parts
+    }
+    assert changed == {"options/environment.py"}  # counted as well: variable_set, above
 
 
 def test_what_the_user_sets_meanwhile_stays():
