@@ -138,10 +138,11 @@ def test_only_the_callers_thread_is_hushed(capsys):
     assert heard == ["stale"]
 
 
-def test_a_warning_inside_quiet_is_no_error_where_warnings_are_errors():
+@pytest.mark.parametrize("patch", [patches.quiet, patches.no_warnings])
+def test_a_warning_inside_is_no_error_where_warnings_are_errors(patch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with patches.quiet():
+        with patch():
             warnings.warn("of the exporter", stacklevel=1)
         with pytest.raises(UserWarning):
             warnings.warn("of the user", stacklevel=1)
