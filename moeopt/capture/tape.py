@@ -46,6 +46,8 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], way_o
         name = type(module).__name__
         if way_out is _MADE and getattr(module, "of_a_file", False):
             name, way_out = "its graph", _MADE_FOR_A_FILE
+        elif way_out is _MADE and str(err).startswith("Guard failed:"):  # by which torch.export fixes a size
+            way_out = _MADE_FOR_A_PROGRAM
         raise CaptureError(f"{name} raised {in_short(err)}{way_out}{hint}", raising_line(err.__traceback__)) from err
 
 
@@ -58,6 +60,10 @@ _MADE_FOR_A_FILE = (
     ", on inputs that moeopt made like the example's, without which nothing can be checked: the graph holds sizes or "
     "values of the call that it was exported with, or takes inputs that belong together; export it with free sizes, or "
     "optimise the PyTorch model"
+)
+_MADE_FOR_A_PROGRAM = (
+    ", on inputs that moeopt made like the example's, without which nothing can be checked: the program was exported "
+    "for one size; export it with dynamic_shapes for the sizes that vary, or optimise the model that it was exported of"
 )
 
 

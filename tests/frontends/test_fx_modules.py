@@ -132,6 +132,13 @@ def test_a_model_that_no_graph_can_hold_is_one_call_and_says_why():
     ]
 
 
+def test_a_program_of_one_size_says_how_to_export_it():
+    _, records = passes.run(torch.export.export(seeded(Dense), (X,)), X, verify="off")
+    reason = next(r.reason for r in records)
+    assert "Guard failed: x.size()[0] == 6, on inputs that moeopt made like the example's" in reason
+    assert "the program was exported for one size; export it with dynamic_shapes for the sizes that vary" in reason
+
+
 def test_keywords_stay_keywords():
     result, _ = passes.run(seeded(Layers), {"x": X, "scale": torch.tensor(2.0)})
     close(result(x=X, scale=torch.tensor(2.0)), seeded(Layers)(X, torch.tensor(2.0)))
