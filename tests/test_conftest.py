@@ -31,7 +31,10 @@ def test_of_a_sampled_test_each_nth_case_is_for_every_day_and_no_other_test_lose
 def test_a_lesser_cpu_takes_each_value_of_each_parameter_once_and_each_case_of_a_list():
     night = pytest.mark.nightly
     items = [item(f"a.py::test_a[{x}-{y}-{z}]") for x in "abc" for y in "de" for z in "fgh"]
-    items += [item(f"a.py::test_b[{n}]") for n in range(4)] + [item("a.py::test_c[a-d]", night), item("a.py::test_c[a-e]")]
+    items += [item(f"a.py::test_b[{n}]") for n in range(4)] + [
+        item("a.py::test_c[a-d]", night),
+        item("a.py::test_c[a-e]"),
+    ]
     pytest_collection_modifyitems(items)
     left = [one.nodeid.partition("::test_")[2] for one in items if pytest.mark.one_isa not in one.held]
     assert left[:6] == ["a[a-d-f]", "a[a-d-g]", "a[a-d-h]", "a[a-e-f]", "a[b-d-f]", "a[c-d-f]"]

@@ -1,10 +1,11 @@
 import copy
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
+
+from tests import children
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -275,7 +276,7 @@ try:
 except UsageError as err:
     print(err)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    out = children.run([sys.executable, "-c", code], check=True).stdout.splitlines()
     with torch.no_grad():
         want = pair[0](torch.tensor([[5, 6, 7, 8]])).logits[0, -1].argmax().item()
     assert out == [str(want), "generate needs transformers: pip install 'moeopt[transformers]'"]

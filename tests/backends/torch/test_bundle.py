@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import json
-import subprocess
 import sys
 
 import pytest
@@ -17,6 +16,7 @@ from moeopt.bundle.fingerprint import fingerprint
 from moeopt.errors import BundleError, NotSaveableError, UsageError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.experts import experts
+from tests import children
 from tests.backends.torch.toys import DYNAMIC, REPORT, Certificate, E, H, I, K, Stacked, Toy, build, export, rows, save
 
 
@@ -180,7 +180,7 @@ def test_a_fresh_process_gives_the_same_bits(tmp_path):
         f"check = verify_torch_bundle({str(directory)!r}); "
         "print(check.passed, check.runs)"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = children.run([sys.executable, "-c", code], check=True)
     assert out.stdout.split() == ["True", "1"]
 
 
