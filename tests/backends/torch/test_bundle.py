@@ -455,7 +455,9 @@ def test_calls_that_do_not_fit(toy, args, kwargs, text):
 
 def test_a_device_that_is_not_there(tmp_path):
     directory = save(tmp_path / "b")
-    with pytest.raises(UsageError, match="this machine has no device 'xpu:3'"):
+    with pytest.raises(
+        UsageError, match="this machine has no device 'xpu:3': name another device, like device='cpu', or none"
+    ):
         load_torch_bundle(directory, "xpu:3")
 
 
