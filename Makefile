@@ -43,7 +43,8 @@ PYTEST := -m pytest -q -p no:cacheprovider -n $(JOBS) --dist worksteal --duratio
 ISA ?= avx2
 LESSER_CPU := ATEN_CPU_CAPABILITY=$(ISA) ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 # What such a CPU may change: kernels, verdicts with budgets, bit-for-bit claims, bundles, engines. Of these, a test that
-# asks nothing of the CPU, or is one more of a kind, is marked one_isa. ALL=1 runs the whole suite, marked or not.
+# asks nothing of the CPU, or is one more of a kind, is marked one_isa; so is, of a test with several parameters, each
+# case whose values were all in another one (tests/conftest.py). ALL=1 runs the whole suite, marked or not.
 ISA_TESTS := $(wildcard tests/ops/test_*.py) tests/ops/native tests/verification tests/backends/torch \
 	$(wildcard tests/backends/test_*.py tests/backends/onnxrt/test_*.py) tests/backends/onnxrt/lowerings \
 	$(foreach of,same_layout bindings block_graph check equal_rows install known_codes known_entries live_weights \

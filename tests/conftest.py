@@ -25,15 +25,27 @@ if not torch.cuda.is_available():
 
 @pytest.hookimpl(tryfirst=True)  # before tests are left out by their marks
 def pytest_collection_modifyitems(items):
-    """All but each n-th case of a test that is marked ``sample(n)`` are nightly ones."""
+    """All but each n-th case of a test that is marked ``sample(n)`` are nightly ones; what one_isa says of the rest.
+
+    A test with several parameters has a case for each combination of their values. On a lesser CPU each value is in one
+    case at least: in the first that has it, beside the first values of the other parameters.
+    """
     met: dict[str, int] = {}
+    seen: dict[str, set[tuple[int, str]]] = {}
     for item in items:
+        test = item.nodeid.partition("[")[0]
         mark = item.get_closest_marker("sample")
         if mark is not None:
-            test = item.nodeid.partition("[")[0]
             at = met[test] = met.get(test, -1) + 1
             if at % mark.args[0]:
                 item.add_marker(pytest.mark.nightly)
+        if item.get_closest_marker("nightly") is None:
+            # one name for each ``parametrize`` and each fixture with parameters; absent in another version of pytest
+            values = set(enumerate(getattr(getattr(item, "callspec", None), "_idlist", [item.nodeid])))
+            before = seen.setdefault(test, set())
+            if values <= before:
+                item.add_marker(pytest.mark.one_isa)
+            before |= values
 
 
 _modules = 0

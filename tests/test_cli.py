@@ -14,6 +14,7 @@ from moeopt import __version__
 from moeopt.cli import main
 from moeopt.errors import BundleError, NativeKernelWarning, NotEquivalentError, UsageError
 from moeopt.report import BlockReport, Report
+from tests import children
 from tests.backends.torch.toys import H, save
 
 REPORT = Report((BlockReport("0", "moe", "rewritten", experts=4, lowering="moeopt::experts"),), model="Toy")
@@ -320,7 +321,7 @@ def test_info_of_a_damaged_bundle(capsys, tmp_path):
 
 
 def test_python_dash_m():
-    out = subprocess.run([sys.executable, "-m", "moeopt", "info", "--json"], capture_output=True, text=True, check=True)
+    out = children.run([sys.executable, "-m", "moeopt", "info", "--json"], check=True)
     assert json.loads(out.stdout)["torch"] == torch.__version__
 
 

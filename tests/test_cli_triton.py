@@ -1,10 +1,11 @@
 """`moeopt triton`: the layout and the configuration of Triton Inference Server, read by its own protobuf."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
+
+from tests import children
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -23,7 +24,7 @@ def bundle(tmp_path_factory):
 
 def test_the_command_writes_what_the_server_reads(bundle, tmp_path):
     run = [sys.executable, "-m", "moeopt", "triton", bundle, tmp_path / "repository"]
-    done = subprocess.run(run, capture_output=True, text=True)
+    done = children.run(run)
     assert done.returncode == 0, done.stderr
     model = tmp_path / "repository" / "moe"
     assert done.stdout == f"saved: {model}\n"

@@ -17,13 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import children
+
 pytest.importorskip("onnxruntime", reason="the engine examples need onnxruntime")
 ROOT = Path(__file__).parents[1]
 
 
 def run(*command: str) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = children.run([sys.executable, *command], cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 

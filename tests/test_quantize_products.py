@@ -1,7 +1,6 @@
 """Products outside of MoE blocks in few bits, in an engine: told apart, judged, gated, saved, and never the router."""
 
 import json
-import subprocess
 import sys
 from os import environ
 
@@ -14,6 +13,7 @@ from moeopt import QuantPlan
 from moeopt.cli import main
 from moeopt.errors import UsageError
 from moeopt.verification.certificate import Certificate
+from tests import children
 from tests.toy_moe import Block, Expert, H
 from tests.trained_lm import load, text
 
@@ -441,6 +441,6 @@ def test_a_language_model_in_few_bits_generates_from_its_bundle_in_another_proce
         f"print(json.dumps(engine.generate(ids, **{words}).tolist()))\n"
     )
     environment = dict(environ) | {"ORT_QMOE_CPU_QNBIT_GEMM": "int8", "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    ran = children.run([sys.executable, "-c", code], env=environment)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout.splitlines()[-1]) == tokens.tolist()

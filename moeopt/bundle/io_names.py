@@ -134,6 +134,19 @@ class _SizeNames(dict[str, str]):
         return name
 
 
+def called(inputs: list[dict[str, Any]], bounds: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """``inputs`` of a bundle's signature, and the bounds of their free sizes, with a name for each that has none."""
+    stated = {size for entry in inputs for size in entry.get("shape", ()) if isinstance(size, str)}
+    names = _SizeNames({size for size in stated if not _MADE_UP.fullmatch(size)})
+    told = []
+    for entry in inputs:
+        end = str(entry.get("onnx", entry.get("name", "")))
+        sizes = enumerate(entry.get("shape", ()))
+        shape = [names.give(size, end, axis) if isinstance(size, str) else size for axis, size in sizes]
+        told.append({**entry, "shape": shape} if "shape" in entry else entry)
+    return told, {names.get(size, size): of for size, of in bounds.items()}
+
+
 def _words(value: PyObject) -> list[str | None]:
     """Of each size of a value: its name, None for a number or an expression."""
     words = [getattr(dim, "value", dim) for dim in value.shape or ()]

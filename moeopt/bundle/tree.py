@@ -23,6 +23,7 @@ import torch.utils._pytree as pytree
 from moeopt.bundle import caches
 from moeopt.errors import BundleError, UsageError
 from moeopt.value_types import PyObject
+from moeopt.verification.fields import Fields, names_in
 
 LEAF = "*"
 _MODEL_OUTPUT = re.compile(r"transformers\.(modeling_outputs|models\.\w+\.modeling_\w+):\w+")
@@ -30,16 +31,6 @@ _MODEL_OUTPUT = re.compile(r"transformers\.(modeling_outputs|models\.\w+\.modeli
 
 _met: dict[tuple[str, tuple[str, ...]], weakref.WeakSet[Any]] = {}
 """The named tuple classes of results that were encoded in this process, by name and fields."""
-
-
-class Fields(dict[str, Any]):
-    """A result whose class the bundle does not import: read its fields as keys or as attributes."""
-
-    def __getattr__(self, name: str) -> PyObject:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"the result has no field {name!r}; it has {', '.join(self)}") from None
 
 
 def encode_tree(spec: pytree.TreeSpec) -> PyObject:
@@ -54,7 +45,7 @@ def encode_tree(spec: pytree.TreeSpec) -> PyObject:
     if (cls := _named_tuple_class(spec)) is not None:
         _met.setdefault((cls.__name__, cls._fields), weakref.WeakSet()).add(cls)
         return {"type": "namedtuple", "name": cls.__name__, "keys": list(cls._fields), "items": items}
-    fields = _fields_of(kind, spec.context, len(items))
+    fields = names_in(spec.context, len(items))
     if fields is None:
         raise TypeError(f"a {kind.__module__}.{kind.__qualname__} (not a tuple, list, dict or class with named fields)")
     tree = {"type": "fields", "name": f"{kind.__module__}:{kind.__qualname__}", "keys": fields, "items": items}
@@ -64,7 +55,7 @@ def encode_tree(spec: pytree.TreeSpec) -> PyObject:
 def field_names(spec: pytree.TreeSpec) -> list[str] | None:
     """The names of the parts of a named tuple or of a registered class with fields; None for any other structure."""
     cls = _named_tuple_class(spec)
-    return list(cls._fields) if cls is not None else _fields_of(spec.type, spec.context, len(spec.children()))
+    return list(cls._fields) if cls is not None else names_in(spec.context, len(spec.children()))
 
 
 def _named_tuple_class(spec: pytree.TreeSpec) -> PyObject:
@@ -90,7 +81,7 @@ def build(tree: PyObject, leaves: Iterator[Any]) -> PyObject:
     if tree["name"] == caches.NAME and "layers" in pairs:
         return caches.rebuilt(pairs["layers"])
     cls = _model_output(tree["name"])
-    return Fields(pairs) if cls is None else cls(**pairs)
+    return Fields.of(tree["name"].rpartition(":")[2], pairs) if cls is None else cls(**pairs)
 
 
 def flatten(tree: PyObject, value: PyObject, where: str) -> Iterator[tuple[str, Any]]:
@@ -151,15 +142,6 @@ def _names(keys: list[Any], kind: type) -> list[Any]:
         if not isinstance(key, (str, int)):
             raise TypeError(f"a {kind.__name__} with the key {key!r} (only strings and integers can be keys)")
     return keys
-
-
-def _fields_of(kind: PyObject, context: PyObject, count: int) -> list[str] | None:
-    """The names of the children of a registered class, read off its pytree context."""
-    candidates = [context, *(context if isinstance(context, (tuple, list)) else ())]
-    for names in candidates:
-        if isinstance(names, (tuple, list)) and len(names) == count and all(isinstance(n, str) for n in names):
-            return list(names)
-    return None
 
 
 def _absent_of(context: PyObject, fields: list[str]) -> list[str]:

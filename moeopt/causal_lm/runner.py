@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moeopt.cache_names import NAMES, field_named, under_one_name
 from moeopt.causal_lm.cache import past_length, read_cache, write_cache
+from moeopt.causal_lm.no_ids import check_prompt, checked_ids
 from moeopt.errors import UsageError
 from moeopt.value_types import PyObject
 
@@ -157,8 +158,9 @@ class CausalLM:
         """``GenerationMixin.generate``: greedy, sampling, beams, streamers, stopping criteria and the rest.
 
         Raises:
-            UsageError: transformers is not installed.
+            UsageError: transformers is not installed, or the prompt is no ids.
         """
+        check_prompt(args, kwargs)
         return self._generator().generate(*args, **kwargs)
 
     def _generator(self) -> PyObject:
@@ -182,9 +184,7 @@ class CausalLM:
             takes = ", ".join(sorted(TAKEN.intersection(self.signature["parameters"])))
             unknown = f"the engine was exported without it; {_ORIGINAL}, or leave it out: the engine takes {takes}"
             raise UsageError(f"{name}: {REFUSED.get(name, unknown)}")
-        ids = given.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
-            raise UsageError("input_ids must be a tensor (rows, tokens) with at least one token")
+        ids = checked_ids(given.get("input_ids"))
         if ids.dtype not in (torch.int64, torch.int32):
             raise UsageError(f"input_ids must be int64 or int32, not {str(ids.dtype).removeprefix('torch.')}")
         least, most = int(ids.min()), int(ids.max())

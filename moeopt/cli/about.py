@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from moeopt.bundle.io_names import called
 from moeopt.bundle.manifest import read_manifest
 from moeopt.untrusted import cleaned, shown_line
 from moeopt.value_types import PyObject
@@ -43,6 +44,7 @@ def bundle_facts(directory: Path) -> dict[str, Any]:
     data = cleaned(manifest.data)
     blocks = [f"{b['name']}: {b['status']}, {b.get('lowering') or b.get('reason', '')}" for b in data.get("blocks", [])]
     signature = data.get("signature") or {}
+    inputs, sizes = called(signature.get("inputs", []), data.get("dynamic", {}))
     return {
         "bundle": str(directory),
         "backend": data["backend"],
@@ -52,8 +54,8 @@ def bundle_facts(directory: Path) -> dict[str, Any]:
             f"{k} {v}" for k, v in {**data.get("versions", {}), **data.get("runtimes", {})}.items()
         ),
         "takes": signature.get("parameters", []),
-        "inputs": [_format_input(entry) for entry in signature.get("inputs", [])],
-        "sizes": data.get("dynamic", {}),
+        "inputs": [_format_input(entry) for entry in inputs],
+        "sizes": sizes,
         **({"holds where": data["holds"]} if data.get("holds") else {}),
         "blocks": blocks,
         "golden runs": (data.get("golden") or {}).get("runs", 0),

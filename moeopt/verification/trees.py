@@ -2,7 +2,8 @@
 
 ``pytree`` opens the containers it knows; a dataclass or a plain object is opened by its attributes, so
 that a loss in a dataclass or a key in a cache is compared like any other output. Two named tuples have one
-structure where their class names and fields are equal: an engine may know no more of the class than these.
+structure where their class names and fields are equal, and so have two results of registered data classes: an engine
+may know no more of the class than these.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from moeopt.value_types import PyObject
+from moeopt.verification.fields import by_name, is_result_class
 
 _SCALAR: tuple[type, ...] = (
     type(None),
@@ -42,15 +44,21 @@ def _opened(tree: PyObject, above: frozenset[int]) -> PyObject:
 
 
 def _is_named(value: PyObject) -> bool:
-    return isinstance(value, tuple) and pytree.is_namedtuple_class(type(value))
+    return (isinstance(value, tuple) and pytree.is_namedtuple_class(type(value))) or is_result_class(value)
+
+
+def _named(value: PyObject) -> tuple[str, dict[str, Any]] | None:
+    """The class and the fields of what :func:`_is_named`."""
+    if pytree.is_namedtuple_class(type(value)):
+        return type(value).__name__, dict(zip(value._fields, value, strict=True))
+    return by_name(value)
 
 
 def _open_leaf(leaf: PyObject, above: frozenset[int]) -> PyObject:
     if isinstance(leaf, (Tensor, *_SCALAR)) or callable(leaf) or id(leaf) in above:
         return leaf
-    if _is_named(leaf):
-        fields = {name: _opened(part, above) for name, part in zip(leaf._fields, leaf, strict=True)}
-        return {f"{type(leaf).__name__} by name": fields}
+    if _is_named(leaf) and (named := _named(leaf)) is not None:
+        return {f"{named[0]} by name": {name: _opened(part, above) for name, part in named[1].items()}}
     if dataclasses.is_dataclass(leaf):
         inside: PyObject = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
     elif hasattr(leaf, "__dict__"):

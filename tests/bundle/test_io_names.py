@@ -2,7 +2,7 @@
 
 import pytest
 
-from moeopt.bundle.io_names import name_ends
+from moeopt.bundle.io_names import called, name_ends
 
 ir = pytest.importorskip("onnx_ir")
 
@@ -64,3 +64,18 @@ def test_no_two_sizes_have_one_name():
     assert list(shapes(graph).values()) == [
         ["a_0_0", "a_0_1"], ["a_0", 4, 4], ["batch"], ["pixel_values_0"], [1, "a_0_1_"], ["a_0_1_"],
     ]  # fmt: skip
+
+
+def test_sizes_that_nobody_named_are_called_where_they_are_read():
+    inputs = [
+        {"name": "input_ids", "dtype": "int64", "shape": ["s72", "s53"]},
+        {"name": "mask", "dtype": "int64", "shape": ["s43", "s53", 2, None]},
+        {"name": "use_cache", "constant": False},
+        {"name": "y", "dtype": "int64", "shape": ["mine"]},
+    ]
+    told, bounds = called(inputs, {"s72": [0, None], "s43": [1, 8], "mine": [2, None]})
+    assert [entry.get("shape") for entry in told] == [
+        ["batch", "sequence"], ["mask_0", "sequence", 2, None], None, ["mine"],
+    ]  # fmt: skip
+    assert bounds == {"batch": [0, None], "mask_0": [1, 8], "mine": [2, None]}
+    assert inputs[0]["shape"] == ["s72", "s53"]

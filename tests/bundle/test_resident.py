@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,11 +23,11 @@ from moeopt.bundle.resident import ResidentExperts
 from moeopt.errors import UsageError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.limits import as_bytes
+from tests import children
 
 if not hasattr(os, "posix_fadvise") or not Path("/proc/self/maps").exists():
     pytest.skip("this system is not asked to drop pages of files", allow_module_level=True)
 
-ROOT = Path(__file__).parents[2]
 E, H, I = 16, 128, 256  # noqa: E741  an expert has 384 kB, its pages are its own
 EXPERT = 3 * H * I * 4
 
@@ -116,10 +115,7 @@ print(json.dumps({"measured": measured, "said": str(found), "hit": found.hit_rat
 def test_with_half_of_the_experts_in_memory_the_results_are_the_same_bits(bundle):
     """In a process of its own: RLIMIT_DATA bounds its anonymous memory, mincore tells which pages are in memory."""
     half = E * EXPERT  # of two layers
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(bundle), str(half), str(200_000_000)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = children.run([sys.executable, "-c", CHILD, str(bundle), str(half), str(200_000_000)])
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     edges = 2 * E * 3 * 4096  # a page that two experts share stays

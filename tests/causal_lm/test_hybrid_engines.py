@@ -3,11 +3,12 @@
 import copy
 import functools
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
+
+from tests import children
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -214,7 +215,7 @@ for tokens in ([5, 6, 7], [8], [9]):
     print(result.logits[0, -1].argmax().item())
 print([len(layer) for layer in cache])
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    out = children.run([sys.executable, "-c", code], check=True).stdout.splitlines()
     with torch.no_grad():
         want = original(torch.tensor([[5, 6, 7, 8, 9]])).logits[0].argmax(-1)[2:].tolist()
     assert out == [*map(str, want), "[2, 2]"]

@@ -1,10 +1,11 @@
 import copy
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
+
+from tests import children
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -229,6 +230,15 @@ def test_streams_and_stops(pair):
         ({"position_ids": torch.zeros(2, 5)}, "position_ids must be a tensor of whole numbers, not float32"),
         ({"position_ids": [0, 1, 2, 3, 4]}, "position_ids must be a tensor of whole numbers, not list"),
         ({"input_ids": None}, r"input_ids must be a tensor \(rows, tokens\)"),
+        (
+            {"input_ids": "w1 w2"},
+            r"not text: give what a tokenizer makes of it, \*\*tokenizer\(text, return_tensors='pt'\)",
+        ),
+        ({"input_ids": ["w1"]}, "with at least one token, not text: give what a tokenizer makes of it"),
+        ({"input_ids": {"input_ids": 1}}, "not a dict: give what is in it by name, with two asterisks before it"),
+        ({"input_ids": [[1, 2]]}, r"not a list: give torch.tensor\(...\) of it, or return_tensors='pt' to a tokenizer"),
+        ({"input_ids": torch.ones(3).long()}, r"one token, not \(3,\): give input_ids\[None\], one row"),
+        ({"input_ids": torch.ones(1, 0).long()}, r"with at least one token, not \(1, 0\)$"),
         ({"input_ids": torch.ones(2, 5)}, "input_ids must be int64 or int32, not float32"),
         ({"input_ids": torch.full((2, 5), -1)}, "input_ids holds -1, and the vocabulary has 0 to 63"),
         ({"input_ids": torch.full((2, 5), 64)}, "input_ids holds 64, and the vocabulary has 0 to 63"),
@@ -249,6 +259,20 @@ def test_refuses_with_the_way_out(pair, extra, text):
     call = {"input_ids": prompt(2, 5)["input_ids"], **extra}
     with pytest.raises(UsageError, match=text):
         pair[1](**call)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "text"),
+    [
+        (("w1 w2",), {}, "not text: give what a tokenizer makes of it"),
+        (({"input_ids": 1},), {}, "not a dict: give what is in it by name"),
+        ((), {"inputs": [[1, 2]]}, r"not a list: give torch.tensor\(...\) of it"),
+        ((), {"input_ids": torch.ones(3).long()}, r"give input_ids\[None\], one row"),
+    ],
+)
+def test_generate_is_given_ids(pair, args, kwargs, text):
+    with pytest.raises(UsageError, match=f"input_ids must be a tensor .*{text}"):
+        pair[1].generate(*args, **kwargs, **GREEDY)
 
 
 def test_refuses_arguments_by_position(pair):
@@ -275,7 +299,7 @@ try:
 except UsageError as err:
     print(err)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    out = children.run([sys.executable, "-c", code], check=True).stdout.splitlines()
     with torch.no_grad():
         want = pair[0](torch.tensor([[5, 6, 7, 8]])).logits[0, -1].argmax().item()
     assert out == [str(want), "generate needs transformers: pip install 'moeopt[transformers]'"]

@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from tests import children
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 if int(transformers.__version__.split(".")[0]) < 5:
@@ -16,7 +16,6 @@ if not hasattr(os, "fork"):
 
 from tests.checkpoint.families import write  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 POINTS = (
     "half a line of a weight", "a weight without its line", "half a line of a block", "before the first layer",
     "between two layers", "while the weights file is finished", "before the bundle is in place",
@@ -118,11 +117,8 @@ for number, point in enumerate(points):
 def killed(model, backend, folder, points):
     """For each point: how the killed run ended, what it left, how the same call ended then."""
     folder.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(model), backend, str(folder), json.dumps(points)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=300 * (1 + 2 * len(points)),
-    )  # fmt: skip
+    words = [sys.executable, "-c", CHILD, str(model), backend, str(folder), json.dumps(points)]
+    done = children.run(words, timeout=300 * (1 + 2 * len(points)))
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     for point, (first, _, second) in zip(points, lines, strict=True):

@@ -1,12 +1,12 @@
 """What a streamed run takes of its own memory does not grow with the model; watched in a process of its own."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import children
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 if int(transformers.__version__.split(".")[0]) < 5:
@@ -21,7 +21,6 @@ from moeopt.ir.weight_format import INT4_BLOCK32  # noqa: E402
 from moeopt.ops import quantize  # noqa: E402
 from tests.checkpoint.families import write  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 CHILD = """
 import json, sys, threading, time
 import moeopt, torch, transformers
@@ -66,10 +65,8 @@ def tiny(tmp_path_factory):
 
 
 def watched(model, out, tiny, limit=0, **fields):
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(model), str(out), str(tiny), str(limit), json.dumps(fields)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
+    words = [sys.executable, "-c", CHILD, str(model), str(out), str(tiny), str(limit), json.dumps(fields)]
+    done = children.run(words, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["passed"]
@@ -154,10 +151,7 @@ def test_inspecting_a_directory_reads_no_weight(tmp_path, tiny):
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + at)
-    done = subprocess.run(
-        [sys.executable, "-c", SPARSE, str(tmp_path), str(tiny)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = children.run([sys.executable, "-c", SPARSE, str(tmp_path), str(tiny)])
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["parameters"] * 4 > 19e9 and found["taken"] < 100_000_000

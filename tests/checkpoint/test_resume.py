@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from moeopt.checkpoint.load import _Slice
 from moeopt.checkpoint.stream import streamed
 from moeopt.errors import CaptureError, CheckpointError, UsageError
 from moeopt.options import Options
+from tests import children
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 if int(transformers.__version__.split(".")[0]) < 5:
@@ -25,7 +25,6 @@ if int(transformers.__version__.split(".")[0]) < 5:
 
 from tests.checkpoint.families import write  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
 CHILD = """
 import os, signal, sys
 import moeopt
@@ -51,10 +50,7 @@ def stopped(model):
     def at(line, out):
         if line not in made:
             first = model.parent / f"killed at {line}"
-            done = subprocess.run(
-                [sys.executable, "-c", CHILD, str(model), str(first), line],
-                env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-            )  # fmt: skip
+            done = children.run([sys.executable, "-c", CHILD, str(model), str(first), line])
             assert done.returncode == -signal.SIGKILL, done.stderr
             assert not first.exists() and (folder_of(first) / JOURNAL).is_file()
             made[line] = folder_of(first)

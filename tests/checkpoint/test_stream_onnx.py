@@ -1,10 +1,7 @@
 """A directory streamed into an engine of ONNX Runtime, and an engine that leaves its weights in their file."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +9,7 @@ import torch
 import moeopt
 from moeopt.errors import UsageError
 from moeopt.find.example_inputs import made_up
+from tests import children
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -19,8 +17,6 @@ if int(transformers.__version__.split(".")[0]) < 5:
     pytest.skip("transformers 4 writes other checkpoints of these models", allow_module_level=True)
 
 from tests.checkpoint.families import FAMILIES, write, write_remote  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_engine_is_the_one_that_the_loaded_model_gives(tmp_path):
@@ -89,10 +85,7 @@ def test_a_mapped_engine_takes_no_copy_of_its_weights(tmp_path):
     weights = 2 * E * EXPERT
     found = {}
     for how in ("mapped", "copied"):
-        done = subprocess.run(
-            [sys.executable, "-c", CHILD, str(tmp_path / "b"), how],
-            env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        done = children.run([sys.executable, "-c", CHILD, str(tmp_path / "b"), how])
         assert done.returncode == 0, done.stderr[-2000:]
         found[how] = json.loads(done.stdout.splitlines()[-1])
     assert found["mapped"]["taken"] < weights // 2

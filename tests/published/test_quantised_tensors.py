@@ -1,7 +1,6 @@
 """Each published layout, from files that the tests pack number by number: bit for bit, mapped, and refused by name."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -11,6 +10,7 @@ from safetensors.torch import save_file
 
 from moeopt.published.quantised_tensors import quantised_tensors
 from moeopt.published.tensor_files import SafetensorsDirectory
+from tests import children
 from tests.published import layouts
 
 CT = {"quant_method": "compressed-tensors"}
@@ -183,9 +183,7 @@ def test_bound_and_run_without_being_expanded(tmp_path):
             tensors[f"experts.{e}.{part}.weight_scale"] = torch.full((512, 16), 1e-3, dtype=torch.bfloat16)
             tensors[f"experts.{e}.{part}.weight_shape"] = torch.tensor([512, 512])
     save_file(tensors, tmp_path / "model.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-c", _WATCH, str(tmp_path)], capture_output=True, text=True, check=True
-    )  # fmt: skip
+    done = children.run([sys.executable, "-c", _WATCH, str(tmp_path)], check=True)
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["finite"] and told["file"] > 27e6
     assert told["held"] - told["before"] < 10e6, told  # the codes stay in the file

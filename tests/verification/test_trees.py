@@ -4,7 +4,9 @@ import collections
 import dataclasses
 
 import torch
+import torch.utils._pytree as pytree
 
+from moeopt.verification.fields import Fields
 from moeopt.verification.trees import describe, equal_leaves, flatten
 
 
@@ -49,3 +51,23 @@ def test_named_tuples_are_known_by_name_and_fields():
     for other in (collections.namedtuple("Other", ["y", "aux"]), collections.namedtuple("Pair", ["y", "loss"]), tuple):
         value = (x, [Out(x, 0.5)])
         assert flatten(value if other is tuple else other(*value))[1] != form
+
+
+@dataclasses.dataclass
+class Result:
+    y: torch.Tensor
+    aux: torch.Tensor
+
+
+torch.export.register_dataclass(Result)
+
+
+def test_results_of_registered_data_classes_are_known_by_name_and_fields():
+    x = torch.ones(2)
+    leaves, form = flatten([Result(x, x + 1)])
+    same, form_again = flatten([Fields.of("Result", {"y": x, "aux": x + 1})])
+    assert form == form_again and len(leaves) == len(same) == 2 and leaves[0] is same[0] is x
+    for other in ([Fields.of("Other", {"y": x, "aux": x})], [Fields.of("Result", {"y": x})], [{"y": x, "aux": x}]):
+        assert flatten(other)[1] != form
+    again = pytree.tree_map(torch.clone, Fields.of("Result", {"y": x, "aux": x}))
+    assert list(again) == ["y", "aux"] and torch.equal(again.aux, x) and flatten([again])[1] == form

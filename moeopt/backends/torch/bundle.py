@@ -235,7 +235,8 @@ def _target_device(saved: str, wanted: PyObject) -> torch.device:
         device = torch.device(saved if wanted is None else wanted)
         torch.empty(0, device=device)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as err:
-        hint = "" if wanted is not None else "; it was saved there: name another device, like device='cpu'"
+        hint = "name another device, like device='cpu'"
+        hint = f": {hint}, or none" if wanted is not None else f"; it was saved there: {hint}"
         raise UsageError(f"this machine has no device {saved if wanted is None else wanted!r}{hint}") from err
     return device
 

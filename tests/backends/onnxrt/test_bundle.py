@@ -1,6 +1,7 @@
 """An ONNX Runtime bundle is saved, loaded, verified, copied and shared like any other."""
 
 import copy
+import dataclasses
 import gc
 import os
 import pickle
@@ -193,3 +194,29 @@ def test_the_temporary_folder_goes_with_the_engine(onnx_bundle):
     gc.collect()
     engine = moeopt.load(onnx_bundle)
     assert engine.directory == onnx_bundle, "a bundle that is right is run where it lies"
+
+
+@dataclasses.dataclass
+class Result:
+    y: torch.Tensor
+    twice: torch.Tensor
+
+
+torch.export.register_dataclass(Result)
+
+
+def test_a_model_that_returns_a_data_class(tmp_path):
+    """The engine returns its fields, and is compared with the original, and with its golden runs, by them."""
+
+    class InFields(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return Result(self.up(x), x * 2)
+
+    model, x = InFields().eval(), torch.randn(3, 4)
+    made = moeopt.optimize(model, x, backend="onnxruntime", verify="fast")
+    assert made.certificate.passed and torch.equal(made(x).twice, x * 2)
+    assert moeopt.verify(made.save(tmp_path / "b"), original=model, inputs=x).passed

@@ -4,7 +4,6 @@ A CPU without the int8 kernels computes in float32 whatever a node says: there a
 """
 
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -16,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from moeopt.backends.onnxrt.capability import check_graph
 from moeopt.backends.onnxrt.check_quantized import refuses_node
 from moeopt.backends.onnxrt.int8_activations import VARIABLE, rounds_activations
+from tests import children
 from tests.backends.onnxrt.lowerings.one_site import session_of
 
 N, K = 64, 128
@@ -188,6 +188,6 @@ def test_an_engine_answers_alike_whatever_the_environment_says(tmp_path):
     answers = []
     for value in ({}, {VARIABLE: "int8"}):
         words = [sys.executable, "-c", CHILD, str(folder), str(tmp_path / "y.pt")]
-        subprocess.run(words, check=True, env=os.environ | value, timeout=120)
+        children.run(words, check=True, env=os.environ | value)
         answers.append(torch.load(tmp_path / "y.pt"))
     assert torch.equal(*answers)

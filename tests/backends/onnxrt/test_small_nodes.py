@@ -1,6 +1,5 @@
 """A decode step of an engine starts fewer nodes than the exported graph has, and gives the same bits."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import moeopt
 from moeopt.backends.onnxrt import build
 from moeopt.backends.onnxrt.session import Session
 from moeopt.lower.onnx import assemble
+from tests import children
 
 pytestmark = pytest.mark.one_isa  # nodes are counted
 
@@ -64,7 +64,7 @@ def graphs(tmp_path_factory):
         f"[engine(Path({str(folder)!r}) / name, pytest.MonkeyPatch(), simple) "
         "for name, simple in (('long', False), ('short', True))]"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    children.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     return [folder / name / "model.onnx" for name in ("long", "short")]
 
 

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import json
-import subprocess
 import sys
 
 import pytest
@@ -17,6 +16,8 @@ from moeopt.bundle.fingerprint import fingerprint
 from moeopt.errors import BundleError, NotSaveableError, UsageError
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.experts import experts
+from moeopt.verification.trees import flatten
+from tests import children
 from tests.backends.torch.toys import DYNAMIC, REPORT, Certificate, E, H, I, K, Stacked, Toy, build, export, rows, save
 
 
@@ -180,7 +181,7 @@ def test_a_fresh_process_gives_the_same_bits(tmp_path):
         f"check = verify_torch_bundle({str(directory)!r}); "
         "print(check.passed, check.runs)"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = children.run([sys.executable, "-c", code], check=True)
     assert out.stdout.split() == ["True", "1"]
 
 
@@ -208,6 +209,33 @@ def test_named_tuples_come_back_and_foreign_classes_become_fields(tmp_path):
     assert torch.equal(result.z, rows() * 2) and torch.equal(result["y"], rows()) and isinstance(result, dict)
     with pytest.raises(AttributeError, match="has no field 'q'; it has y, z"):
         _ = result.q
+
+
+class InFields(nn.Module):
+    def forward(self, x):
+        return Result(x + 1, x * 2)
+
+
+def test_golden_runs_compare_the_fields_of_a_class_that_is_not_imported(tmp_path):
+    directory = save(tmp_path / "b", InFields())
+    assert verify_torch_bundle(directory).passed
+    assert flatten(load_torch_bundle(directory)(rows()))[1] == flatten(InFields()(rows()))[1]
+
+
+def test_golden_runs_of_a_model_output_where_transformers_is_absent(tmp_path):
+    outputs = pytest.importorskip("transformers.modeling_outputs", reason="transformers is not installed")
+
+    class Hf(nn.Module):
+        def forward(self, x):
+            return outputs.BaseModelOutput(last_hidden_state=x + 1)
+
+    code = (
+        "import sys; sys.modules['transformers'] = None; "
+        "from moeopt.backends.torch.bundle import verify_torch_bundle; "
+        f"print(verify_torch_bundle({str(save(tmp_path / 'b', Hf()))!r}))"
+    )
+    said = children.run([sys.executable, "-c", code], check=True).stdout
+    assert said.startswith("GoldenCheck(passed=True, runs=1"), said
 
 
 def test_model_output_comes_back_as_its_class(tmp_path):
@@ -427,7 +455,9 @@ def test_calls_that_do_not_fit(toy, args, kwargs, text):
 
 def test_a_device_that_is_not_there(tmp_path):
     directory = save(tmp_path / "b")
-    with pytest.raises(UsageError, match="this machine has no device 'xpu:3'"):
+    with pytest.raises(
+        UsageError, match="this machine has no device 'xpu:3': name another device, like device='cpu', or none"
+    ):
         load_torch_bundle(directory, "xpu:3")
 
 
