@@ -13,6 +13,7 @@ import torch
 
 from moeopt.errors import MoeoptError, NativeKernelWarning
 from moeopt.ops.native.build import ISAS, BuildError, CompileError, build_all, built_library, isas_here
+from moeopt.ops.native.by_lane import BY_LANE, HAVE_LANES, by_lane_differs, by_lane_pays
 from moeopt.ops.native.call import ABI, NativeRun
 from moeopt.ops.native.compile import TILES, prebuilt
 from moeopt.ops.native.selfcheck import first_difference
@@ -28,16 +29,18 @@ class Library:
     Attributes:
         passed_over: why it has none of the instruction sets that would come before its own, in words; "" where it is
             the best of this CPU, or the one that the user wants.
+        by_lane: whether many rows of an expert are multiplied lane by lane, to the same bits, which was measured.
     """
 
     path: Path
     isa: str
     run: NativeRun = field(compare=False)
     passed_over: str = field(default="", compare=False)
+    by_lane: bool = False
 
     @property
     def bit(self) -> int:
-        return ISAS[self.isa]
+        return ISAS[self.isa] | (BY_LANE if self.by_lane else 0)
 
 
 UNSEEN = (TILES, "neon")
@@ -123,7 +126,9 @@ def load() -> Library:
             path = built_library(isa) if may_build else prebuilt(isa)
             if path is not None:
                 told = "; ".join(f"{name} is not used: {why}" for name, why in passed_over.items())
-                return replace(proved(path, isa), passed_over=told)
+                found = proved(path, isa)
+                pays = isa in HAVE_LANES and by_lane_pays(found.run, found.bit, isa)
+                return replace(found, passed_over=told, by_lane=pays)
         except BuildError as err:
             # a compiler may be too old for the best instruction set and know a lesser one, or a wheel carry that
             passed_over[isa], may_build = str(err), isinstance(err, CompileError)
@@ -189,6 +194,8 @@ def checked(library: Library) -> Library:
     """``library``, if it computes what the reference does."""
     with torch.device("cpu"):  # the caller may have another default
         difference = first_difference(library.run, library.bit)
+        if not difference and library.isa in HAVE_LANES:
+            difference = by_lane_differs(library.run, library.bit)
     if difference:
         raise NoLibrary(
             f"{library.path} computes something else than the reference here ({difference}); "

@@ -176,6 +176,9 @@ struct Plan {
         const int64_t count = (n - 1) / parts + 1, first = row + p * count;
         if (first >= ends[e]) break;
         segments.push_back({e, first, std::min(count, ends[e] - first), I, 0, x, hidden, &experts.back()});
+        Segment &seg = segments.back();
+        seg.x.by_lane = by_lane(w.w_in[0], x, seg.count) && (c.spec->rows != SEPARATE || by_lane(w.w_in[1], x, seg.count));
+        seg.hidden.by_lane = by_lane(w.w_out, hidden, seg.count);
         for (int64_t i = first; i < first + segments.back().count; i++) segment_of[i] = (int64_t)segments.size() - 1;
       }
       row = ends[e];
@@ -188,7 +191,12 @@ struct Plan {
     const bool evens = k.evens && c.spec->compute == MOEOPT_F32 && !c.spec->rounds;
     auto paired = [](const moeopt_matrix &m) { return m.dtype == MOEOPT_BF16 && (m.stride_in == 1 || m.stride_out == 1); };
     auto pairs = [](const moeopt_matrix &m) { return m.dtype == MOEOPT_U4 && m.block == 32 && m.in % 32 == 0; };
-    return {halves && paired(one) && paired(other), evens && pairs(one) && pairs(other), 0};
+    return {halves && paired(one) && paired(other), evens && pairs(one) && pairs(other), false, 0};
+  }
+
+  bool by_lane(const moeopt_matrix &m, const Rows &rows, int64_t count) const {
+    const bool exact = is_float(m.dtype) && (m.dtype == c.spec->compute || c.spec->compute == MOEOPT_F32);
+    return c.isa & MOEOPT_BY_LANE && k.by_lane && exact && m.stride_in == 1 && m.in >= LANE_LEAST && count >= LANE_ROWS && !(rows.half && k.tiles);
   }
 
   int64_t bytes(const Rows &rows) const { return rows.half ? 2 : size; }
@@ -247,7 +255,8 @@ struct Work {
     if (plan.k.wide) return COLUMNS64;
     if (plan.job.round_x) return ROUNDED_COLUMNS;
     if (w.stride_in == 1 && w.in <= TURNED) return TURNED_COLUMNS;
-    if (!across(w)) return plan.k.tiles && (kind == Stage::HIDDEN ? s.x : s.hidden).half ? TILE_COLUMNS : 16;
+    const Rows &rows = kind == Stage::HIDDEN ? s.x : s.hidden;
+    if (!across(w)) return plan.k.tiles && rows.half ? TILE_COLUMNS : rows.by_lane || (kind == Stage::HIDDEN && s.hidden.by_lane) ? LANE_TASK : 16;
     int64_t block = columns_across(s.count, w.dtype, plan.k.streams);
     const int64_t wide = kind == Stage::HIDDEN ? s.I : plan.c.D, all = (int64_t)plan.segments.size() * wide;
     while (scratch.size() > 1 && block > 256 && all < 2 * block * (int64_t)scratch.size()) block /= 2;  // work for each thread
@@ -399,7 +408,7 @@ int64_t run_experts(const moeopt_call *call, ParallelFor each, void *threads) {
   if (!(wide ? all_wide(c) : none_wide(c))) return 3;
   if (!c.T) return 0;
   try {
-    const Plan plan(c, *kernels_of(c.isa, wide));
+    const Plan plan(c, *kernels_of(c.isa & ~MOEOPT_BY_LANE, wide));
     int64_t most = std::max<int64_t>(1, std::min(c.threads, 1 + plan.products / FEW_PRODUCTS));
     // all of OpenMP's threads or none: a call of fewer would end the others, and the next one of PyTorch's begin them anew
     const bool team = !each && most > 1 && 2 * most >= c.threads && has_team();

@@ -14,10 +14,17 @@ namespace {
 
 constexpr int64_t WIDEST = outer_vectors(1) * L;  // columns of a tile: a product may write so many, whatever is asked for
 static_assert(WIDEST <= 256, "columns of a task are whole tiles");
+#if defined(__AVX512F__)
+constexpr int64_t PANEL = LANE_PANEL;
+#else
 constexpr int64_t PANEL = PANEL_SUMS;
-static_assert(PANEL >= 4 * (DOT_CHUNK + 80) && PANEL * 4 >= TILE_SCRATCH, "four rows of W fit too, and what tiles are turned to");
+#endif
+static_assert(PANEL >= PANEL_SUMS && PANEL >= 4 * (DOT_CHUNK + 80) && PANEL * 4 >= TILE_SCRATCH, "four rows of W fit too, and what tiles are turned to");
 constexpr int64_t BIAS = 2 * MOST_COLUMNS;
 constexpr int64_t APART = 16;  // rows of sums do not fall on the same cache sets
+static_assert(LANE_TURN * (2 * LANE_TASK + APART) <= 2 * MOST_SUMS, "the sums of a turn of many rows");
+
+inline int64_t rows_of_turn(const Rows &lie) { return lie.by_lane ? LANE_TURN : ROWS; }
 
 inline int64_t product_dtype(int64_t a, int64_t b) { return a == b ? a : (int64_t)MOEOPT_F32; }
 
@@ -25,11 +32,11 @@ inline float weight_of(const moeopt_call &c, int64_t t, int64_t k) {
   return load_one(c.weights, c.weights_dtype, t * c.weights_stride[0] + k * c.weights_stride[1]);
 }
 
-inline View view(const moeopt_matrix &m, const Job &job, bool evens) {
+inline View view(const moeopt_matrix &m, const Job &job, const Rows &lie) {
   const moeopt_spec &s = *job.call->spec;
   const bool exact = m.dtype == s.compute || s.compute == MOEOPT_F32;
-  return {m.data, m.dtype, m.stride_out, m.stride_in, exact, m.scales, m.scale_dtype, m.scale_stride, m.block, evens, s.rounds != 0,
-          m.zeros, m.zero_stride, job.tiles};
+  return {m.data, m.dtype, m.stride_out, m.stride_in, exact, m.scales, m.scale_dtype, m.scale_stride, m.block, lie.evens, s.rounds != 0,
+          m.zeros, m.zero_stride, job.tiles, lie.by_lane};
 }
 
 inline View rows_of(View v, int64_t first, int64_t step) {
@@ -69,7 +76,8 @@ void gather(const Job &job, int64_t row, int64_t end) {
       v = round_to(v, s.compute);
       if (i + L > c.H)
         for (int j = 0; j < L; j++) v[j] = i + j < c.H ? v[j] : 0.f;  // 0 * w is a NaN where w is one
-      if (lie.evens) store_evens_first((float *)r, i, v);
+      if (lie.by_lane) store_by_lane(r, lie.half, c.H, i, v);
+      else if (lie.evens) store_evens_first((float *)r, i, v);
       else store_as(r, kept, i, v);
     }
     if (job.round_x) round_row((float *)r, c.H, job.round_x->dtype == MOEOPT_U4, zero_of(job.round_x->dtype, job.round_x->zeros));
@@ -83,8 +91,8 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
   const Rows &lie = seg.hidden;
   const int64_t n = end - first, size = lie.half ? 2 : 4, kept = lie.half ? MOEOPT_BF16 : MOEOPT_F32;
   const bool mixed = s.rows == INTERLEAVED || s.rows == INTERLEAVED_UP, gated = s.rows != PLAIN;
-  View one = view(e.w_in[0], job, seg.x.evens), g = one, u = one;
-  const int64_t half = up_to(n, 256), ldt = 2 * half + APART;  // a row of sums: gates, then ups, or in turns
+  View one = view(e.w_in[0], job, seg.x), g = one, u = one;
+  const int64_t half = seg.x.by_lane ? LANE_TASK : up_to(n, 256), ldt = 2 * half + APART;  // a row of sums: gates, then ups, or in turns
   float *bg = scratch, *bu = bg + MOST_COLUMNS, *panel = scratch + BIAS, *hg = panel + PANEL, *hu = hg + half;
   int64_t step = 1;  // from one gate to the next in a row of scratch
   const int64_t gate_at = s.rows == UP_GATE ? seg.I : s.rows == INTERLEAVED_UP ? 1 : 0;
@@ -93,7 +101,7 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
   if (together) {
     hg = panel + PANEL + gate_at, hu = panel + PANEL + up_at, step = 2;
   } else if (s.rows == SEPARATE) {
-    u = view(e.w_in[1], job, seg.x.evens);
+    u = view(e.w_in[1], job, seg.x);
   } else if (gated) {
     g = rows_of(one, gate_at, mixed ? 2 : 1), u = rows_of(one, up_at, mixed ? 2 : 1);
   }
@@ -104,8 +112,9 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
     load_bias(bg, e.b_in[0], gate_at + first * jump, jump, n, s.compute);
     if (gated) load_bias(bu, e.b_in[0], up_at + first * jump, jump, n, s.compute);
   }
-  for (int64_t m0 = 0; m0 < seg.count; m0 += ROWS) {
-    const int64_t M = smaller(ROWS, seg.count - m0);
+  const int64_t rows = rows_of_turn(seg.x);
+  for (int64_t m0 = 0; m0 < seg.count; m0 += rows) {
+    const int64_t M = smaller(rows, seg.count - m0);
     const char *x = (const char *)job.r + (seg.row + m0) * job.step;
     if (together) {
       product(one, s.compute, seg.x.half, 2 * first, 2 * n, x, seg.x.ld, c.H, M, panel + PANEL, ldt, panel);
@@ -134,8 +143,11 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
           store_up_to(kept_row, s.compute, first + j, gate, left);
           if (gated) store_up_to(kept_row, s.compute, seg.I + first + j, up, left);
         }
-        const V a = gate_product(gate, up, s);
-        if (job.round_h) store(whole + j, a);
+        V a = gate_product(gate, up, s);
+        if (lie.by_lane) {
+          for (int64_t i = n - j; i < L; i++) a[i] = 0.f;
+          store_by_lane(h, lie.half, seg.I, first + j, a);
+        } else if (job.round_h) store(whole + j, a);
         else if (lie.evens) store_evens_first((float *)h, first + j, a);  // then I is a multiple of 32, and n one of L
         else store_up_to(h, kept, first + j, a, smaller(L, n - j));
       }
@@ -143,6 +155,8 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
         const moeopt_matrix &w = *job.round_h;
         for (int64_t j = 0; j < n; j += ROW_BLOCK)
           round_block((RowBlock *)h + (first + j) / ROW_BLOCK, whole + j, smaller(ROW_BLOCK, n - j), w.dtype == MOEOPT_U4, zero_of(w.dtype, w.zeros));
+      } else if (lie.by_lane) {
+        for (int64_t j = up_to(n, L); end == seg.I && j < up_to(n, 2 * L); j += L) store_by_lane(h, lie.half, seg.I, first + j, V{});
       } else if (end == seg.I) memset(h + end * size, 0, (up_to(end, PAD) - end) * size);
     }
   }
@@ -153,12 +167,13 @@ void output(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
   const moeopt_spec &s = *c.spec;
   const Rows &lie = seg.hidden;
   const int64_t n = end - first, size = lie.half ? 2 : 4;
-  const int64_t ldt = up_to(n, 256) + APART;
+  const int64_t ldt = (lie.by_lane ? LANE_TASK : up_to(n, 256)) + APART;
   float *bias = scratch, *panel = scratch + BIAS, *to = panel + PANEL;
-  const View v = view(seg.weights->w_out, job, lie.evens);
+  const View v = view(seg.weights->w_out, job, lie);
   load_bias(bias, seg.weights->b_out, first, 1, n, s.compute);
-  for (int64_t m0 = 0; m0 < seg.count; m0 += ROWS) {
-    const int64_t M = smaller(ROWS, seg.count - m0);
+  const int64_t rows = rows_of_turn(lie);
+  for (int64_t m0 = 0; m0 < seg.count; m0 += rows) {
+    const int64_t M = smaller(rows, seg.count - m0);
     const char *h = (const char *)job.h + seg.h + m0 * lie.ld * size;
     product(v, s.compute, lie.half, first, n, h, lie.ld, seg.I, M, to, ldt, panel);
     for (int64_t m = 0; m < M; m++) {
@@ -236,7 +251,7 @@ const Kernels *MOEOPT_KERNELS() {
   constexpr bool paired = false;
 #endif
   static const Kernels table = {
-      MOEOPT_ISA, L, paired, BIAS + PANEL + 2 * MOST_SUMS + ROWS * APART, gather, hidden, output, combine, false, Outer<F32>::streams, VBYTES == 64, nullptr,
+      MOEOPT_ISA, L, paired, BIAS + PANEL + 2 * MOST_SUMS + ROWS * APART, gather, hidden, output, combine, false, Outer<F32>::streams, VBYTES == 64, VBYTES == 64, nullptr,
   };
   return &table;
 }

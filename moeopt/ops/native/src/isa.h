@@ -22,11 +22,12 @@ inline int64_t columns_across(int64_t rows, int64_t dtype, bool streams) {
   return rows <= 8 && dtype != MOEOPT_F32 ? 1024 : rows <= 16 ? 512 : 256;
 }
 
-// How an expert's rows lie, which its own weights alone decide: in what order they are summed must not depend on which other
-// experts are hit.
+// How an expert's rows lie. Its own weights alone decide in what order they are summed, which must not depend on the other experts
+// that are hit.
 struct Rows {
   bool half;      // of bfloat16 instead of float32: both factors of a product stay 16 bits
   bool evens;     // of 32 numbers the 16 of even places come first: W has two codes in a byte
+  bool by_lane;   // what one lane of a dot product sums stands together (by_lane.h): the bits are the same, so the number of rows decides
   int64_t ld;     // from one to the next, in numbers of the row's own size
 };
 
@@ -76,12 +77,15 @@ struct Kernels {  // one instruction set
   void (*combine)(const Job &, int64_t token, int64_t end, float *scratch);                  // o -> y
   bool wide;                                                    // of float64: what is kept between has 8 bytes
   bool streams;                                                 // one row of x: rows of W from end to end (outer.h)
+  bool by_lane;                                                 // has by_lane.h
   bool evens;                                                   // reads the two codes of a byte apart (codes.h)
   MultiplyByTiles tiles;                                        // see Job
 };
 
 
 constexpr int64_t TURNED = 64, TURNED_COLUMNS = 64;  // the longest k of turned.h, and columns of its tasks
+// Of by_lane.h: columns of a task; rows of x, and k, from which it is taken; and rows of one turn, for which W is turned once.
+constexpr int64_t LANE_TASK = 32, LANE_ROWS = 24, LANE_LEAST = 256, LANE_TURN = 128;
 constexpr int64_t COLUMNS64 = 64;  // of a task in float64
 constexpr int64_t ROUNDED_COLUMNS = 32;  // of a task on rows of 8 bits: whole blocks of the rows that the next product reads
 

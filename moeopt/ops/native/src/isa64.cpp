@@ -270,7 +270,7 @@ void combine(const Job &job, int64_t token, int64_t end, float *) {
 
 const Kernels *MOEOPT_KERNELS64() {
   static const Kernels table = {
-      MOEOPT_ISA, L, false, 2 * (GROUP * WIDE + 2 * ROWS * COLUMNS), gather, hidden, output, combine, true, false, false, nullptr,
+      MOEOPT_ISA, L, false, 2 * (GROUP * WIDE + 2 * ROWS * COLUMNS), gather, hidden, output, combine, true, false, false, false, nullptr,
   };
   return &table;
 }

@@ -9,13 +9,15 @@
 #define MOEOPT_EXPERTS_H
 #include <stdint.h>
 
-#define MOEOPT_ABI 4
+#define MOEOPT_ABI 5
 
 /* F64: all but the routing weights are of it, or nothing is. I8 and U4 are codes of quantised weights; U4: two in a byte, the first in the low half, less 8 */
 enum moeopt_dtype {
   MOEOPT_F32 = 0, MOEOPT_BF16 = 1, MOEOPT_F16 = 2, MOEOPT_I32 = 3, MOEOPT_I64 = 4, MOEOPT_I8 = 5, MOEOPT_U4 = 6,
   MOEOPT_F64 = 7
 };
+/* Added to an instruction set: an expert's many rows are multiplied lane by lane where they can be, to the same bits; see by_lane.h. */
+#define MOEOPT_BY_LANE 65536
 enum moeopt_rows { GATE_UP, UP_GATE, INTERLEAVED, INTERLEAVED_UP, SEPARATE, PLAIN };
 enum moeopt_activation {
   SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID, TANH, SWISH, SOFTCAP, IDENTITY, LEAKY_RELU, ELU, MISH, SOFTPLUS
@@ -67,7 +69,7 @@ typedef struct {
   const moeopt_expert *experts;
   const int64_t *index;
   int64_t expert_step[7];
-  int64_t threads, isa; /* isa: one that moeopt_isas names, as its bit */
+  int64_t threads, isa; /* isa: one that moeopt_isas names, as its bit; with MOEOPT_BY_LANE where that is wanted */
   /* NULL, or where W_in's products are kept for a backward pass, with their bias, in the compute dtype: of each row, the
    * gates, then the ups. Rows are those of pairs (t,k) that name an expert, by their experts, then t, then k. */
   void *kept;

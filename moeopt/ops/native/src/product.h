@@ -1,5 +1,6 @@
 // The product of a block of W with some rows of x, by the tile that W's dtype and strides ask for, whatever the number of rows.
 #pragma once
+#include "by_lane.h"
 #include "codes.h"
 #include "outer.h"
 #include "pairs.h"
@@ -16,6 +17,18 @@ void product(const View &v, int64_t compute, bool paired, int64_t first, int64_t
              int64_t M, float *to, int64_t ldt, float *panel) {
   if (v.rounds) return dot_rounded(v, first, n, x, ldx, K, M, to, ldt, panel);
   if (is_code(v.dtype)) return dot_codes(v, compute, first, n, (const float *)x, ldx, K, M, to, ldt, panel);
+#if defined(__AVX512F__)
+  if (v.by_lane) {
+    const uint32_t *xl = (const uint32_t *)x;
+    const int64_t ld = paired ? ldx / 2 : ldx;
+#if defined(__AVX512BF16__)
+    if (paired) return lane_product<LanePairs>(v, first, n, xl, ld, K, M, to, ldt, panel);
+#endif
+    if (v.dtype == MOEOPT_F32) return lane_product<LaneNumbers<F32>>(v, first, n, xl, ld, K, M, to, ldt, panel);
+    if (v.dtype == MOEOPT_BF16) return lane_product<LaneNumbers<BF16>>(v, first, n, xl, ld, K, M, to, ldt, panel);
+    return lane_product<LaneNumbers<F16>>(v, first, n, xl, ld, K, M, to, ldt, panel);
+  }
+#endif
   if (paired && v.tiles) return v.tiles({(const uint16_t *)v.data + first * v.so, v.so, v.si, n, (const uint16_t *)x, ldx, K, M, to, ldt, (uint16_t *)panel});
 #if defined(__AVX512BF16__)
   if (paired && v.si == 1) return pairs_direct(v, first, n, (const uint16_t *)x, ldx, K, M, to, ldt);

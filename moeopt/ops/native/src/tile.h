@@ -20,6 +20,7 @@ struct View {  // W[o][i] = data + o * so + i * si; exact: its values are of the
   const void *zeros;
   int64_t zs;
   MultiplyByTiles tiles;  // see Job
+  bool by_lane;  // so lies x: see Rows
 };
 
 constexpr int64_t DOT_CHUNK = 1024, PAIR_CHUNK = 2048;

@@ -1,0 +1,65 @@
+"""Whether many rows of an expert are multiplied lane by lane: checked to the bit, then measured on the machine.
+
+The kernel has two products for them with the same bits (``src/by_lane.h``), so which one runs is a question of speed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moeopt.ir.specs import ExpertsSpec
+from moeopt.ops.expert_weights import StackedExpertWeights
+from moeopt.ops.measured import TimedCall, fastest
+from moeopt.ops.native.call import NativeRun, call
+
+BY_LANE = 1 << 16
+"""``MOEOPT_BY_LANE`` of the kernel's header, which is added to the bit of an instruction set."""
+HAVE_LANES = ("avx512", "avx512_vnni", "avx512_bf16", "amx_bf16")
+"""The instruction sets with a product of either kind."""
+ADVANTAGE = 1.03
+"""How many times as fast the product by lane must be."""
+DTYPES = torch.float32, torch.bfloat16
+
+
+def by_lane_differs(run: NativeRun, isa: int) -> str:
+    """What comes out with other bits lane by lane than as dot products, in words; "" where nothing does."""
+    with torch.no_grad():
+        for dtype in DTYPES:
+            one = _many_rows(run, rows=29, H=300, I=271, dtype=dtype)
+            if not torch.equal(one(isa), one(isa | BY_LANE)):
+                return f"29 rows of {str(dtype).removeprefix('torch.')} have other bits lane by lane"
+    return ""
+
+
+def by_lane_pays(run: NativeRun, isa: int, name: str) -> bool:
+    """Whether products lane by lane are the faster on this machine; ``name`` is that of the instruction set."""
+
+    def ways() -> dict[str, list[TimedCall]]:
+        calls = [_many_rows(run, rows=48, H=1024, I=256, dtype=dtype) for dtype in DTYPES]
+        return {
+            "dot products": [partial(one, isa) for one in calls],
+            "by lane": [partial(one, isa | BY_LANE) for one in calls],
+        }
+
+    return fastest(f"many rows of an expert, {name}", ways, "dot products", advantage=ADVANTAGE) == "by lane"
+
+
+def _many_rows(run: NativeRun, rows: int, H: int, I: int, dtype: torch.dtype) -> Callable[[int], Tensor]:
+    """A call of one gated expert on ``rows`` tokens, for an instruction set."""
+    rng = torch.Generator().manual_seed(0)
+
+    def some(*size: int) -> Tensor:
+        return (torch.randn(size, generator=rng) / math.sqrt(size[-1])).to(dtype)
+
+    bank, spec = StackedExpertWeights([some(1, 2 * I, H)], some(1, H, I)), ExpertsSpec()
+    x, ids, weights = some(rows, H), torch.zeros(rows, 1, dtype=torch.int64), some(rows, 1)
+
+    def one(isa: int) -> Tensor:
+        return call(run, x, ids, weights, bank, spec, isa)
+
+    return one
