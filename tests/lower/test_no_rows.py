@@ -109,9 +109,7 @@ class Transposed(Counted):
 @torch.no_grad()
 def test_another_use_of_a_sparse_matrix_is_refused(tmp_path):
     fast = moeopt.optimize(Transposed(), (SEQUENCES, SOME), verify="off")
-    with pytest.raises(
-        NotSaveableError, match="own code raised AttributeError: '_Entries' object has no"
-    ):
+    with pytest.raises(NotSaveableError, match="own code raised AttributeError: '_Entries' object has no"):
         fast.save(tmp_path / "transposed")
     forms = traced_form(torch.sparse_coo_tensor, (torch.zeros(2, 1).long(), torch.ones(1), (2, 2)), {})
     with pytest.raises(NotSaveableError, match="holds the product with a dense matrix of rows, and nothing else"):
