@@ -112,7 +112,7 @@ def _attention(op: FxTarget, q: Tensor, k: Tensor, v: Tensor, *rest: PyObject, *
     bias = {"_scaled_dot_product_efficient_attention": "attn_bias"}.get(op._schema.name.split("::")[1], "attn_mask")
     names = [a.name for a in op._schema.arguments][3 : 3 + len(rest)]
     mask = {**dict(zip(names, rest, strict=True)), **named}.get(bias)
-    if not (q.dim() == k.dim() == v.dim() >= 2) or 0 in (*q.shape, *k.shape, *v.shape):
+    if not (q.dim() == k.dim() == v.dim() >= 2) or 0 in (*q.shape[-2:], *k.shape[-2:], *v.shape[-2:]):
         _refuse(op, f"shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     fits = k.shape[-2] == v.shape[-2] and q.shape[-1] == k.shape[-1] and q.dtype == k.dtype == v.dtype
     if "flash" in str(op) or "efficient" in str(op):
@@ -182,7 +182,8 @@ def _recurrent(
     """States and weights of every layer and direction, each of the size that the states say."""
     states = [hx] if isinstance(hx, Tensor) else list(hx)
     gates, ways = {"lstm": 4, "gru": 3}.get(op._schema.name.split("::")[1], 1), 1 + bool(both)
-    if x.dim() != 3 or 0 in x.shape or not 1 <= layers <= 1 << 10 or len(states) != (2 if gates == 4 else 1):
+    places = x.shape[1:] if first else (x.shape[0], *x.shape[2:])  # of no rows PyTorch makes none
+    if x.dim() != 3 or 0 in places or not 1 <= layers <= 1 << 10 or len(states) != (2 if gates == 4 else 1):
         _refuse(op, f"an input of shape {tuple(x.shape)} for {layers} layers")
     rows, width = x.shape[0 if first else 1], states[0].shape[-1] if states[0].dim() == 3 else 0
     if not width or any(s.shape != (layers * ways, rows, width) for s in states):

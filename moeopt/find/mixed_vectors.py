@@ -4,6 +4,8 @@
     v = V[argmax(r(x))]         or one row (the vectors of a BatchEnsemble: several tables, by one choice)
     y = f(x) * v
 
+    h = cat(V[topk(r(x))], x)   rows of several vectors, put before the tokens: a pool of prompts
+
 No expert is a product. Told from the values of a memory, which are added, by what they are multiplied with.
 """
 
@@ -38,7 +40,8 @@ def mixed_vectors(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
         path, choice = _weighed_table(unread, node, memo), node
         if not path:
             path, choice = _looked_up_table(unread, node)
-        if path and scales(node):
+        prompts = bool(path) and unread.named[path].dim() > 2
+        if path and (_is_put_before(node) if prompts else scales(node)):
             home = unread.tape.call_of(node)
             if op_name(node) == "embedding" and home.parent is not None:  # a table in a module of its own
                 home = unread.tape.calls[home.parent]
@@ -48,9 +51,13 @@ def mixed_vectors(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
         count = len(unread.named[next(iter(tables))])
         place = unread.place(call, first.meta["index"], count, {id(unread.named[path]) for path in tables})
         own = listed(path.removeprefix(f"{call.path}.") for path in tables)  # the same in every model
+        what = f"vectors, the rows of {own}, which a gate mixes for each token or of which it takes one"
+        if unread.named[next(iter(tables))].dim() > 2:
+            what = (
+                f"prompts, the rows of {own}, of which it chooses some for each sample and puts them before its tokens"
+            )
         reason = (
-            f"its experts are vectors, the rows of {own}, which a gate mixes for each token or of which it takes one: "
-            "no expert is a product, so there is nothing to group; this block stays as it is"
+            f"its experts are {what}: no expert is a product, so there is nothing to group; this block stays as it is"
         )
         yield dataclasses.replace(place, reason=reason)
 
@@ -83,12 +90,14 @@ def _looked_up_table(unread: UnreadBlocks, node: fx.Node) -> tuple[str, fx.Node]
         return "", node
     path = leaf_of(unread.tape, node.all_input_nodes[0])[0]
     table = unread.named.get(path)
-    if table is None or table.dim() != 2 or len(node.meta["shape"]) < 2:
+    if table is None or table.dim() < 2 or len(node.meta["shape"]) < 2:
         return "", node
     ids = node.all_input_nodes[1]
     while moves_rows(ids) and ids.all_input_nodes and op_name(ids) not in _TOPS:
         ids = ids.all_input_nodes[0]
     if op_name(ids) not in _TOPS or _among(ids) != len(table):
+        return "", node
+    if table.dim() > 2 and op_name(ids) != "topk":
         return "", node
     chosen_by = {leaf_of(unread.tape, n)[0] for n in ancestors([ids]) if not n.all_input_nodes}
     return ("", node) if path in chosen_by else (path, ids)  # nearest codes, tied embeddings: rows chosen by themselves
@@ -115,6 +124,16 @@ def scales(mixed: fx.Node, scores: bool = False) -> bool:
         elif op_name(user) in ("add", "sub") and any(_of_input(a) for a in others if _as_large(a, node)):
             continue  # a bias of experts, looked up for each row
         elif moves_rows(user) or is_pointwise(user) or op_name(user) == "sum" or _weighs(user, node):
+            walk.follow(user)
+    return False
+
+
+def _is_put_before(picked: fx.Node) -> bool:
+    """Whether what ``picked`` holds, moved, is joined with something computed from the input."""
+    for node, user in (walk := ForwardWalk(picked, _STEPS)):
+        if op_name(user) == "cat" and any(_of_input(a) for a in user.all_input_nodes if a is not node):
+            return True
+        if moves_rows(user):
             walk.follow(user)
     return False
 

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from moeopt.capture.bool_reads import asked_from
 from moeopt.errors import NotSaveableError
 from moeopt.lower.row_counts import Asked
+from moeopt.lower.traced_forms import traced_form
 from moeopt.patches import size_answers
 from moeopt.value_types import FxTarget, PyObject
 
@@ -93,8 +94,8 @@ class Answers(TorchFunctionMode):
             answer = self._answer(func, args, kwargs, held)
             self.asked |= roots
             return answer
-        if (settled := self._settled_answer(func, args)) is not None:
-            return settled
+        if (instead := self._instead(func, args, kwargs, constant)) is not None:
+            return instead
         result = func(*args, **kwargs)
         if _writes(func, kwargs) or any(not k.untouched for k in held):
             self.written |= roots
@@ -108,10 +109,13 @@ class Answers(TorchFunctionMode):
         self._remember(result, compute, roots or frozenset([f"<{id(result)}>"]))
         return result
 
-    def _settled_answer(self, func: FxTarget, args: PyObject) -> bool | int | None:
+    def _instead(self, func: FxTarget, args: PyObject, kwargs: PyObject, constant: bool) -> PyObject:
+        """The settled answer, or the form that a graph holds; None for any other call."""
         length = func is Tensor.__len__ and args[0].dim() and free_unbacked_symbols(args[0].shape[0])
         told = self._settled_here() if length or func is Tensor.__bool__ else None
-        return told if told is None or not length else int(told)
+        if told is not None:
+            return int(told) if length else told
+        return None if constant else traced_form(func, args, kwargs)
 
     def of_size(self, node: SymNode) -> bool | None:
         """The settled answer of a condition on a data-dependent size; None for any other size."""

@@ -27,7 +27,7 @@ from moeopt.lower.settled_reads import settled_reads
 from moeopt.lower.specialization_guards import collect_specialization_guards, keeps_ones
 from moeopt.lower.stamps import Stamps
 from moeopt.lower.written_state import refuse_read_state, written_by
-from moeopt.patches import free_lengths, idle_moves, no_export_dump, one_trace, quicker_decomposition
+from moeopt.patches import free_lengths, general_ways, idle_moves, no_export_dump, one_trace, quicker_decomposition
 from moeopt.rewrite.whole_model import tried
 from moeopt.value_types import PyObject
 from moeopt.verification.state import RestoreState
@@ -157,6 +157,7 @@ def _export(
         one_trace,
         torch.no_grad(),
         idle_moves(),
+        general_ways(),
         free_lengths(asks_lengths(model)),
         shape_config.patch(backed_size_oblivious=True),  # type: ignore[attr-defined]
         collect_specialization_guards(),

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from moeopt.bundle.caches import cache_reason
 from moeopt.errors import NotSaveableError
+from moeopt.lower.unexpected_errors import STILL_SAVEABLE
 from moeopt.report import BlockReport
 
 
@@ -130,9 +131,7 @@ def obstacle_of(err: Exception) -> str:
         f"torch.export stops at: {head}{where}. Its Python there depends on the values of tensors, which no graph "
         "repeats. In a block that moeopt declined, its reason says more; an `if` that only asks whether any row is "
         "left (mask.any()) can go, since products of no rows are no error; elsewhere (rotary "
-        "embeddings that grow with the positions) set the model to another form. What can be saved: a "
-        "rewritten block alone, moeopt.optimize(model.get_submodule(name), its inputs).save(folder), or the whole "
-        "model with its code, torch.save(optimized.model, file)"
+        f"embeddings that grow with the positions) set the model to another form. {STILL_SAVEABLE}"
     )
 
 

@@ -8,6 +8,7 @@ A patch is counted and locked: in force while a caller is inside, taken back by 
     tracing       module_calls             nn.Module.__call__, one thread at a time
     tracing       size_questions           SymNode.bool_ and guard_int, the caller's thread
     tracing       size_answers             SymNode.bool_, the caller's thread
+    tracing       general_ways             SymNode.guard_bool, the caller's thread
     tracing       free_lengths             the name len in globals of the model's code, the caller's thread
     tracing       idle_moves               nn.Module.to, the caller's thread
     tracing       no_export_dump           the print of torch.export, all threads
@@ -15,7 +16,7 @@ A patch is counted and locked: in force while a caller is inside, taken back by 
     decomposition tables_of_weights        torch.export's note of weights, all threads (the same notes, sooner)
     decomposition composites_listed_once   torch's look-up of its composite ops, all threads (the same ops, sooner)
     decomposition kernels_entered_plainly  OperatorBase.py_impl, all threads (the same kernels, sooner)
-    decomposition quicker_decomposition    the three before it
+    decomposition quicker_decomposition    the three before it, and general_ways
     onnx_export   rules_by_their_last_op   onnxscript's pattern matcher, all threads (the same matches, sooner)
     onnx_export   one_registry             torch's table of ONNX translations, all threads (the same table, made once)
     onnx_export   no_idle_decomposition    torch's pass before ONNX, all threads (left out where every op has a
@@ -64,6 +65,7 @@ from moeopt.patches.patch import Undo as Undo
 from moeopt.patches.patch import replace as replace
 from moeopt.patches.recurrent import recurrent_inputs_of_any_dtype as recurrent_inputs_of_any_dtype
 from moeopt.patches.tracing import free_lengths as free_lengths
+from moeopt.patches.tracing import general_ways as general_ways
 from moeopt.patches.tracing import idle_moves as idle_moves
 from moeopt.patches.tracing import module_calls as module_calls
 from moeopt.patches.tracing import no_export_dump as no_export_dump

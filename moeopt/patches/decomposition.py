@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from moeopt.patches.patch import InForce, Patch, Undo, nothing, replace
+from moeopt.patches.tracing import general_ways
 from moeopt.value_types import PyObject
 
 
@@ -109,6 +110,6 @@ of decomposing it.)
 
 @contextlib.contextmanager
 def quicker_decomposition() -> Iterator[None]:
-    """While open, torch decomposes a program into the same ops sooner."""
-    with tables_of_weights(), composites_listed_once(), kernels_entered_plainly():
+    """While open, torch decomposes a program into the same ops sooner, and by its general ways."""
+    with tables_of_weights(), composites_listed_once(), kernels_entered_plainly(), general_ways():
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import types
@@ -99,17 +100,73 @@ def size_answers(answer: Callable[[Any], bool | None]) -> Iterator[None]:
         yield
 
 
+_general = Mine()
+
+
+def _take_general_ways() -> Undo:
+    from torch.fx.experimental.sym_node import SymNode
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    def make(original: PyObject, in_force: InForce) -> PyObject:
+        def guard_bool(self: PyObject, file: str, line: int) -> bool:
+            asks = in_force.yes and _general.top is not None and free_unbacked_symbols(self.expr)
+            if asks and _leaves_early(self.expr, bool(file)):
+                return False
+            answer: bool = original(self, file, line)
+            return answer
+
+        return guard_bool
+
+    return replace(SymNode, "guard_bool", make)
+
+
+def _leaves_early(asked: PyObject, of_cpp: bool) -> bool:
+    """Whether code of torch itself asks if there is nothing, or, before it raises an error, if there is one."""
+    import sympy
+    import torch
+
+    if not isinstance(asked, sympy.Eq):
+        return False
+    if of_cpp:
+        return 0 in asked.args
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name in ("bool_", "__bool__", "wrapper", "expect_true"):
+        frame = frame.f_back
+    if frame is None or not frame.f_code.co_filename.startswith(f"{torch.__path__[0]}{os.sep}"):
+        return False
+    return 0 in asked.args or (1 in asked.args and frame.f_code.co_name in _RAISE)
+
+
+_RAISE = ("_verify_batch_size", "_verify_spatial_size")
+"""Functions of torch that do nothing but raise an error, for a norm of one value."""
+_generally = Patch(_take_general_ways)
+
+
+@contextlib.contextmanager
+def general_ways() -> Iterator[None]:
+    """While open, code of torch that asks whether a size that data choose is 0 takes the way for any size.
+
+    It asks to leave early, with the empty result that the general way has too; a model's own code is asked elsewhere.
+    """
+    with _generally(), _general.holding(True):
+        yield
+
+
 _lengths = Mine()
 
 
 def _length(value: PyObject, /) -> PyObject:
     import torch
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 
     if _lengths.top is not None and isinstance(value, torch.Tensor) and value.dim():
         size = value.shape[0]
         if isinstance(size, torch.SymInt) and not free_unbacked_symbols(size):
             return size  # what is asked of a number that data choose is known by the call of len
+        if isinstance(size, torch.SymInt):
+            with contextlib.suppress(GuardOnDataDependentSymNode):
+                return len(value)
+            return size
     return len(value)
 
 

@@ -29,7 +29,7 @@ from moeopt.passes.group_experts import GroupExperts
 from moeopt.pipeline.call_guards import check_order, guard_of, tensors_of
 from moeopt.pipeline.coverage import Reader, keeps_all
 from moeopt.pipeline.id_probe import id_ranges
-from moeopt.pipeline.probe_plans import ReadOtherwise, plan_of, read_alike, refuse_other_experts, same_in_other_mode
+from moeopt.pipeline.probe_plans import UNLIKE, plan_of, read_alike, refuse_other_experts, same_in_other_mode, why_other
 from moeopt.recognise.id_bounds import IdBounds, kept_by_caller
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
@@ -84,9 +84,9 @@ class Capture:
         """Read the calls together; where they were not read alike, or may not tell, calls of more tokens."""
         try:
             self._read(options)
-        except ReadOtherwise:
-            if not any(self._read_more_tokens(tokens, options) for tokens in _SHOWS_MORE):
-                raise
+        except UNLIKE as err:
+            if not err.may_tell or not any(self._read_more_tokens(tokens, options) for tokens in _SHOWS_MORE):
+                raise why_other(err, self.founds) from None
             return
         if not read_alike(self.plans) or all(map(keeps_all, self.tapes)):
             sizes = _SHOWS_MORE[:1] if read_alike(self.plans) else _SHOWS_MORE

@@ -19,7 +19,7 @@ from moeopt.pipeline.call_guards import tensors_of
 from moeopt.pipeline.coverage import Reader
 from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.id_range import IdRange
-from moeopt.rewrite.kept_steps import KeptSteps, StepRef
+from moeopt.rewrite.kept_steps import ChangesOutside, KeptSteps, StepRef
 from moeopt.rewrite.plan_kept_steps import kept_steps
 from moeopt.rewrite.replace_experts import experts_rewrite
 from moeopt.rewrite.symbolic_shapes import generalize, step_names
@@ -49,6 +49,12 @@ def plan_of(
 class ReadOtherwise(Declined):
     """Another call of a block was read as other experts, as calls of few rows may be: more of them may tell."""
 
+    may_tell = True
+
+
+UNLIKE = (ReadOtherwise, ChangesOutside)
+"""Calls of one block were not read alike."""
+
 
 def refuse_other_experts(first: list[Recognition], other: list[Recognition]) -> None:
     """``ReadOtherwise`` where two calls of a block were not read as the same experts of the same function."""
@@ -59,6 +65,20 @@ def refuse_other_experts(first: list[Recognition], other: list[Recognition]) -> 
             "two probes with different tokens read its experts differently; its dispatch depends on the data",
             rank=Rank.READING,
         )
+
+
+def why_other(err: Declined, founds: list[list[Recognition]]) -> Declined:
+    """``err``; or why calls differ where few sequences choose few of the experts, and the rest is skipped."""
+    if not any(f.routing.of_groups for found in founds for f in found):
+        return err
+    return Declined(
+        "its experts are chosen for whole sequences, and its code skips those that none chose (an if in the loop over "
+        "the experts), so that calls of few sequences show other steps than calls of many; leave that if out, since "
+        "products of no rows are no error, or repeat each id for its tokens (ids.repeat_interleave(x.shape[1], 0)) and "
+        "route the rows",
+        err.where,
+        rank=err.rank,
+    )
 
 
 def same_in_other_mode(

@@ -15,7 +15,7 @@ from moeopt.obstacles import Rank
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.ffn_groups import source_of
 from moeopt.recognise.gemm_sites import is_computed_weight, weight_and_operand
-from moeopt.recognise.named_obstacles import between_products, named_obstacle
+from moeopt.recognise.named_obstacles import between_products, complex_products, named_obstacle
 from moeopt.recognise.product_of_all import one_product_of_all
 from moeopt.recognise.weights_for_rows import mixed_kernels, mixed_matrices, picked_matrices
 
@@ -28,13 +28,21 @@ def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
             paths = [re.sub(r"\d+", "#", s.matrices[0].path) for s in (*candidate.ins, *candidate.outs)]
             alike.setdefault((candidate.shape, *paths), []).append(candidate)
     for first, *others in alike.values():
+        times = [c for c in others if c.ins[0].matrices == first.ins[0].matrices]
+        if times and len(times) == len(others):
+            return Declined(
+                f"one FFN ({first.ins[0].matrices[0].path}) runs several times, each time on the rows that a router "
+                "keeps, and reads what the time before gave (a mixture of recursions): there are no several experts to "
+                "group, so this block stays as it is",
+                source_of(first),
+            )
         if others and others[0].ins[0].operand in set(descendants(tape, [first.out.node])):
             return Declined(
                 "each of its experts writes into the tensor that the next one reads its rows from, so they run one "
                 "after another, where the op's experts all read the same tokens; sum their results in another tensor",
                 source_of(first),
             )
-    for look in (mixed_kernels, mixed_matrices, _wide_convolution, named_obstacle):
+    for look in (mixed_kernels, mixed_matrices, _wide_convolution, named_obstacle, complex_products):
         if (reason := look(tape)) is not None:
             return reason
     for look in (_computed_at_each_call, _one_of_many, one_product_of_all, between_products, picked_matrices):

@@ -251,6 +251,19 @@ def between_products(tape: Tape) -> Declined | None:
     return None
 
 
+def complex_products(tape: Tape) -> Declined | None:
+    """Experts of complex matrices."""
+    site = next((n for n in _expert_products(tape) if getattr(n.meta.get("dtype"), "is_complex", False)), None)
+    if site is None:
+        return None
+    return Declined(
+        "its experts are matrices of complex numbers (as of the frequencies of torch.fft), and the op carries real "
+        "ones; for x = a + i b write each as one real matrix, cat([a, b], -1) @ [[re, im], [-im, re]], or leave the "
+        "block as it is",
+        site.meta.get("source", ""),
+    )
+
+
 def _plain(node: fx.Node) -> bool:
     return moves_rows(node) or is_pointwise(node) or is_matmul(node) or is_factory(node)
 

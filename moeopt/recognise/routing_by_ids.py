@@ -193,6 +193,7 @@ def by_ids(
     tokens, candidates = table.visits.shape
     possible = list(possible_sources(before, floating=True))
     reread = reread_nodes(possible)
+    counted: set[fx.Node] | None = None
     for extraction, ids, mapping in recipes(tape, before, table):
         k = ids.shape[1]
         best: list[tuple[tuple[bool, bool, bool, int], Extraction]] = []
@@ -219,7 +220,9 @@ def by_ids(
                 if fits_table(made, table):
                     best.append(((preferred, False, exactly_rebuilt(made, table), node.meta["index"]), weights))
         constant = constant_weight(ids, mapping, table)
-        best.sort(key=lambda b: b[0], reverse=True)
+        if len(best) > 1:  # rows that an expert picked hold all weights where it happened to get all tokens
+            counted = _as_many_as_chosen(tape) if counted is None else counted
+            best.sort(key=lambda b: (b[0][0], b[1].source not in counted, *b[0][1:]), reverse=True)
         for _, weights in best if constant is not None else best[:1]:  # equal constants are many: each is asked
             yield Routing(k, extraction, _rooted(tape, weights, ids, mapping, table), mapping, RoutingForm.IDS)
         if constant is not None and not table.weighed:

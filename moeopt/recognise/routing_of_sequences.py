@@ -47,7 +47,7 @@ def by_sequences(shape: tuple[int, ...], axis: int) -> Search:
                 for found in usual(tape, before, firsts, dtype):
                     ids = None if found.ids is None else _repeated(tape, found.ids, each, last)
                     weights = _repeated(tape, found.weights, each, last)
-                    yield dataclasses.replace(found, ids=ids, weights=weights)
+                    yield dataclasses.replace(found, ids=ids, weights=weights, of_groups=True)
 
     return search
 

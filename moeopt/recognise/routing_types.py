@@ -81,6 +81,7 @@ class Routing:
     the value so far (``"@ids"`` stands for the built ids). ``ids`` is None where the weights are a
     dense table: then ``table_to_ids`` makes them. ``experts[v]`` is the candidate that id ``v`` names.
     ``leave_out``: makes ids of ids, weights and E, where the dispatch takes no row whose weight is zero.
+    ``of_groups``: whether each row of ids was repeated for the tokens of a sequence.
     """
 
     top_k: int
@@ -90,6 +91,7 @@ class Routing:
     form: RoutingForm
     keys: tuple[Key, ...] = ()
     leave_out: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] | None = None
+    of_groups: bool = False
 
     @property
     def nodes(self) -> list[fx.Node]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moeopt.errors import Declined
 from moeopt.value_types import FxArg, FxTarget, PyObject
 
 
@@ -62,3 +63,9 @@ class KeptSteps:
         """Append a step and return its result."""
         self.steps.append(step)
         return StepRef(len(self.steps) - 1)
+
+
+class ChangesOutside(Declined):
+    """Calls of a block became other steps."""
+
+    may_tell = False  # more rows: the calls of few were read

@@ -19,7 +19,7 @@ import torch
 from moeopt.capture.tree import tree_leaves
 from moeopt.errors import Declined
 from moeopt.rewrite.call_guard import Tie
-from moeopt.rewrite.kept_steps import KeptStep, KeptSteps, StepRef
+from moeopt.rewrite.kept_steps import ChangesOutside, KeptStep, KeptSteps, StepRef
 from moeopt.rewrite.view_or_copy import without_copies_of_some
 from moeopt.value_types import PyObject
 
@@ -124,7 +124,7 @@ def generalize(plans: list[KeptSteps], shapes: list[list[tuple[int, ...]]]) -> K
     """One plan whose integers hold for every shape.
 
     Raises:
-        Declined: the plans differ in something other than sizes.
+        Declined: the plans differ in something other than sizes; ``ChangesOutside`` where it is their steps.
     """
     sizes, plans = InputSizes(shapes), without_copies_of_some(plans)
     first = plans[0]
@@ -132,7 +132,7 @@ def generalize(plans: list[KeptSteps], shapes: list[list[tuple[int, ...]]]) -> K
     _refuse_shares(plans, sizes)
     for other in plans[1:]:
         if step_names(other) != step_names(first):
-            raise Declined(
+            raise ChangesOutside(
                 "what its forward computes outside the experts changes with the data or with the number of tokens "
                 f"({_difference(first, other)})",
                 _where(first, other),

@@ -91,6 +91,23 @@ def router_per_sequence():
     return Sequence()
 
 
+class SequencesPicked(Routed):
+    """Each sequence is picked whole by the one expert that its mean asks for."""
+
+    def forward(self, x):
+        w, ids = self.gate(x.mean(1)).softmax(-1).topk(1)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.ffs):
+            mine = torch.where(ids[:, 0] == number)[0]
+            y[mine] = expert(x[mine]) * w[mine, :, None]
+        return y
+
+
+@case(seq(D), experts=E)
+def sequences_picked_and_weighed():
+    return SequencesPicked()
+
+
 class WithState(Routed):
     """The router mixes its hidden state with that of the layer before."""
 

@@ -5,6 +5,7 @@ view                            reshape: attention's result has several layouts 
 scaled_dot_product_attention    contiguous
 avg_pool with a divisor         the mean of a window times its size over the divisor, which the exporter leaves out
 adaptive pools of a free size   means and maxima of slices (:mod:`~.adaptive_pools`)
+layers and means of no rows     :mod:`~.no_rows`
 split, chunk of a free size     slices: the optimiser of the graph stops at a list of parts of unknown size
 sizes that were settled late    numbers: of ``weight * x``, x has the weight's size, also where x was made before
 """
@@ -21,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from moeopt.errors import NotSaveableError
 from moeopt.lower.onnx.adaptive_pools import ADAPTIVE_POOLS, write_adaptive_pool
 from moeopt.lower.onnx.graph_calls import call
+from moeopt.lower.onnx.no_rows import around_no_rows
 from moeopt.value_types import PyObject
 
 aten = torch.ops.aten
@@ -29,6 +31,7 @@ aten = torch.ops.aten
 def around_gaps(graph: fx.Graph) -> None:
     """Change ``graph`` in place; what the graph computes stays."""
     _settle_sizes(graph)
+    around_no_rows(graph)
     for node in list(graph.nodes):
         if node.target is aten.view.default:
             node.target = aten.reshape.default

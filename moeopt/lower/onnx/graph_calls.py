@@ -9,8 +9,10 @@ from moeopt.value_types import FxTarget, PyObject
 
 def call(graph: fx.Graph, target: FxTarget, *args: PyObject) -> PyObject:
     """A call of ``target`` with its value; the value itself where no argument is a node."""
-    if not any(isinstance(value, fx.Node) for value in args):
-        return target(*args)
+    values = fx.map_arg(args, lambda node: node.meta["val"])
     node = graph.call_function(target, args)
-    node.meta["val"] = target(*[value.meta["val"] if isinstance(value, fx.Node) else value for value in args])
+    if not node.all_input_nodes:
+        graph.erase_node(node)
+        return target(*args)
+    node.meta["val"] = target(*values)
     return node

@@ -1,0 +1,157 @@
+"""Ops that a runtime gets wrong on no rows, where data decide how many rows there are: an expert that nobody chose.
+
+    gru, lstm, rnn     with a row of zeros more, which is cut off again: ONNX Runtime ends the process on an empty batch
+    group_norm, im2col the same: a Reshape with a size that follows from the others fails on nothing
+    mean               the sum over the number of rows, a NaN for none, as in PyTorch; ReduceMean gives 0
+    var                the same of the squares, over no less than nothing
+
+An engine refuses inputs without rows, so sizes of inputs are as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from moeopt.lower.onnx.graph_calls import call
+from moeopt.value_types import PyObject
+
+aten = torch.ops.aten
+_RECURRENT = (aten.gru.input, aten.lstm.input, aten.rnn_tanh.input, aten.rnn_relu.input)
+_BY_ROWS = (aten.group_norm.default, aten.im2col.default)
+_MEANS = (aten.mean.default, aten.mean.dim)
+_SPREADS = {
+    aten.var.default: ("unbiased",),
+    aten.var.dim: ("dim", "unbiased", "keepdim"),
+    aten.var.correction: ("dim",),
+    aten.var_mean.default: ("unbiased",),
+    aten.var_mean.dim: ("dim", "unbiased", "keepdim"),
+    aten.var_mean.correction: ("dim",),
+}
+"""Variances, and their arguments by place after the tensor."""
+
+
+def around_no_rows(graph: fx.Graph) -> None:
+    """Change ``graph`` in place; what the graph computes of some rows stays."""
+    for node in list(graph.nodes):
+        if node.target in _RECURRENT:
+            _with_a_row_more(graph, node)
+        elif node.target in _BY_ROWS:
+            _with_a_first_row_more(graph, node)
+        elif node.target in _MEANS:
+            _sum_by_count(graph, node)
+        elif node.target in _SPREADS:
+            _spread(graph, node)
+
+
+def _with_a_row_more(graph: fx.Graph, node: PyObject) -> None:
+    x, states, *rest = node.args
+    rows = 0 if rest[-1] else 1
+    if not _chosen(x, [rows]):
+        return
+    several = isinstance(states, (list, tuple))
+    with graph.inserting_before(node):
+        size = call(graph, aten.sym_size.int, x, rows)
+        wide = [_row_more(graph, state, 1) for state in (states if several else [states])]
+        wider = _row_more(graph, x, rows)
+        made = graph.call_function(node.target, (wider, wide if several else wide[0], *rest))
+    made.meta |= {"val": node.meta["val"], "stack_trace": node.meta.get("stack_trace", "")}
+    for part in list(node.users):
+        dim = 1 if part.args[1] else rows
+        value = part.meta["val"]
+        with graph.inserting_before(part):
+            whole = graph.call_function(operator.getitem, (made, part.args[1]))
+            whole.meta["val"] = _longer(value, dim)
+            kept = graph.call_function(aten.slice.Tensor, (whole, dim, 0, size))
+        _replace(graph, part, kept)
+    graph.erase_node(node)
+
+
+def _with_a_first_row_more(graph: fx.Graph, node: PyObject) -> None:
+    x, *rest = node.args
+    if not _chosen(x, [0]):
+        return
+    with graph.inserting_before(node):
+        size = call(graph, aten.sym_size.int, x, 0)
+        made = graph.call_function(node.target, (_row_more(graph, x, 0), *rest), node.kwargs)
+        made.meta |= node.meta | {"val": _longer(node.meta["val"], 0)}
+        kept = graph.call_function(aten.slice.Tensor, (made, 0, 0, size))
+    _replace(graph, node, kept)
+
+
+def _row_more(graph: fx.Graph, x: fx.Node, dim: int) -> PyObject:
+    """``x`` with zeros at the end of a dimension."""
+    value = x.meta["val"]
+    more = graph.call_function(aten.constant_pad_nd.default, (x, [0, 0] * (value.dim() - 1 - dim) + [0, 1], 0.0))
+    more.meta["val"] = _longer(value, dim)
+    return more
+
+
+def _longer(value: torch.Tensor, dim: int) -> torch.Tensor:
+    return value.new_empty([size + (d == dim) for d, size in enumerate(value.shape)])
+
+
+def _spread(graph: fx.Graph, node: PyObject) -> None:
+    """The variance as sums: of no rows, or of no more than the correction, it is a NaN."""
+    x, *places = node.args
+    given = dict(zip(_SPREADS[node.target], places, strict=False)) | node.kwargs
+    dims = _dims(x.meta["val"], given.get("dim"))
+    if not _chosen(x, dims):
+        return
+    both, keep = node.target.overloadpacket is aten.var_mean, given.get("keepdim", False)
+    correction = given.get("correction", int(given.get("unbiased", True)))
+    with graph.inserting_before(node):
+        count = _count(graph, x, dims)
+        mean = call(graph, aten.div.Tensor, call(graph, aten.sum.dim_IntList, x, dims, True), count)
+        squares = call(graph, aten.square.default, call(graph, aten.sub.Tensor, x, mean))
+        total = call(graph, aten.sum.dim_IntList, squares, dims, keep)
+        less = call(graph, torch.sym_max, call(graph, operator.sub, count, 1 if correction is None else correction), 0)
+        spread = call(graph, aten.div.Tensor, total, less)
+        if both and not keep:
+            mean = call(graph, aten.squeeze.dims, mean, dims)
+    if not both:
+        _replace(graph, node, spread)
+        return
+    for part in list(node.users):
+        _replace(graph, part, mean if part.args[1] else spread)
+    graph.erase_node(node)
+
+
+def _dims(value: torch.Tensor, given: PyObject) -> list[int]:
+    return [d % value.dim() for d in given or range(value.dim())]
+
+
+def _chosen(x: fx.Node, dims: list[int]) -> bool:
+    """Whether data decide how many places ``x`` has along ``dims``."""
+    return any(free_unbacked_symbols(x.meta["val"].shape[d]) for d in dims)
+
+
+def _count(graph: fx.Graph, x: fx.Node, dims: list[int]) -> PyObject:
+    sizes = [call(graph, aten.sym_size.int, x, d) for d in dims]
+    return functools.reduce(functools.partial(call, graph, operator.mul), sizes)
+
+
+def _sum_by_count(graph: fx.Graph, node: PyObject) -> None:
+    x, *given = node.args
+    dims = _dims(x.meta["val"], given[0] if given else None)
+    if not _chosen(x, dims):
+        return
+    keep = given[1] if len(given) > 1 else node.kwargs.get("keepdim", False)
+    dtype = node.kwargs.get("dtype")
+    with graph.inserting_before(node):
+        x = x if dtype is None else call(graph, aten.to.dtype, x, dtype)
+        total = call(graph, aten.sum.dim_IntList, x, dims, keep)
+        mean = call(graph, aten.div.Tensor, total, _count(graph, x, dims))
+    _replace(graph, node, mean)
+
+
+def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
+    new.meta["val"] = old.meta["val"]
+    new.meta["stack_trace"] = old.meta.get("stack_trace", "")
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
+    new.name = old.name  # the program's signature knows its results by name

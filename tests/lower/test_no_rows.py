@@ -1,0 +1,133 @@
+"""Rows that data choose: none, one or more of them, through layers whose kernels or traces fail on none."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import moeopt
+from moeopt.errors import BundleError, NotSaveableError
+from moeopt.lower.traced_forms import traced_form
+from tests.toy_moe import seeded
+
+NONE, ONE, SOME = (torch.tensor(mask) for mask in ([False] * 4, [False, True, False, False], [True, False, True, True]))
+
+
+class Sequences(nn.Module):
+    """What layers make of the chosen sequences, and statistics of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.GRU(6, 5, batch_first=True), nn.LSTM(6, 5, bidirectional=True)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x, mask):
+        rows = x[torch.where(mask)[0]]
+        places, last = self.first(rows)
+        second, (_, cell) = self.second(rows.transpose(0, 1))
+        spread, mean = torch.var_mean(rows, 0)
+        return (
+            places, last, second, cell, self.attention(rows, rows, rows, need_weights=False)[0], rows.mean(0),
+            rows.mean((0, 2), keepdim=True), rows.var(0), spread, mean, rows.var((0, 1), unbiased=False),
+            torch.cdist(rows, rows),
+        )  # fmt: skip
+
+
+class Images(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.GroupNorm(2, 4))
+
+    def forward(self, x, mask):
+        rows = x[torch.where(mask)[0]]
+        return self.layers(rows), F.unfold(rows, 3)
+
+
+class LeftEarly(nn.Module):
+    """torch's Python asks of these whether there is nothing, and a bundle then refuses a call with nothing."""
+
+    def forward(self, x, mask):
+        rows = x[torch.where(mask)[0]]
+        return rows.logsumexp(0), F.local_response_norm(rows, 2)
+
+
+class Counted(nn.Module):
+    """Rows in the order of their experts, cut by how many each has; a sparse matrix adds them up."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.weight = nn.Linear(6, 4), nn.Parameter(seeded(4, 6, 6))
+
+    def forward(self, x, mask):
+        rows = x[:, 0]
+        ids = torch.where(mask, self.gate(rows).argmax(-1), 2)
+        order = ids.argsort(stable=True)
+        parts = rows[order].split(torch.bincount(ids, minlength=4).tolist())
+        done = torch.cat([part @ weight for part, weight in zip(parts, self.weight, strict=True)])
+        at = torch.where(mask)[0]
+        combine = torch.sparse_coo_tensor(torch.stack([at, torch.arange(len(at))]), x[at, 0, 0], (len(rows), len(at)))
+        return torch.zeros_like(rows).index_add(0, order, done), combine @ done[at]
+
+
+SEQUENCES, IMAGES = seeded(4, 3, 6), seeded(4, 4, 5, 5)
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom", "ignore:The tensor attributes")
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+@pytest.mark.parametrize(
+    ("kind", "x"), [(Sequences, SEQUENCES), (Images, IMAGES), (LeftEarly, IMAGES), (Counted, SEQUENCES)]
+)
+@torch.no_grad()
+def test_rows_that_data_choose_may_be_none(tmp_path, backend, kind, x):
+    if backend == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = kind().eval()
+    moeopt.optimize(model, (x, SOME), backend=backend, verify="off").save(tmp_path / "saved")
+    loaded = moeopt.load(tmp_path / "saved")
+    for mask in (SOME, ONE, NONE):
+        if mask is NONE and kind is LeftEarly and backend == "torch":
+            with pytest.raises(BundleError, match="Runtime assertion"):
+                loaded(x, mask)
+            continue
+        for got, want in zip(loaded(x, mask), model(x, mask), strict=True):
+            torch.testing.assert_close(got, want, equal_nan=True)
+    if kind is Counted:  # a row that no entry reads stays by itself
+        spoilt = x.clone()
+        spoilt[3] = torch.nan
+        for got, want in zip(loaded(spoilt, ONE), model(spoilt, ONE), strict=True):
+            torch.testing.assert_close(got, want, equal_nan=True)
+
+
+class Transposed(Counted):
+    def forward(self, x, mask):
+        at = torch.where(mask)[0]
+        entries = torch.sparse_coo_tensor(torch.stack([at, torch.arange(len(at))]), x[at, 0, 0], (len(x), len(at)))
+        return entries.t() @ x[:, 0]
+
+
+@torch.no_grad()
+def test_another_use_of_a_sparse_matrix_is_refused(tmp_path):
+    fast = moeopt.optimize(Transposed(), (SEQUENCES, SOME), verify="off")
+    with pytest.raises(NotSaveableError, match="own code raised AttributeError: '_Entries' object has no"):
+        fast.save(tmp_path / "transposed")
+    forms = traced_form(torch.sparse_coo_tensor, (torch.zeros(2, 1).long(), torch.ones(1), (2, 2)), {})
+    with pytest.raises(NotSaveableError, match="holds the product with a dense matrix of rows, and nothing else"):
+        torch.mm(torch.ones(2, 2), forms)
+
+
+class Loop(nn.Module):
+    """Indices as Python numbers, one by one."""
+
+    def forward(self, x):
+        total = torch.zeros_like(x)
+        for number in x[:, 0].topk(max(1, len(x) // 2))[1].tolist():
+            total[number] += x[number]
+        return total
+
+
+@torch.no_grad()
+def test_what_can_be_saved_is_said_wherever_the_export_stops(tmp_path):
+    fast = moeopt.optimize(Loop(), seeded(4, 6), verify="off")
+    with pytest.raises(NotSaveableError, match=r"What can be saved: a rewritten block alone, .*torch\.save"):
+        fast.save(tmp_path / "loop")
