@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeopt.backends.onnxrt.bundle_files import ONNX_FILE
 from moeopt.backends.onnxrt.onnx_file.stitch import all_names
 from moeopt.backends.onnxrt.providers import runtime
 from moeopt.backends.onnxrt.session import Prepare, Session, no_change
@@ -159,3 +161,15 @@ def _torch_dtype(kind: int) -> torch.dtype:
 
 
 __all__ = ["InnerValues", "ShakenOriginal", "session_on", "with_outputs"]
+
+
+def fingerprint(file: OnnxFile) -> dict[str, str]:
+    """What a bundle says of the file that it was made of."""
+    digest = hashlib.sha256()
+    if file.path is None:
+        digest.update(file.proto.SerializeToString(deterministic=True))
+    else:
+        with file.path.open("rb") as source:
+            while piece := source.read(1 << 22):
+                digest.update(piece)
+    return {"class": file.name, "sha256": digest.hexdigest(), "kind": ONNX_FILE}
