@@ -29,11 +29,13 @@ class GraphRegion:
         nodes: in topological order, those included that make a weight of constants, or zeros of a size.
         entries: the values that it reads and does not make, the root first; constants are not among them.
         exit: the value that it is there for.
+        folds: whether the views of its weights are made once, as its weights lie in several shapes.
     """
 
     nodes: tuple[OnnxNode, ...]
     entries: tuple[OnnxValue, ...]
     exit: OnnxValue
+    folds: bool = False
 
 
 def exits(index: GraphIndex, seeds: Iterable[int], room: int) -> list[OnnxValue]:

@@ -54,12 +54,15 @@ def _checked(file: OnnxFile, value: PyObject, given: PyObject) -> Tensor:
     return tensor
 
 
-def made_up_feeds(file: OnnxFile, seed: int) -> Iterator[GraphFeeds]:
-    """Guesses, the likeliest first: each in sizes of its own, so that two of them tell sizes from constants."""
+def made_up_feeds(file: OnnxFile, seed: int, samples: int = 2) -> Iterator[GraphFeeds]:
+    """Guesses, the likeliest first: each in sizes of its own, so that two of them tell sizes from constants.
+
+    ``samples``: as large is a batch where the file takes several.
+    """
     shapes = [tensor_type(file, v)[1] for v in graph_inputs(file.proto.graph)]
     first = {shape[0] for shape in shapes if len(shape) > 1 and isinstance(shape[0], str)}
     symbols = {d for shape in shapes for d in shape if isinstance(d, str)}
-    for batch, tokens, past in ((2, 5, 3), (3, 7, 4), (1, 6, 0), (1, 1, 5), (1, 9, 0)):
+    for batch, tokens, past in ((samples, 5, 3), (samples + 1, 7, 4), (1, 6, 0), (1, 1, 5), (1, 9, 0)):
         sizes = {s: _size(s, batch, batch if s in first else tokens, past) for s in symbols}
         yield _feeds(file, sizes, (batch, tokens), seed)
 

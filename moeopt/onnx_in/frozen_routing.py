@@ -1,10 +1,12 @@
 """Routing that an export froze: a file that runs the experts which one sample chose, whatever its inputs are.
 
-A tracer records what a loop over the experts that are hit did on its sample. Three things tell such a file:
+A tracer records what a loop over the experts that are hit did on its sample. Five things tell such a file:
 
     rows that are a constant    an expert is given the rows of the sample, by their numbers, for ever
     counts that are constants   an expert is given as many of the sorted rows as it had of the sample
     experts that are missing    the router scores more experts than there are functions; what goes to the others is lost
+    choices that nobody reads   the weights of the choice are used, and which experts get them is a constant
+    places in a list of hits    as many experts run as the sample hit
 
 Such a file is broken. It computes what it computes, and nothing that moeopt could compare it with is right either: the
 block is left alone, and its owner is told.
@@ -13,12 +15,13 @@ block is left alone, and its owner is told.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+from moeopt.onnx_in.frozen_choices import listed_hits, results_weighed_by, unread_choice
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.products import MOVING, WeightProduct, shape_of, weight_products
-from moeopt.onnx_in.regions import CandidateRegion
+from moeopt.onnx_in.regions import CandidateRegion, region_name
 from moeopt.onnx_in.tensors import constant_of
 from moeopt.value_types import OnnxNode, OnnxValue
 
@@ -55,10 +58,20 @@ def frozen_routing(candidate: CandidateRegion, others: Iterable[CandidateRegion]
             f"sample that the model was traced with ({counts}{', ...' if len(shares) > 4 else ''}), whatever the "
             f"router chooses; {WAY_OUT}"
         )
+    place = listed_hits(index, candidate.chains.products)
+    if place is not None:
+        return (
+            f"{BROKEN}: the node {place.name!r} ({place.op_type}) takes an expert from a constant place in the list of "
+            "those that tokens chose, so that as many experts run as in the sample that the model was traced with, and "
+            f"the file stops or loses tokens where others are chosen; {WAY_OUT}"
+        )
     for region in candidate.regions[:1]:
         own = {p.at for p in candidate.chains.products}
         nodes = {id(node): node for node in (*region.nodes, *_before_rows(candidate))}
         choice, scored = _scored(index, list(nodes.values()), own)
+        if scored > 1 and unread_choice(index, choice):
+            assert choice is not None, "nothing else is scored"
+            return unread(choice)
         count = candidate.chains.experts
         whole = (o for o in others if o.chains.experts == scored and any(choice in r.nodes for r in o.regions[:1]))
         if scored > count and next(whole, None) is None:
@@ -69,6 +82,48 @@ def frozen_routing(candidate: CandidateRegion, others: Iterable[CandidateRegion]
                 f"{WAY_OUT}"
             )
     return ""
+
+
+def unread(choice: OnnxNode) -> str:
+    """The reason where nothing reads which experts a node chooses."""
+    return (
+        f"{BROKEN}: nothing reads which experts the node {choice.name!r} ({choice.op_type}) chooses, and its weights "
+        f"go to those of the sample that the model was traced with, as constants; {WAY_OUT}"
+    )
+
+
+def lone_experts(index: GraphIndex, candidates: Collection[CandidateRegion]) -> Iterator[tuple[str, str]]:
+    """The name and the reason of each expert that stands alone behind a frozen choice among several.
+
+    ``candidates``: the regions of the same graph, which tell of their own choices.
+    """
+    products = weight_products(index)
+    told = {id(node) for candidate in candidates for region in candidate.regions for node in region.nodes}
+    for node in index.nodes:
+        if node.op_type != "TopK" or id(node) in told or not unread_choice(index, node):
+            continue
+        choice, scored = _scored(index, _near(index, node), ())
+        router = None if choice is None else _router(index, choice, products)
+        product = results_weighed_by(index, node, products)
+        if scored > 1 and product is not None and router is not None and product is not router:
+            yield region_name([product]) or f"frozen_{index.at(node.outputs[0])}", unread(node)
+
+
+def _near(index: GraphIndex, choice: OnnxNode) -> list[OnnxNode]:
+    """A choice, and the nodes that its scores are made by."""
+    found, value = [choice], choice.inputs[0]
+    for _ in range(_FAR):
+        made = None if value is None else value.producer()
+        if made is None:
+            break
+        found.append(made)
+        value = _data_input(index, made)
+    return found
+
+
+def _router(index: GraphIndex, choice: OnnxNode, products: dict[int, WeightProduct]) -> WeightProduct | None:
+    """The product that gives a choice's scores."""
+    return next((products[at] for at in (index.position[id(n)] for n in _near(index, choice)) if at in products), None)
 
 
 def _constant_rows(index: GraphIndex, product: WeightProduct) -> OnnxNode | None:

@@ -19,9 +19,32 @@ MOST_OF_FEW, GROWTH = 1 << 14, 512
 the calls of two functions."""
 
 
+OPERATORS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
+"""Domains of operators: ONNX Runtime takes its own of that name, where others take the function."""
+
+
+def inlined(where: str, proto: OnnxModel) -> OnnxModel:
+    """The model, or a copy in which its functions are written out."""
+    if not proto.functions:
+        return proto
+    import onnx.checker
+    import onnx.inliner
+
+    try:
+        made: OnnxModel = onnx.inliner.inline_local_functions(proto)
+    except (RuntimeError, ValueError, onnx.checker.ValidationError) as err:
+        raise UsageError(
+            f"{where}: onnx cannot write out its functions ({shown_line(str(err)[:300])}): it was damaged, or export "
+            "the model without functions"
+        ) from None
+    return made
+
+
 def check_functions(where: str, proto: OnnxModel) -> None:
-    """``UsageError`` for functions that call themselves, or that are more nodes than a graph has when written out."""
+    """``UsageError`` for functions that call themselves, that are more nodes than a graph has when written out, or that
+    have a name which another one or an operator has."""
     functions = {(f.domain, f.name): f for f in proto.functions}
+    _check_names(where, proto)
     sizes: dict[tuple[str, str], int] = {}
     nodes = {key: Counter((n.domain, n.op_type) for n in _every(f.node)) for key, f in functions.items()}
     calls = {key: Counter({c: count for c, count in nodes[key].items() if c in functions}) for key in functions}
@@ -59,6 +82,19 @@ def check_functions(where: str, proto: OnnxModel) -> None:
             f"{where}: its functions are {_shown_count(total)} nodes when they are written out, and moeopt reads "
             f"{most if of_few else MOST_INLINED}{of_few}: export the model without functions of functions"
         )
+
+
+def _check_names(where: str, proto: OnnxModel) -> None:
+    times = Counter((f.domain, f.name) for f in proto.functions)
+    for function in proto.functions:
+        named = f"the function {shown_line(function.name)!r} of the domain {shown_line(function.domain)!r}"
+        if function.domain in OPERATORS:
+            raise UsageError(
+                f"{where}: {named} stands among operators, and ONNX Runtime takes an operator of that name instead: "
+                "give the function a domain of its own, or export the model without functions"
+            )
+        if times[function.domain, function.name] > 1:
+            raise UsageError(f"{where}: there are two of {named}: it was damaged or edited")
 
 
 def _every(nodes: Iterable[OnnxNode]) -> Iterator[OnnxNode]:

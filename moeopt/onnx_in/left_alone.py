@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
+from moeopt.onnx_in.chains import expert_chains
+from moeopt.onnx_in.frozen_routing import lone_experts
 from moeopt.onnx_in.idle_branches import why_not_taken
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.operators.table import shown
-from moeopt.onnx_in.products import WHOLE, WeightProduct, expert_chains, weight_products
+from moeopt.onnx_in.products import WHOLE, WeightProduct, weight_products
 from moeopt.onnx_in.regions import candidate_regions, region_name
 from moeopt.value_types import OnnxGraph, OnnxNode, OnnxValue
 
@@ -33,9 +35,14 @@ def left_alone(graph: OnnxGraph) -> Iterator[LeftAlone]:
             if (one.domain, one.op_type) in WHOLE:
                 yield _whole(one)
         yield from _in_branches(body)
+        if node is None and not any(one.op_type == "TopK" and not one.outputs[-1].uses() for one in body):
+            continue  # another search of the main graph, for which there is no reason
+        index = GraphIndex(body)
+        candidates = list(candidate_regions(index))
+        yield from (LeftAlone(name, reason, 1) for name, reason in lone_experts(index, candidates))
         if node is None:
             continue
-        for candidate in candidate_regions(GraphIndex(body)):
+        for candidate in candidates:
             name = f"{node.name or node.op_type}.{candidate.name}"
             if name in names:  # in the other branch
                 name = f"{node.name or node.op_type}.{place}.{candidate.name}"

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.errors import BundleError, UsageError
-from moeopt.onnx_in.functions import check_functions
+from moeopt.onnx_in.endless import check_loops
+from moeopt.onnx_in.functions import check_functions, inlined
 from moeopt.onnx_in.order import bodies, in_order
+from moeopt.onnx_in.stored import check_listed, sparse_in, tensors_in
 from moeopt.untrusted import open_regular, shown_line
 from moeopt.value_types import OnnxGraph, OnnxModel, OnnxNode, OnnxValue, PyObject
 
@@ -80,10 +82,8 @@ def read_onnx(subject: PyObject) -> OnnxFile:
         found = OnnxFile("the ONNX model", _as_proto(subject))
     found.proto = in_order(found.proto)
     _check(found)
-    if found.proto.functions:
-        import onnx.inliner
-
-        found.proto = onnx.inliner.inline_local_functions(found.proto)
+    found.proto = inlined(found.name, found.proto)
+    check_loops(found.name, found.proto.graph)
     return found
 
 
@@ -131,9 +131,15 @@ def _check(file: OnnxFile) -> None:
             f"{where}: it is of opset {file.opset}, and moeopt reads {OLDEST} and newer: convert it with "
             f"onnx.version_converter.convert_version(model, {OLDEST + 5}), or export the model again"
         )
+    if len(versions := {int(o.version) for o in proto.opset_import if o.domain in ("", "ai.onnx")}) > 1:
+        raise UsageError(
+            f"{where}: it says of two opsets that its operators are of them ({', '.join(map(str, sorted(versions)))}): "
+            "take one of the two out of opset_import, or export the model again"
+        )
     if proto.training_info:
         raise UsageError(f"{where}: it holds training information: export the model for inference")
     _check_graph(file, proto.graph, set())
+    _check_held(file)
     check_functions(where, proto)
     for function in proto.functions:
         _check_order(where, function.node, set(), set(function.input), f"the function {function.name}")
@@ -151,17 +157,11 @@ def _check_graph(file: OnnxFile, graph: OnnxGraph, outer: set[str]) -> None:
             f"{file.name}: the graph gives {shown_line(given)!r} twice, and a result is told by its name: take one of "
             "the two out of graph.output"
         )
-    for tensor in graph.initializer:
-        check_tensor(file, tensor)
-    _check_dense(file, graph)
     made = {*names, *weights}
     here = _check_order(file.name, graph.node, outer, made, f"the graph {graph.name!r}")
     fresh = here - outer  # names are entered and taken out again: a set for each body would grow with the graph
     outer |= fresh
     for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                check_tensor(file, attribute.t)
         for body in bodies(node):
             _check_graph(file, body, outer)
     lost = [v.name for v in graph.output if v.name not in outer]
@@ -170,10 +170,17 @@ def _check_graph(file: OnnxFile, graph: OnnxGraph, outer: set[str]) -> None:
         raise UsageError(f"{file.name}: nothing makes the output {shown_line(lost[0])!r}: it was damaged or cut off")
 
 
-def _check_dense(file: OnnxFile, graph: OnnxGraph) -> None:
-    """``UsageError`` for weights that say where their numbers are: an engine's file holds whole ones."""
-    sparse = [tensor.values.name for tensor in graph.sparse_initializer]
-    sparse += [n.name for n in graph.node for a in n.attribute if a.HasField("sparse_tensor") or a.sparse_tensors]
+def _check_held(file: OnnxFile) -> None:
+    """``UsageError`` for tensors, also of functions, that lack numbers, or that say where these are: an engine's file
+    holds whole ones."""
+    for tensor in file.proto.graph.initializer:
+        check_tensor(file, tensor)
+    for nodes in (file.proto.graph.node, *(f.node for f in file.proto.functions)):
+        for tensor in tensors_in(nodes):
+            check_tensor(file, tensor)
+    sparse = [tensor.values.name for tensor in file.proto.graph.sparse_initializer]
+    for nodes in (file.proto.graph.node, *(f.node for f in file.proto.functions)):
+        sparse += sparse_in(nodes)
     if sparse:
         raise UsageError(
             f"{file.name}: {shown_line(sparse[0])!r} holds a sparse tensor, and moeopt reads whole ones: store it as a "
@@ -215,7 +222,9 @@ def check_tensor(file: OnnxFile, tensor: OnnxValue) -> None:
     except (ValueError, TypeError):
         raise UsageError(f"{file.name}: the weight {name!r} has the element type {tensor.data_type}") from None
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
-        if want is not None and tensor.raw_data and len(tensor.raw_data) != want:
+        if not tensor.raw_data:
+            check_listed(file.name, tensor, dtype.name, dtype.bitwidth if want is not None else None)
+        elif len(tensor.raw_data) != want:
             raise UsageError(
                 f"{file.name}: the weight {name!r} has {len(tensor.raw_data)} bytes, and its shape says {want}"
             )
@@ -242,7 +251,7 @@ def external_place(file: OnnxFile, tensor: OnnxValue) -> tuple[Path, int, int | 
     if "\0" in place or any(len(part) > 255 for part in place.split("/")) or len(place) > 1024:
         raise UsageError(f"{file.name}: the weight {name!r} lies in {shown_line(place)!r}, which names no file")
     path = file.directory / place
-    real = path.resolve()
+    real = Path(os.path.realpath(path))  # resolve() stops at a link to itself
     homes = {file.directory.resolve(), (file.path or file.directory).resolve().parent}
     inside = not os.path.isabs(place) and ".." not in Path(place).parts and any(real.is_relative_to(h) for h in homes)
     if not place or not inside:
@@ -262,15 +271,9 @@ def external_tensors(graph: OnnxGraph) -> Iterator[Any]:
     """The tensors of a protobuf graph and of its bodies that lie in other files."""
     import onnx
 
-    for tensor in graph.initializer:
+    for tensor in (*graph.initializer, *tensors_in(graph.node)):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             yield tensor
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t") and attribute.t.data_location == onnx.TensorProto.EXTERNAL:
-                yield attribute.t
-        for body in bodies(node):
-            yield from external_tensors(body)
 
 
 def _whole(text: str | None) -> int | None:

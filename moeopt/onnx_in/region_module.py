@@ -22,8 +22,10 @@ from moeopt.onnx_in.coded import CodedWeights, coded_weights
 from moeopt.onnx_in.coded_nodes import CodedConstants
 from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.interpreter import InterpretedGraph, live_steps, steps_of
-from moeopt.onnx_in.products import CONVOLUTIONS, shape_of
-from moeopt.onnx_in.program import SizeTerm, SizeTerms, program_of
+from moeopt.onnx_in.operators.call import NodeCall
+from moeopt.onnx_in.operators.table import OPERATORS
+from moeopt.onnx_in.products import CONVOLUTIONS, MOVING, shape_of
+from moeopt.onnx_in.program import NodeStep, SizeTerm, SizeTerms, program_of
 from moeopt.onnx_in.regions import CandidateRegion
 from moeopt.onnx_in.static_sizes import free_sizes
 from moeopt.onnx_in.tensors import tensor_of
@@ -142,6 +144,8 @@ def region_module(
             if value is not None and value.name in wanted and value.name not in known:
                 constants[value.name] = tensor_of(_held(value), value.name)
                 known.add(value.name)
+    if region.folds:
+        steps = _folded(steps, constants, opset)
     sizes = dict(ends.sizes)
     if ends.fixed is not None:
         steps, freed = free_sizes(steps, constants, *ends.fixed)
@@ -152,6 +156,20 @@ def region_module(
     _nodes[module] = tuple(step.name for step in steps)
     module.coded = CodedWeights([one for value, one in codes.found.items() if value in constants])
     return module
+
+
+def _folded(steps: Sequence[NodeStep], constants: dict[str, Tensor], opset: int) -> list[NodeStep]:
+    """The steps without those that bring constants into shape; what they make is among ``constants`` then."""
+    kept = []
+    for step in steps:
+        there = all(name in constants for name in step.inputs if name)
+        if step.domain or step.op_type not in MOVING or not there or not constants[step.inputs[0]].is_floating_point():
+            kept.append(step)
+            continue
+        inputs = [constants[name] if name else None for name in step.inputs]
+        made = OPERATORS["", step.op_type](NodeCall(step.described, inputs, step.attributes, len(step.outputs), opset))
+        constants |= zip(step.outputs, made if isinstance(made, tuple) else (made,), strict=False)
+    return kept
 
 
 def with_node_names(reason: str, module: InterpretedGraph) -> str:

@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from moeopt.onnx_in.chains import ExpertChains, expert_chains
 from moeopt.onnx_in.cuts import GraphRegion, common_entry, exits, region_between, steps_for
 from moeopt.onnx_in.index import GraphIndex
-from moeopt.onnx_in.products import ExpertChains, WeightProduct, expert_chains, weight_products
+from moeopt.onnx_in.products import WeightProduct, weight_products
 from moeopt.onnx_in.program import TAKEN
 from moeopt.value_types import OnnxNode, OnnxValue
 
@@ -28,12 +29,14 @@ class CandidateRegion:
         name: like ``model.layers.0.mlp``, from the names of its weights or nodes.
         chains: its expert functions.
         regions: the same region up to each of its possible exits, the nearest first.
+        unrouted: whether there are such exits, and nothing before them chooses or weighs among the experts.
     """
 
     name: str
     index: GraphIndex
     chains: ExpertChains
     regions: tuple[GraphRegion, ...]
+    unrouted: bool = False
 
 
 def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
@@ -48,20 +51,22 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
             continue
         positions = [p.at for p in chains.products]
         found: list[GraphRegion] = []
+        unrouted = False
         behind = bisect.bisect_right(places, max(positions))
         following = places[behind] if behind < len(places) else len(index.nodes)
         for end in exits(index, positions, steps_for(positions)):
             if len(found) >= _MOST_REGIONS // 2 and index.at(end) > following:
                 break
             region = _rooted(index, chains, end)
+            unrouted |= region is not None and not _has_router(region, chains)
             if region is not None and _has_router(region, chains):
-                found.append(region)
+                found.append(replace(region, folds=chains.in_several_shapes))
             if len(found) == _MOST_REGIONS:
                 break
         taken |= set(positions)
         name = names.unique(region_name(chains.products) or f"region_{count}")
         count += 1
-        yield CandidateRegion(name, index, chains, tuple(found))
+        yield CandidateRegion(name, index, chains, tuple(found), unrouted and not found)
 
 
 def _rooted(index: GraphIndex, chains: ExpertChains, end: OnnxValue) -> GraphRegion | None:

@@ -12,12 +12,12 @@ on a copy of the file. Loops that hold none, run until a value says stop, or are
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from moeopt.onnx_in.endless import held_constants, never_stops, whole_number
 from moeopt.onnx_in.free_names import FreeNames
 from moeopt.onnx_in.idle_branches import taken_branch
 from moeopt.onnx_in.index import GraphIndex
@@ -91,11 +91,7 @@ class LoopUnroller:
         self.proto = onnx.ModelProto()
         self.proto.CopyFrom(file.proto)
         graph = self.proto.graph
-        inputs = {v.name for v in graph.input}
-        self.constants: dict[str, Any] = {t.name: t for t in graph.initializer if t.name not in inputs}
-        self.constants |= {
-            n.output[0]: a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"
-        }
+        self.constants = held_constants(graph)
         self.nodes: list[Any] = []
         self._unique = FreeNames(_names(graph)).new
 
@@ -124,7 +120,7 @@ class LoopUnroller:
             return False
         trips = self._number(node.input[0])
         goes_on = not node.input[1] or self._number(node.input[1]) == 1
-        if trips is None or not goes_on or not self._fits(trips, body) or not self._never_stops(body):
+        if trips is None or not goes_on or not self._fits(trips, body) or not never_stops(body, self._number):
             return False
         state = list(node.input[2:])
         self._rounds(node, body, trips, state, 1, lambda n: [self._constant(n), self._constant(True)])
@@ -208,27 +204,9 @@ class LoopUnroller:
                 self.constants[made.output[0]] = made.attribute[0].t
         return [here.get(v.name, v.name) for v in body.output]
 
-    def _never_stops(self, body: OnnxGraph) -> bool:
-        """Whether a loop's condition is true after every round: what it was given, or a constant."""
-        made = {name: node for node in body.node for name in node.output}
-        value = body.output[0].name
-        while value in made and made[value].op_type == "Identity":
-            value = made[value].input[0]
-        if value == body.input[1].name:
-            return True
-        held = {t.name: t for t in body.initializer}
-        if value in made and made[value].op_type == "Constant":
-            held[value] = next((a.t for a in made[value].attribute if a.name == "value"), None)
-        return self._number(value, held) == 1
-
-    def _number(self, name: str, held: Mapping[str, Any] | None = None) -> int | None:
+    def _number(self, name: str) -> int | None:
         """A constant that is one whole number or flag."""
-        import onnx
-
-        tensor = held[name] if held and name in held else self.constants.get(name)
-        if tensor is None or math.prod(tensor.dims) != 1 or tensor.data_type not in (6, 7, 9):
-            return None
-        return None if tensor.data_location else int(onnx.numpy_helper.to_array(tensor).item())
+        return whole_number(self.constants.get(name))
 
     def _fits(self, trips: int, body: OnnxGraph) -> bool:
         return trips > 0 and trips * len(body.node) <= MOST_NODES

@@ -60,3 +60,52 @@ def hit_loop(over, path, tokens):
         model, (x,), path, dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "tokens"}}, opset_version=17
     )
     return str(path)
+
+
+class FrozenChoice(nn.Module):
+    """(T, H) -> (T, H) with every expert in the file and the sample's choice as constants, by ``how``: "ids" of each
+    token, "table" of its weights, "places" in the list of hits, "one" expert alone, or not: "none", a
+    threshold chooses; "groups", the sums of groups' highest scores choose a group first."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.gate = nn.Linear(H, E, bias=False)
+        self.experts = nn.ModuleList([nn.Sequential(nn.Linear(H, I), nn.GELU(), nn.Linear(I, H)) for _ in range(E)])
+        self.up, self.down = nn.Parameter(torch.randn(E, H, I)), nn.Parameter(torch.randn(E, I, H))
+
+    def forward(self, x):
+        scores = torch.softmax(self.gate(x), -1)
+        weights, ids = scores.topk(K, -1)
+        table, y = torch.zeros_like(scores).scatter(1, ids, weights), torch.zeros_like(x)
+        if self.how == "places":
+            hits = (table > 0).sum(0).nonzero().flatten()
+            for place in range(int(hits.shape[0])):
+                each = F.gelu(x @ self.up[hits[place]]) @ self.down[hits[place]]
+                y = y + each * table.index_select(1, hits[place].view(1))
+            return y
+        if self.how == "one":
+            return self.experts[int(ids[0, 0])](x) * weights[:, :1]
+        if self.how == "ids":
+            table = torch.zeros_like(scores).scatter(1, torch.tensor(ids.tolist()), weights)
+        if self.how == "table":
+            table = torch.tensor(table.tolist())
+        if self.how == "none":
+            table = scores * (scores >= weights[:, -1:])
+        if self.how == "groups":
+            sums = scores.view(-1, 2, E // 2).topk(2, -1)[0].sum(-1)
+            best = torch.zeros_like(sums).scatter(1, sums.topk(1, -1)[1], 1.0)
+            kept = self.gate(x).softmax(-1) * best[..., None].expand(-1, 2, E // 2).reshape(-1, E)
+            weights, ids = kept.topk(K, -1)
+            table = torch.zeros_like(scores).scatter(1, ids, weights)
+        return sum(table[:, e, None] * expert(x) for e, expert in enumerate(self.experts))
+
+
+def frozen_choice(how, path, tokens=12):
+    """The file at ``path``, traced on ``tokens`` tokens; returns the path as text, and the sample."""
+    torch.manual_seed(0)
+    model, x = FrozenChoice(how).eval(), torch.randn(tokens, H)
+    torch.onnx.export(
+        model, (x,), path, dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "tokens"}}, opset_version=17
+    )
+    return str(path), x

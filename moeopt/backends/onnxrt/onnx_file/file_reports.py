@@ -17,6 +17,8 @@ IN_A_FILE = (
     "who has only the file: export the model with another form of its experts (all experts on all tokens; "
     "transformers: experts_implementation='batched_mm'), or optimise the PyTorch model"
 )
+UNREACHED = "no probe token reached"
+"""What reasons say where the example's few rows, or samples, chose too few of the experts."""
 _OF_NO_CODE = ("skipped:", "left as it is", "it was rewritten, compared and reverted")
 """How reasons begin that another export would not change."""
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from moeopt.backends.base import Made
-from moeopt.backends.onnxrt.bundle_files import ONNX_FILE
 from moeopt.backends.onnxrt.engine import GraphEngine
 from moeopt.backends.onnxrt.expert_ids import ids_of_model
 from moeopt.backends.onnxrt.graph_backend import GraphBackend
@@ -22,9 +21,9 @@ from moeopt.backends.onnxrt.onnx_file.compare_files import (
     count_ids,
     written_out,
 )
-from moeopt.backends.onnxrt.onnx_file.file_reports import decline, in_order, inner_values, replaceable_note
+from moeopt.backends.onnxrt.onnx_file.file_reports import UNREACHED, decline, in_order, inner_values, replaceable_note
 from moeopt.backends.onnxrt.onnx_file.kept_codes import keep_codes, with_codes
-from moeopt.backends.onnxrt.onnx_file.original import session_on
+from moeopt.backends.onnxrt.onnx_file.original import fingerprint, session_on
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_parts, widest_run
 from moeopt.backends.onnxrt.onnx_file.write import untouched, write_stitched
 from moeopt.backends.onnxrt.open_engine import opened_file
@@ -50,6 +49,9 @@ from moeopt.report import BlockReport, Report
 from moeopt.value_types import PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.judge import EPS_ALLOWANCE
+
+_SAMPLES = 24
+"""Made up where two choose too few experts."""
 
 
 class NothingRewrittenError(Exception):
@@ -84,6 +86,9 @@ def _optimized(
     options.say("looking for blocks of experts in the graph")
     calls = example_feeds(given, inputs, options.seed)
     file, candidates, parts, made = _tried(given, calls, options, plan, backend, ())
+    if inputs is None and any(UNREACHED in reason for _, reason in parts.declined.values()):  # by samples, it may be
+        calls = example_feeds(given, None, options.seed, _SAMPLES)
+        file, candidates, parts, made = _tried(given, calls, options, plan, backend, ())
     if made is not None and parts.declined:  # what a declined block's branches spare would be computed always
         stay = inner_values(parts)
         if len(written_out(given, calls, stay).proto.graph.node) != len(file.proto.graph.node):
@@ -104,7 +109,7 @@ def _optimized(
         model=file.name,
         seconds=time.perf_counter() - started,
     )
-    made.source = _fingerprint(file)
+    made.source = fingerprint(file)
     return made, ((), dict(calls[0]))
 
 
@@ -125,8 +130,8 @@ def _tried(
     return file, candidates, parts, made
 
 
-def example_feeds(file: OnnxFile, inputs: PyObject, seed: int) -> list[GraphFeeds]:
-    """Two calls, the second in other sizes where the file takes some: the user's, or made up.
+def example_feeds(file: OnnxFile, inputs: PyObject, seed: int, samples: int = 2) -> list[GraphFeeds]:
+    """Two calls, the second in other sizes where the file takes some: the user's, or of ``samples`` made up ones.
 
     Raises:
         UsageError: the file takes none of the inputs that were made up; or not those that were given.
@@ -141,7 +146,7 @@ def example_feeds(file: OnnxFile, inputs: PyObject, seed: int) -> list[GraphFeed
         return [given, *_in_another_size(session, given, dims)]
     found: list[GraphFeeds] = []
     said = ""
-    for feeds in made_up_feeds(file, seed):
+    for feeds in made_up_feeds(file, seed, samples):
         why = _runs(session, feeds)
         said = said or (why or "")
         sizes = {tuple(t.shape) for t in feeds.values()}
@@ -283,16 +288,3 @@ def _left_alone(file: OnnxFile, parts: FileParts, others: bool, options: Options
     certificate = Certificate(level=options.verify, device=engine.described, notes=list(notes))
     report = Report((), file.name, "onnxruntime", notes=tuple(notes), certificate=certificate)
     return Made(engine, report, certificate, None, built)
-
-
-def _fingerprint(file: OnnxFile) -> dict[str, str]:
-    import hashlib
-
-    digest = hashlib.sha256()
-    if file.path is None:
-        digest.update(file.proto.SerializeToString(deterministic=True))
-    else:
-        with file.path.open("rb") as source:
-            while piece := source.read(1 << 22):
-                digest.update(piece)
-    return {"class": file.name, "sha256": digest.hexdigest(), "kind": ONNX_FILE}

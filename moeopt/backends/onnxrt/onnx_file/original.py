@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeopt.backends.onnxrt.bundle_files import ONNX_FILE
 from moeopt.backends.onnxrt.onnx_file.stitch import all_names
 from moeopt.backends.onnxrt.providers import runtime
 from moeopt.backends.onnxrt.session import Prepare, Session, no_change
 from moeopt.errors import MoeoptError, UsageError
+from moeopt.lower.onnx.experts_node import DOMAIN
 from moeopt.onnx_in.free_names import FreeNames
 from moeopt.onnx_in.read import OnnxFile
+from moeopt.untrusted import shown_line
 from moeopt.value_types import JsonValue, OnnxModel, PyObject
 
 
@@ -35,6 +39,10 @@ def session_on(
     if directory is not None:
         folder = os.path.realpath(directory)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    if any(opset.domain == DOMAIN for opset in proto.opset_import):
+        raise UsageError(
+            f"{name}: its experts run in moeopt's own kernel already; give model.onnx, which is beside it in its bundle"
+        )
     try:
         return Session(proto.SerializeToString(), "cpu", options, prepare=prepare)
     except MoeoptError:
@@ -50,7 +58,7 @@ _MOST_READ = 2000
 def _said(err: Exception) -> str:
     """The first line of an error of ONNX Runtime, without the place in its own code that it names first."""
     first = next(iter(str(err).strip()[:_MOST_READ].splitlines()), type(err).__name__)
-    return re.sub(r"\S+\.(?:cc|h):\d+ .*?\)(?: const)? (?=[A-Z])", "", first)[:300]
+    return shown_line(re.sub(r"\S+\.(?:cc|h):\d+ .*?\)(?: const)? (?=[A-Z])", "", first))[:300]
 
 
 def with_outputs(proto: OnnxModel, names: Sequence[str]) -> OnnxModel:
@@ -153,3 +161,15 @@ def _torch_dtype(kind: int) -> torch.dtype:
 
 
 __all__ = ["InnerValues", "ShakenOriginal", "session_on", "with_outputs"]
+
+
+def fingerprint(file: OnnxFile) -> dict[str, str]:
+    """What a bundle says of the file that it was made of."""
+    digest = hashlib.sha256()
+    if file.path is None:
+        digest.update(file.proto.SerializeToString(deterministic=True))
+    else:
+        with file.path.open("rb") as source:
+            while piece := source.read(1 << 22):
+                digest.update(piece)
+    return {"class": file.name, "sha256": digest.hexdigest(), "kind": ONNX_FILE}

@@ -16,7 +16,7 @@ from moeopt.errors import Declined, MoeoptError
 from moeopt.onnx_in.coded_nodes import ON_ACTIVATIONS, CodedConstants
 from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.feeds import GraphFeeds
-from moeopt.onnx_in.frozen_routing import frozen_routing
+from moeopt.onnx_in.frozen_routing import WAY_OUT, frozen_routing
 from moeopt.onnx_in.interpreter import InterpretedGraph, unread
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.onnx_in.region_module import is_combined, one_number_each, region_ends, region_module, with_node_names
@@ -110,6 +110,12 @@ def _part(codes: CodedConstants, candidate: CandidateRegion, runs: Sequence[Valu
     for product in candidate.chains.products:
         if product.node.op_type in ON_ACTIVATIONS:
             raise Declined(unread(product.node))
+    if candidate.unrouted:
+        raise Declined(
+            f"nothing chooses or weighs among its {candidate.chains.experts} experts ({_first(candidate)} and its "
+            "like) by what a token holds, so that all of them are added up, or the weights of the sample that the "
+            f"model was traced with are constants in the file, which is broken then: {WAY_OUT}"
+        )
     if not candidate.regions:
         raise Declined(
             f"the results of its {candidate.chains.experts} experts do not come together in one value near them: "

@@ -1,0 +1,175 @@
+"""Chains of two products with weights that are feed-forward functions, those that begin at the same rows together.
+
+A chain is read by values: two products in a row, with whatever is computed element by element between them. Chains
+that begin at the same rows and whose weights have the same shapes are experts, be they written one after another or as
+one product of a stack. A lone pair of plain matrices is a dense feed-forward network.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.matrix_shapes import matrix_shape
+from moeopt.onnx_in.operators.table import operator_of
+from moeopt.onnx_in.products import MOVING, PRODUCTS, WeightProduct
+from moeopt.onnx_in.prologues import ancestors, shared_beginnings
+from moeopt.value_types import OnnxValue
+
+_ENDS_CHAIN = frozenset(("Softmax", "LogSoftmax", "TopK", "ArgMax", "ArgMin", "OneHot", "NonZero", "Shape", "Size"))
+"""Operators behind which nothing is a value of the product before them any more."""
+
+
+@dataclass
+class ExpertChains:
+    """First and second products of feed-forward functions that begin at the same rows.
+
+    ``in_several_shapes``: nodes bring the weights of some into shape otherwise than those of others, or a stack of all
+    is a part of a constant.
+    """
+
+    root: OnnxValue
+    pairs: list[tuple[WeightProduct, WeightProduct]] = field(default_factory=list)
+    in_several_shapes: bool = False
+
+    @property
+    def experts(self) -> int:
+        """How many functions there are, as far as the shapes of their weights say.
+
+        A product that all of them follow, or that follows all of them, is none of theirs: the fewer count.
+        """
+        counts = [sum({p.function: p.stacked for p in side}.values()) for side in zip(*self.pairs, strict=True)]
+        fewest: int = min(counts)
+        return fewest
+
+    @property
+    def products(self) -> list[WeightProduct]:
+        return list({p.at: p for pair in self.pairs for p in pair}.values())
+
+
+def expert_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> list[ExpertChains]:
+    """The chains of a graph, grouped by where they begin, in the order of their first products."""
+    last: dict[int, int] = {}
+    root: dict[int, Any] = {}
+    groups: dict[Any, ExpertChains] = {}
+    by_shape: defaultdict[Any, set[int]] = defaultdict(set)
+    for at, node in enumerate(index.nodes):
+        if at in products:
+            one = products[at]
+            before = last.get(id(one.rows))
+            if before is not None:
+                first = products[before]
+                start = root.get(id(first.rows), first.rows)
+                key = (id(start), first.shape, one.shape, first.node.op_type, one.node.op_type)
+                group = groups.setdefault(key, ExpertChains(start))
+                if one.at not in by_shape[key]:
+                    by_shape[key].add(one.at)
+                    group.pairs.append((first, one))
+            value = at
+        else:
+            recent = [last[id(v)] for v in index.reads(node) if id(v) in last]
+            value = max(recent) if recent and node.op_type not in _ENDS_CHAIN and node.op_type not in _MERGING else -1
+        for result in node.outputs:
+            if value >= 0:
+                last[id(result)] = value
+            if node.op_type in MOVING and node.inputs and node.inputs[0] is not None:
+                root[id(result)] = root.get(id(node.inputs[0]), node.inputs[0])
+    made = _with_prologues(index, _in_other_shapes(list(groups.values())), products, root)
+    for group in made:
+        views = [{_views(product) for product in side} for side in zip(*group.pairs, strict=True)]
+        parts = len(group.pairs) == 1 and any(not _OF_PARTS.isdisjoint(way) for side in views for way in side)
+        coded = "DequantizeLinear" in str(views)
+        group.in_several_shapes = not coded and (parts or any(len(side) > 1 for side in views))
+    return made
+
+
+def _in_other_shapes(groups: list[ExpertChains]) -> list[ExpertChains]:
+    """The groups, those of one chain joined to one of several that begins at the same rows and multiplies matrices of
+    the same shapes: a weight may lie turned or flat in the file, and be brought into shape by nodes."""
+    homes: dict[Hashable, ExpertChains] = {}
+    starts = Counter(id(g.root) for g in groups)
+    for group in groups:
+        if len(group.pairs) > 1 and starts[id(group.root)] > 1:
+            homes.setdefault((id(group.root), _matrices(group)), group)
+    kept = []
+    for group in groups:
+        home = homes.get((id(group.root), _matrices(group))) if homes and len(group.pairs) == 1 else None
+        if home is None:
+            kept.append(group)
+        else:
+            home.pairs = sorted([*home.pairs, *group.pairs], key=lambda pair: pair[0].at)
+    return kept
+
+
+def _views(product: WeightProduct) -> tuple[str, ...]:
+    """The operators between a product and its constant."""
+    value, found = product.node.inputs[_weight_side(product)], []
+    while value is not product.weight and value is not None:
+        node = value.producer()
+        found.append(node.op_type)
+        value = node.inputs[0]
+    return tuple(found)
+
+
+def _weight_side(product: WeightProduct) -> int:
+    """Which input of a product's node is its weight."""
+    sides = PRODUCTS[operator_of(product.node)]
+    return sides[0] if product.node.inputs[sides[1]] is product.rows else sides[1]
+
+
+def _matrices(group: ExpertChains) -> tuple[Hashable, ...]:
+    """The shapes of the two matrices of a group's first chain as they are multiplied; a convolution's as they are."""
+    shapes = []
+    for product in group.pairs[0]:
+        shape = matrix_shape(product.node, _weight_side(product))
+        shapes.append((shape or object(), "" if product.node.op_type in _PLAIN else product.node.op_type))
+    return tuple(shapes)
+
+
+def _with_prologues(
+    index: GraphIndex, groups: list[ExpertChains], products: Collection[int], root: Mapping[int, OnnxValue]
+) -> list[ExpertChains]:
+    """The groups, those of one chain alone joined that begin at the same value, each behind a prologue of its own; and
+    those that have a prologue where several others, which have none, begin.
+    """
+    ends = {at for at, node in enumerate(index.nodes) if at in products or node.op_type in _MERGING}
+    plain = {(id(g.root), _forms(g)): g for g in groups if len(g.pairs) > 1}
+    joined: dict[int, ExpertChains] = {}
+    alone: defaultdict[Any, list[ExpertChains]] = defaultdict(list)
+    for group in groups:
+        if len(group.pairs) == 1 and group.experts < 2:
+            behind = ancestors(index, group.root, ends) if plain else ()
+            homes_of = (plain.get((id(root.get(id(v), v)), _forms(group))) for v in behind)
+            home = next((found for found in homes_of if found is not None), None)
+            if home is None:
+                alone[_forms(group)].append(group)
+            else:
+                home.pairs += group.pairs
+                joined[id(group)] = home
+    for several in alone.values():
+        shared = shared_beginnings(index, [g.root for g in several], ends) if len(several) > 1 else []
+        homes: dict[int, ExpertChains] = {}
+        for group, start in zip(several, shared, strict=False):
+            if start is not None:
+                home = homes.setdefault(id(start), ExpertChains(start))
+                home.pairs += group.pairs
+                joined[id(group)] = home
+    return list({id(home): home for home in (joined.get(id(g), g) for g in groups)}.values())
+
+
+def _forms(group: ExpertChains) -> tuple[Hashable, ...]:
+    """What chains that are experts of one block have in common."""
+    return tuple((p.shape, p.node.op_type) for p in group.pairs[0])
+
+
+_OF_PARTS = frozenset(("Slice", "Split", "Gather", "Concat"))
+"""Operators whose result is a part of their first input, or more."""
+_PLAIN = ("MatMul", "Gemm", "FusedMatMul")
+"""Products of rows with one matrix."""
+_MERGING = frozenset(
+    ("MatMul", "Einsum", "Attention", "MultiHeadAttention", "GroupQueryAttention", "Loop", "If", "Scan")
+)
+"""Operators that mix rows: a product behind them begins another chain."""
