@@ -13,7 +13,7 @@ from tests.onnx_in.toys import run
 
 UNREAD = (
     "the file is broken, unless the same functions are meant whatever is chosen (a confidence that scales them, "
-    "weights by rank), which a file does not tell: nothing reads which experts the node '/TopK' (TopK) chooses. An export that"
+    "weights by rank), which a file does not tell: nothing reads which experts the node '/TopK' (TopK) chooses. An "
 )
 SAID = {
     "ids": UNREAD,
