@@ -5,7 +5,8 @@ A tracer records what a loop over the experts that are hit did on its sample. Fi
     rows that are a constant    an expert is given the rows of the sample, by their numbers, for ever
     counts that are constants   an expert is given as many of the sorted rows as it had of the sample
     experts that are missing    the router scores more experts than there are functions; what goes to the others is lost
-    choices that nobody reads   the weights of the choice are used, and which experts get them is a constant
+    choices that nobody reads   the weights of the choice are used, and which experts get them is a constant: a network
+                                that is scaled by its highest score looks the same, so this is said with an "unless"
     places in a list of hits    as many experts run as the sample hit
 
 Such a file is broken. It computes what it computes, and nothing that moeopt could compare it with is right either: the
@@ -87,8 +88,10 @@ def frozen_routing(candidate: CandidateRegion, others: Iterable[CandidateRegion]
 def unread(choice: OnnxNode) -> str:
     """The reason where nothing reads which experts a node chooses."""
     return (
-        f"{BROKEN}: nothing reads which experts the node {choice.name!r} ({choice.op_type}) chooses, and its weights "
-        f"go to those of the sample that the model was traced with, as constants; {WAY_OUT}"
+        f"{BROKEN}, unless the same functions are meant whatever is chosen (a confidence that scales them, weights by "
+        f"rank), which a file does not tell: nothing reads which experts the node {choice.name!r} ({choice.op_type}) "
+        "chooses. An export that traces a loop over the experts that are hit keeps the choice of the sample that the "
+        f"model was traced with, as constants; {WAY_OUT}"
     )
 
 

@@ -229,9 +229,9 @@ class RewrittenForward:
                 raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenForward:
-        module = memo.get(id(self.module))
-        if module is None:
-            return cast(RewrittenForward, copy.deepcopy(self.module, memo).forward)
+        module = copy.deepcopy(self.module, memo)
+        if id(self) in memo:  # copied with its module, or of an fx.GraphModule's shallow copy, which keeps it too
+            return cast(RewrittenForward, memo[id(self)])
         new = memo[id(self)] = self._of(module)
         new.original = copy.deepcopy(self.original, memo)
         return new

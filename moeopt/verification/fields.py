@@ -22,6 +22,12 @@ class Fields(dict[str, Any]):
 
     _of = ""
 
+    def __getattribute__(self, name: str) -> PyObject:
+        return self[name] if name in self else super().__getattribute__(name)  # a field may be called "values"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Fields.of, (self._of, dict(self))
+
     def __getattr__(self, name: str) -> PyObject:
         try:
             return self[name]
@@ -38,11 +44,11 @@ class Fields(dict[str, Any]):
 
 pytree.register_pytree_node(
     Fields,
-    lambda fields: (list(fields.values()), (list(fields), fields._of)),
+    lambda fields: ([*dict.values(fields)], (list(fields), fields._of)),
     lambda items, context: Fields.of(context[1], zip(context[0], items, strict=True)),
     serialized_type_name=f"{Fields.__module__}:{Fields.__qualname__}",
     flatten_with_keys_fn=lambda fields: (
-        [(pytree.MappingKey(name), value) for name, value in fields.items()],
+        [(pytree.MappingKey(name), value) for name, value in dict.items(fields)],
         (list(fields), fields._of),
     ),
 )

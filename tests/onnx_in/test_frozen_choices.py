@@ -12,14 +12,15 @@ from tests.onnx_in.hit_loops import E, frozen_choice
 from tests.onnx_in.toys import run
 
 UNREAD = (
-    "the file is broken: nothing reads which experts the node '/TopK' (TopK) chooses, and its weights go to those of"
+    "the file is broken, unless the same functions are meant whatever is chosen (a confidence that scales them, "
+    "weights by rank), which a file does not tell: nothing reads which experts the node '/TopK' (TopK) chooses. An "
 )
 SAID = {
     "ids": UNREAD,
     "one": UNREAD,
     "places": "(Gather) takes an expert from a constant place in the list of those that tokens chose, so that as many",
     "table": f"nothing chooses or weighs among its {E} experts (the node '/experts.0/experts.0.0/Gemm' (Gemm) and its "
-    "like) by what a token holds, so that all of them are added up, or the weights of the sample",
+    "like) by what a token holds, so that each token gets all of them alike, or the weights of the sample",
 }
 
 
@@ -58,6 +59,8 @@ class TopScores(torch.nn.Module):
     def forward(self, x):
         values = self.classes(x).topk(2, -1).values
         y = self.mlp(x)
+        if self.how == "scaled":
+            return y * values[..., :1].sigmoid()
         return (y, values) if self.how == "given" else y + values.mean(-1, keepdim=True)
 
 
@@ -68,3 +71,13 @@ def test_highest_scores_that_weigh_no_expert_are_no_frozen_choice(how, tmp_path)
         TopScores(how).eval(), (torch.randn(5, 8),), path, dynamo=False, input_names=["x"], opset_version=17
     )
     assert not moeopt.optimize(path, torch.randn(5, 8), verify="off").report.blocks
+
+
+def test_a_network_that_is_scaled_by_its_highest_score_is_not_called_broken_without_an_unless(tmp_path):
+    """It is what a frozen choice of one expert is, node by node."""
+    path = str(tmp_path / "m.onnx")
+    torch.onnx.export(
+        TopScores("scaled").eval(), (torch.randn(5, 8),), path, dynamo=False, input_names=["x"], opset_version=17
+    )
+    (block,) = moeopt.optimize(path, torch.randn(5, 8), verify="off").report.blocks
+    assert block.reason.startswith(UNREAD)

@@ -129,6 +129,20 @@ def test_a_deep_copy_of_a_graph_module_runs_the_rewritten_code(held):
     assert "forward" not in copy.deepcopy(block).__dict__
 
 
+@pytest.mark.parametrize("made", [
+    lambda fast: copy.deepcopy(copy.copy(fast)),
+    lambda fast: copy.deepcopy(nn.ModuleList([fast, copy.copy(fast)]))[1],
+    lambda fast: copy.deepcopy(nn.ModuleList([copy.copy(fast), fast]))[0],
+], ids=["alone", "behind the module", "before the module"])  # fmt: skip
+def test_a_deep_copy_of_a_shallow_copy_of_a_graph_module_reads_its_own_parts(made):
+    fast = optimized(of_a_graph()).model
+    twin = made(fast)
+    close(twin(X), fast(X))
+    twin.gate = nn.Linear(H, E)
+    close(twin(X), type(twin).forward(twin, X))
+    assert far(twin(X), fast(X)) and twin.forward.module is twin
+
+
 def test_a_rewritten_graph_module_says_why_it_cannot_be_pickled():
     with pytest.raises(pickle.PicklingError, match=r"an fx.GraphModule, whose class .*: save a bundle with"):
         pickle.dumps(optimized(of_a_graph()).model)

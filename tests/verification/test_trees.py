@@ -1,7 +1,9 @@
 """Outputs of any form are opened, described and compared."""
 
 import collections
+import copy
 import dataclasses
+import pickle
 
 import torch
 import torch.utils._pytree as pytree
@@ -71,3 +73,13 @@ def test_results_of_registered_data_classes_are_known_by_name_and_fields():
         assert flatten(other)[1] != form
     again = pytree.tree_map(torch.clone, Fields.of("Result", {"y": x, "aux": x}))
     assert list(again) == ["y", "aux"] and torch.equal(again.aux, x) and flatten([again])[1] == form
+
+
+def test_a_field_may_have_the_name_of_a_method_of_a_dict():
+    x = torch.ones(2)
+    for made in (lambda f: f, copy.copy, copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))):
+        fields = made(Fields.of("Result", {"values": x, "items": x + 1, "keys": x + 2}))
+        doubled = pytree.tree_map(lambda t: 2 * t, fields)
+        assert torch.equal(doubled.values, 2 * x) and torch.equal(doubled.items, 2 * x + 2)
+        assert torch.equal(doubled.keys, 2 * x + 4) and doubled._of == "Result"
+        assert len(flatten(fields)[0]) == 3

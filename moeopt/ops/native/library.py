@@ -29,14 +29,15 @@ class Library:
     Attributes:
         passed_over: why it has none of the instruction sets that would come before its own, in words; "" where it is
             the best of this CPU, or the one that the user wants.
-        by_lane: whether many rows of an expert are multiplied lane by lane, to the same bits, which was measured.
+        by_lane: whether many rows of an expert are multiplied lane by lane, to the same bits; None before that is
+            measured.
     """
 
     path: Path
     isa: str
     run: NativeRun = field(compare=False)
     passed_over: str = field(default="", compare=False)
-    by_lane: bool = False
+    by_lane: bool | None = None
 
     @property
     def bit(self) -> int:
@@ -106,7 +107,15 @@ def _make_ready() -> Library | NoLibrary:
                         NativeKernelWarning,
                         stacklevel=3,  # the line that asks for the kernel
                     )
-        return _found
+        found = _found
+    if isinstance(found, Library) and found.by_lane is None:
+        # without the lock: another thread that measures holds the lock of measurements, and may ask for the kernel
+        measured = replace(found, by_lane=found.isa in HAVE_LANES and by_lane_pays(found.run, found.bit, found.isa))
+        with _lock:
+            if _found is found:
+                _found = measured
+        return measured
+    return found
 
 
 def load() -> Library:
@@ -126,9 +135,7 @@ def load() -> Library:
             path = built_library(isa) if may_build else prebuilt(isa)
             if path is not None:
                 told = "; ".join(f"{name} is not used: {why}" for name, why in passed_over.items())
-                found = proved(path, isa)
-                pays = isa in HAVE_LANES and by_lane_pays(found.run, found.bit, isa)
-                return replace(found, passed_over=told, by_lane=pays)
+                return replace(proved(path, isa), passed_over=told)
         except BuildError as err:
             # a compiler may be too old for the best instruction set and know a lesser one, or a wheel carry that
             passed_over[isa], may_build = str(err), isinstance(err, CompileError)

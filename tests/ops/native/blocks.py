@@ -43,7 +43,7 @@ def random_block(spec, sizes, dtype=torch.float32, weight_dtype=None, routing_dt
         return (torch.randn(*shape, generator=g) * scale).to(to)
 
     def matrix(out, into, layout):
-        w = randn(E, out, into, to=weight_dtype, scale=into**-0.5)
+        w = randn(E, out, into, to=weight_dtype, scale=max(into, 1) ** -0.5)
         if layout == "io":
             w = w.transpose(1, 2).contiguous()
         return fenced(w, seed + out) if seed % 5 else fenced(w.transpose(1, 2).contiguous(), seed).transpose(1, 2)

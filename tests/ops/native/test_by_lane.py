@@ -2,12 +2,13 @@
 
 import ctypes
 import dataclasses
+import threading
 
 import pytest
 import torch
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.native import by_lane
+from moeopt.ops.native import by_lane, library
 from moeopt.ops.native.by_lane import BY_LANE, HAVE_LANES, by_lane_differs, by_lane_pays
 from moeopt.ops.native.call import call, prepared_call
 from moeopt.ops.native.hidden import Hidden
@@ -116,6 +117,28 @@ def _one_bit_off(run, address):
     status = run(address)
     ctypes.c_uint32.from_address(_words(address)[19]).value ^= 1
     return status
+
+
+def test_another_thread_gets_the_kernel_while_it_is_measured(lanes, monkeypatch):
+    """One that measures something else waits for nobody with the lock of measurements in its hands."""
+    seen = []
+
+    def ask():
+        seen.append(library._lock.acquire(blocking=False))
+        if seen[0]:
+            library._lock.release()
+
+    def pays(run, isa, name):
+        asks = threading.Thread(target=ask)
+        asks.start()
+        asks.join()
+        return True
+
+    monkeypatch.setattr(library, "_found", None)
+    monkeypatch.setattr(library, "load", lambda: lanes)
+    monkeypatch.setattr(library, "by_lane_pays", pays)
+    monkeypatch.setattr(library, "_lock", threading.RLock())
+    assert lanes.by_lane is None and library.library().by_lane and library._found.by_lane and seen == [True]
 
 
 def test_it_is_taken_where_it_was_the_faster(lanes, monkeypatch):

@@ -41,6 +41,14 @@ def test_equals_the_reference_in_mixed_dtypes(kernel, case):
     assert (got.double() - want.double()).abs().le(16 * coarsest_eps(case) * (size + 1)).all()
 
 
+@pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
+def test_experts_without_neurons_give_their_biases(kernel, dtype):
+    for seed, (rows, layout) in enumerate((("gate|up", "oi"), ("plain", "io"), ("separate", "oi"))):
+        spec = ExpertsSpec(rows=rows, w_out_layout=layout)
+        args = random_block(spec, Sizes(I=0), dtype, biases=bool(seed), seed=seed, stacked=False)
+        assert far(kernel(*args), experts_reference(*args), torch.finfo(dtype).eps) <= 1
+
+
 def kernel_takes(ids, bank):
     """A list of experts of which none is named has no width that the kernel could read."""
     return bank.stacked() is not None or bool(((ids >= 0) & (ids < bank.num_experts)).any())

@@ -113,8 +113,8 @@ def _part(codes: CodedConstants, candidate: CandidateRegion, runs: Sequence[Valu
     if candidate.unrouted:
         raise Declined(
             f"nothing chooses or weighs among its {candidate.chains.experts} experts ({_first(candidate)} and its "
-            "like) by what a token holds, so that all of them are added up, or the weights of the sample that the "
-            f"model was traced with are constants in the file, which is broken then: {WAY_OUT}"
+            "like) by what a token holds, so that each token gets all of them alike, or the weights of the sample "
+            f"that the model was traced with are constants in the file, which is broken then: {WAY_OUT}"
         )
     if not candidate.regions:
         raise Declined(

@@ -125,6 +125,8 @@ inline void turn(const double *w, int64_t so, int64_t si, int64_t n, int64_t kc,
 void product(const moeopt_matrix &W, int64_t first, int64_t row_step, int64_t n, const double *x, int64_t ldx, int64_t M, double *to,
              double *panel) {
   const int64_t so = W.stride_out * row_step, si = W.stride_in, K = W.in;
+  if (!K)  // an expert without neurons: sums of nothing
+    for (int64_t m = 0; m < M; m++) memset(to + m * COLUMNS, 0, n * sizeof(double));
   for (int64_t j = 0; j < n; j += WIDE)
     for (int64_t k = 0; k < K; k += GROUP) {
       const int64_t kc = K - k < GROUP ? K - k : GROUP;

@@ -15,6 +15,10 @@ constexpr int64_t FEW = 6;  // rows of x up to which 16-bit weights are widened 
 // x: rows of float32, of bfloat16 where `paired` (then W is bfloat16, and k or its rows are contiguous), or of what rounded.h makes of them
 void product(const View &v, int64_t compute, bool paired, int64_t first, int64_t n, const void *x, int64_t ldx, int64_t K,
              int64_t M, float *to, int64_t ldt, float *panel) {
+  if (!K) {  // an expert without neurons: sums of nothing
+    for (int64_t m = 0; m < M; m++) memset(to + m * ldt, 0, n * sizeof(float));
+    return;
+  }
   if (v.rounds) return dot_rounded(v, first, n, x, ldx, K, M, to, ldt, panel);
   if (is_code(v.dtype)) return dot_codes(v, compute, first, n, (const float *)x, ldx, K, M, to, ldt, panel);
 #if defined(__AVX512F__)
