@@ -26,8 +26,8 @@ class BlockCandidate:
     ``alone`` has each FFN candidate of an MoE block that is a dense FFN where it turns out to be no expert: a shared
     expert of the experts' own size. ``own`` is how many of the levels are the block's own: up to the innermost in
     which something is chosen; ``apart`` how many hold no other block. ``reason`` is why nothing of it can be rewritten,
-    where that is known already; ``steered`` whether its Python depends on the values of tensors; ``mixture`` the path
-    of the module whose only choice sends rows to single products at several places.
+    where that is known already; ``steered`` the path of the module whose Python depends on the values of tensors around
+    it; ``mixture`` that of the module whose only choice sends rows to single products at several places.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class BlockCandidate:
     own: int = 0
     apart: int = 0
     reason: str = ""
-    steered: bool = False
+    steered: str | None = None
     mixture: str | None = None
 
     def own_levels(self) -> list[str]:

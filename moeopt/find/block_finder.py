@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from moeopt.capture.op_kinds import is_pointwise, moves_rows, op_name, picks_rows
 from moeopt.capture.tape import Call, Tape
+from moeopt.find.asked_values import mark_steered
 from moeopt.find.block_candidates import (
     BlockCandidate,
     closest,
@@ -44,9 +45,6 @@ _ROUTES = (
 
 
 _CHOICES = ("topk", "argmax", "argmin", "kthvalue", "multinomial")
-
-
-_SHAPED_BY_VALUES = ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "_local_scalar_dense")
 
 
 class Finder:
@@ -138,10 +136,7 @@ class Finder:
             wide = (_within(starts, c) > same for c in place.levels)
             place.apart = max(1, next((i for i, found in enumerate(wide) if found), len(place.levels)))
             place.own = min(place.own, place.apart)
-            whole = place.levels[place.own - 1]
-            inside = self.tape.nodes[whole.first : whole.last]
-            reads = (whole.index in self.tape.stack(r.call) for r in self.tape.reads)
-            place.steered = any(op_name(n) in _SHAPED_BY_VALUES for n in inside) or any(reads)
+        mark_steered(self.tape, places)
 
     def _places_of(self, ops: Collection[str]) -> list[int]:
         """Indices of the nodes that call one of ``ops``."""

@@ -2,6 +2,7 @@
 
     y = sum over e of gate(x)[e] * f(x W_e)        f is element-wise, or nothing
     y = stack(f(x W_e))[ids(x)]                    all run, and a choice picks one result or a few
+    y = sum over e of gate(x)[e] * ifft(fft(x) W_e)    a complex matrix for every frequency
 
 Such are mixed adapters that share their matrix down, one-layer experts of recommenders, blended projections. Looked for
 from the gate, which has one number for each product and row: a softmax over heads or places weighs something else.
@@ -25,6 +26,13 @@ from moeopt.find.unread_blocks import UnreadBlocks
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.product_of_all import ONE_MATRIX_EACH
 
+_TRANSFORMS = ("_fft_c2r", "_fft_c2c", "copy", "slice_scatter")
+"""On the way from a product of frequencies to what is weighed."""
+_FOURIER = (
+    "its experts are Fourier layers, one complex matrix each for every frequency, and every row passes all of them, "
+    "weighed by a gate: the op groups two real matrices for each expert and would leave no product out, so this block "
+    "stays as it is"
+)
 _STEPS = 256
 """Calls that are looked at on the way from a gate to its products."""
 
@@ -56,6 +64,9 @@ def gated_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
     for home, held in mixtures:
         weights = {id(unread.named[path]) for p in held if (path := _path(unread, p, memo)) in unread.named}
         place = unread.place(unread.tape.calls[home], min(p.meta["index"] for p in held), _count(held), weights)
+        if _by_frequency(next(iter(held))):
+            yield dataclasses.replace(place, experts=len(weights), reason=_FOURIER)
+            continue
         open_to_reading = not chosen.isdisjoint(held) or _behind_own_products(list(held), memo)
         yield place if open_to_reading else dataclasses.replace(place, reason=ONE_MATRIX_EACH)
 
@@ -116,9 +127,16 @@ def _count(products: Iterable[fx.Node]) -> int:
     return sum(len_of_stack(p) for p in {identity_of(p): p for p in products}.values())
 
 
+def _by_frequency(product: fx.Node) -> bool:
+    """Whether it is by complex matrices, one for each frequency of a Fourier transform."""
+    return getattr(product.meta.get("dtype"), "is_complex", False) and len_of_stack(product) > 1
+
+
 def _one_each(products: list[fx.Node], width: int, rows: int) -> bool:
     """Whether the ``products`` are by ``width`` different matrices of one shape, of as many ``rows`` as the gate has,
     or of several for each of the gate's."""
+    if products and all(map(_by_frequency, products)):  # of a Parameter each
+        return len({identity_of(p) for p in products}) == width
     if not products or _count(products) != width or len({p.meta["shape"][-1] for p in products}) > 1:
         return False
     if len({math.prod(p.meta["shape"]) for p in products}) > 1:  # of rows that a choice picked for each
@@ -184,6 +202,6 @@ def _products_behind(node: fx.Node, memo: dict[fx.Node, bool]) -> list[fx.Node]:
             if weight_and_operand(node, memo) is None:
                 return []
             found[node] = None
-        elif moves_rows(node) or is_pointwise(node):
+        elif moves_rows(node) or is_pointwise(node) or op_name(node) in _TRANSFORMS:
             stack.extend(node.all_input_nodes)
     return list(found)

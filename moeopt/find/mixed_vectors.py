@@ -5,6 +5,7 @@
     y = f(x) * v
 
     h = cat(V[topk(r(x))], x)   rows of several vectors, put before the tokens: a pool of prompts
+    h = cat(r(x) @ V, x)        or their weighed sum
 
 No expert is a product. Told from the values of a memory, which are added, by what they are multiplied with.
 """
@@ -53,9 +54,11 @@ def mixed_vectors(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
         own = listed(path.removeprefix(f"{call.path}.") for path in tables)  # the same in every model
         what = f"vectors, the rows of {own}, which a gate mixes for each token or of which it takes one"
         if unread.named[next(iter(tables))].dim() > 2:
-            what = (
-                f"prompts, the rows of {own}, of which it chooses some for each sample and puts them before its tokens"
+            does = (
+                "weighs for each sample and puts" if is_matmul(first) else "chooses some for each sample and puts them"
             )
+            which = "which" if is_matmul(first) else "of which"
+            what = f"prompts, the rows of {own}, {which} it {does} before its tokens"
         reason = (
             f"its experts are {what}: no expert is a product, so there is nothing to group; this block stays as it is"
         )
@@ -69,8 +72,10 @@ def _weighed_table(unread: UnreadBlocks, node: fx.Node, memo: dict[fx.Node, bool
         return ""
     path = leaf_of(unread.tape, found[0])[0]
     table = unread.named.get(path)
-    if table is None or table.dim() != 2 or found[1].meta["shape"][-1] != len(table):
+    if table is None or table.dim() < 2 or found[1].meta["shape"][-1] != len(table):
         return ""
+    if table.dim() > 2:  # prompts, weighed by any score
+        return path
     gate = found[1]
     for _ in range(8):
         if op_name(gate) in ("softmax", "_softmax"):

@@ -26,6 +26,7 @@ from moeopt.lower.second_call import differs_at_second_call
 from moeopt.lower.settled_reads import settled_reads
 from moeopt.lower.specialization_guards import collect_specialization_guards, keeps_ones
 from moeopt.lower.stamps import Stamps
+from moeopt.lower.traced_forms import WithForms, refuses_none
 from moeopt.lower.written_state import refuse_read_state, written_by
 from moeopt.patches import free_lengths, general_ways, idle_moves, no_export_dump, one_trace, quicker_decomposition
 from moeopt.rewrite.whole_model import tried
@@ -65,12 +66,14 @@ def export_program(
         try:
             try:
                 program = _traced(model, args, kwargs, None, stamps)
+                if refuses_none(program):
+                    _begin_again(model, before, stamps)
+                    with WithForms():
+                        program = _traced(model, args, kwargs, None, None)
             except Exception as err:
                 if not frozen or not asks_values(err):
                     raise
-                _restore(model, before)
-                if stamps is not None:
-                    stamps.forget()
+                _begin_again(model, before, stamps)
                 reads = ConstantReads(model, settled_reads(model, args, kwargs))
                 program = _traced(model, args, kwargs, reads, None)
         except MoeoptError:
@@ -91,6 +94,13 @@ def export_program(
     if reads is not None:
         reads.refuse(written_by(program))
     return program
+
+
+def _begin_again(model: nn.Module, before: PyObject, stamps: Stamps | None) -> None:
+    """Before a second trace, of every layer."""
+    _restore(model, before)
+    if stamps is not None:
+        stamps.forget()
 
 
 def _why(model: nn.Module, err: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

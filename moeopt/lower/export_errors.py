@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from moeopt.bundle.caches import cache_reason
 from moeopt.errors import NotSaveableError
-from moeopt.lower.unexpected_errors import STILL_SAVEABLE
+from moeopt.listed import listed
+from moeopt.pipeline.still_saveable import still_saveable
 from moeopt.report import BlockReport
 
 
@@ -23,7 +24,8 @@ from moeopt.report import BlockReport
 def declined_blocks_named(blocks: Sequence[BlockReport]) -> Iterator[None]:
     """While open, a graph that cannot be written is refused with the MoE block among ``blocks`` that was declined.
 
-    Such a block's own code would be in the graph, and is often what has no form there.
+    Such a block's own code would be in the graph, and is often what has no form there. The rewritten ones are named
+    too: each has a graph of its own.
 
     Raises:
         NotSaveableError: with the block's name and the reason at its end.
@@ -31,13 +33,17 @@ def declined_blocks_named(blocks: Sequence[BlockReport]) -> Iterator[None]:
     try:
         yield
     except NotSaveableError as err:
+        names = [block.name for block in blocks if block.kind == "moe" and block.status == "rewritten"]
+        rewritten = f". Rewritten: {listed(names)}" if names else ""
         declined = [block for block in blocks if block.kind == "moe" and block.status == "declined"]
-        if not declined:
+        if not declined and not rewritten:
             raise
+        if not declined:
+            raise NotSaveableError(f"{err}{rewritten}") from err
         more = f" (and {len(declined) - 1} more)" if declined[1:] else ""
         raise NotSaveableError(
             f"{err}. The MoE block {declined[0].name}{more} was declined, so the graph would hold its own code: "
-            f"{declined[0].reason}"
+            f"{declined[0].reason}{rewritten}"
         ) from err
 
 
@@ -122,7 +128,7 @@ def obstacle_of(err: Exception) -> str:
             return sizes
         if own := _raised_by_the_model(err):
             return own
-        return f"torch.export stops at: {head}. Remove what it names, or save a rewritten block alone"
+        return f"torch.export stops at: {head}{_line_of(err)}. Remove what it names. {still_saveable()}"
     lines = [
         line.strip() for line in text.splitlines() if line.strip().startswith("File ") and "site-packages" not in line
     ]
@@ -131,7 +137,7 @@ def obstacle_of(err: Exception) -> str:
         f"torch.export stops at: {head}{where}. Its Python there depends on the values of tensors, which no graph "
         "repeats. In a block that moeopt declined, its reason says more; an `if` that only asks whether any row is "
         "left (mask.any()) can go, since products of no rows are no error; elsewhere (rotary "
-        f"embeddings that grow with the positions) set the model to another form. {STILL_SAVEABLE}"
+        f"embeddings that grow with the positions) set the model to another form. {still_saveable()}"
     )
 
 

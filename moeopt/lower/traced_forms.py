@@ -2,6 +2,8 @@
 
     bincount(ids, minlength=n)      ones added up at the ids in n places; an id of n or more is an error there
     sparse_coo_tensor(...) @ rows   the rows that entries name, weighed by the entries, and added up
+    x.logsumexp(dims)               with a row of -inf more: of nothing PyTorch takes another way
+    local_response_norm(x, size)    the mean of ``size`` shifted squares: a pool refuses no rows
 
 A product with a sparse matrix reads no row that has no entry, so a NaN in such a row stays where it is; one with the
 same matrix filled up would spread it.
@@ -9,14 +11,21 @@ same matrix filled up would spread it.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.overrides import TorchFunctionMode
 
 from moeopt.errors import NotSaveableError
 from moeopt.value_types import FxTarget, PyObject
 
+_LOG_SUMS = (torch.logsumexp, Tensor.logsumexp, torch.special.logsumexp)
+_LEFT_EARLY = (torch.ops.aten.logsumexp.default, torch.ops.aten.avg_pool2d.default, torch.ops.aten.avg_pool3d.default)
 _BINCOUNTS = (torch.bincount, Tensor.bincount)
 _PRODUCTS = (torch.sparse.mm, torch.mm, torch.matmul)
 
@@ -55,7 +64,53 @@ def traced_form(func: FxTarget, args: Sequence[PyObject], kwargs: dict[str, PyOb
         return _counts(*args, **kwargs)
     if func is torch.sparse_coo_tensor:
         return _entries(*args, **kwargs)
+    if func in _LOG_SUMS:
+        return _log_sum(func, *args, **kwargs)
+    if func is F.local_response_norm:
+        return _responses(*args, **kwargs)
     return None
+
+
+def _log_sum(
+    func: FxTarget, input: Tensor, dim: PyObject = None, keepdim: bool = False, **kwargs: PyObject
+) -> PyObject:
+    dims = [d % max(1, input.dim()) for d in ([dim] if isinstance(dim, int) else dim or ())]
+    chosen = next((d for d in dims if d < input.dim() and _unknown(input.shape[d])), None)
+    if chosen is None or kwargs or not input.is_floating_point():
+        return None
+    row = input.new_full([1 if d == chosen else size for d, size in enumerate(input.shape)], -math.inf)
+    return func(torch.cat((input, row), chosen), dims, keepdim)
+
+
+def _responses(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor | None:
+    if input.dim() < 3 or not any(map(_unknown, input.shape)):
+        return None
+    padded = F.pad(input * input, (0, 0) * (input.dim() - 2) + (size // 2, (size - 1) // 2))
+    means = sum(padded.narrow(1, first, input.shape[1]) for first in range(size)) / size
+    return input / (means * alpha + k) ** beta
+
+
+def _unknown(size: int | torch.SymInt) -> bool:
+    """Whether data decide a size."""
+    return bool(isinstance(size, torch.SymInt) and free_unbacked_symbols(size))
+
+
+class WithForms(TorchFunctionMode):
+    """A mode in which each call gives its traced form, where it has one."""
+
+    def __torch_function__(
+        self, func: FxTarget, types: PyObject, args: PyObject = (), kwargs: PyObject = None
+    ) -> PyObject:
+        instead = traced_form(func, args, kwargs or {})
+        return func(*args, **(kwargs or {})) if instead is None else instead
+
+
+def refuses_none(program: torch.export.ExportedProgram) -> bool:
+    """Whether the program holds a call with a form for no rows, and an assertion that there are some."""
+    ops = {node.target for node in program.graph.nodes}
+    asserted = [n for n in program.graph.nodes if n.target is torch.ops.aten._assert_scalar.default]
+    some = any(not re.search(r"expression u\d+ >= 0 on", str(node.args[1])) for node in asserted)
+    return some and not ops.isdisjoint(_LEFT_EARLY)
 
 
 def _counts(ids: Tensor, weights: PyObject = None, minlength: int = 0) -> Tensor | None:

@@ -14,12 +14,8 @@ import traceback
 from collections.abc import Iterator
 
 from moeopt.errors import MoeoptError
+from moeopt.pipeline.still_saveable import still_saveable
 
-STILL_SAVEABLE = (
-    "What can be saved: a rewritten block alone, moeopt.optimize(model.get_submodule(name), its inputs).save(folder), "
-    "or the whole model with its code, torch.save(optimized.model, file)"
-)
-"""Of a model whose Python depends on the values of tensors."""
 _ASKS_VALUES = ("Cannot cast FakeTensor", "data-dependent expression")
 _LINE = re.compile(r'File "([^"]+)", line (\d+)(?:, in (\w+))?')
 _NODE = re.compile(r"While executing %\w+ : .*?call_(?:function|method|module)\[target=([^\]]+)\]")
@@ -42,7 +38,7 @@ def unexpected_errors_as(doing: str, way_out: str, error: type[MoeoptError]) -> 
         raise
     except Exception as err:
         if any(text in format_error(err) for text in _ASKS_VALUES):
-            way_out = f"its Python there depends on the values of tensors, which no graph repeats. {STILL_SAVEABLE}"
+            way_out = f"its Python there depends on the values of tensors, which no graph repeats. {still_saveable()}"
         raise error(f"{doing} stops at {format_error(err)}{format_location(err)}; {way_out}") from err
 
 

@@ -86,7 +86,7 @@ class BlockAttempts:
                 return Attempt(reason=reason, path=level.path)
             started = time.perf_counter()
             try:
-                rewrite = self._rewrite(place, level)
+                rewrite = self._rewrite(place, level, met.caused_inside(level.path))
             except WouldNotPay as err:
                 spent += time.perf_counter() - started
                 here = _read_at(self.model, place, level.path, err.found) if place.weights else err.found
@@ -134,7 +134,7 @@ class BlockAttempts:
             return f"{left_out}; without {GroupExperts.name} no other pass applies"
         return f"MOEOPT_FUEL={self.manager.fuel}: no more blocks are rewritten" if self.manager.exhausted else ""
 
-    def _rewrite(self, place: BlockCandidate, level: Call) -> Rewrite:
+    def _rewrite(self, place: BlockCandidate, level: Call, caused_inside: bool) -> Rewrite:
         """The rewrite of the module called at ``level``, verified and installed; ``Declined`` where there is none."""
         path = level.path
         name, module = path or type(self.model).__name__, self.model.get_submodule(path)
@@ -161,8 +161,8 @@ class BlockAttempts:
         if self.runtime is not None:  # one graph has all of the model's calls
             refuse_other_values(module, self.outcome.calls[path], self.called.get(path, ()))
         known = None if reader.assume is not None or takes_open_integers(level) else self.alike
-        remembered = contextlib.nullcontext() if reader.assume is not None else self._declined.remembered(level)
-        with remembered:
+        hinted = reader.assume is not None
+        with contextlib.nullcontext() if hinted else self._declined.remembered(level, caused_inside):
             rewrite = rewrite_block(
                 name, module, self.outcome.calls[path], self.options, self.runtime, reader, self.manager, known
             )

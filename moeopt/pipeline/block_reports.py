@@ -29,7 +29,8 @@ class PipelineResult:
     """What became of a model's blocks; ``rewrites`` maps module paths to what was installed.
 
     ``passes`` has what each pass did to each block, those that were left as they are included; ``notes`` what the
-    report's reader should know besides; ``steered`` names declined blocks whose Python depends on values of tensors.
+    report's reader should know besides; ``steered`` names declined blocks, and modules around dense FFNs, whose Python
+    depends on values of tensors.
     """
 
     blocks: list[BlockReport]
@@ -82,13 +83,14 @@ def report_of_block(
         attempt = by_place.get(id(place))
         path = place.call.path
         if attempt is None:
+            outcome.steered += _asking(model, place, outcome)
             yield _report_dense(model, place, denses.get(id(place)), outcome.calls.get(path), seed)
             continue
         read = attempt.rewrite is not None or bool(attempt.read)
         name = attempt.path or (path if not read else "") or type(model).__name__
         if attempt.rewrite is None:
             name = attempt.path or type(model).__name__
-            outcome.steered += [name] if place.steered else []
+            outcome.steered += [name] if place.steered is not None else []
             yield BlockReport(
                 name, "moe", "declined", attempt.reason, attempt.experts or place.experts or None,
                 source=attempt.where or place.source, seconds=attempt.seconds,
@@ -101,6 +103,14 @@ def report_of_block(
             if weights & place.weights and told.isdisjoint(weights):  # two mixtures side by side may look like one
                 yield _report_rewritten(model, name, attempt, attempt.rewrite, found, inside, outcome, seconds)
                 seconds, told = 0.0, told | weights
+
+
+def _asking(model: nn.Module, place: BlockCandidate, outcome: PipelineResult) -> list[str]:
+    """The name of the module around a dense FFN whose Python asks for values; nothing where it was rewritten."""
+    path = place.steered
+    if path is None or any(not p or f"{path}.".startswith(f"{p}.") for p in outcome.rewrites):
+        return []
+    return [path or type(model).__name__]
 
 
 def _report_rewritten(

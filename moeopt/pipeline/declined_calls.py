@@ -2,7 +2,8 @@
 
 The modules around a block are tried from the innermost outwards, and the outer ones (a tower of layers, the model) are
 around every block of it. What was read in such a module and why it was declined does not depend on the block that was
-looked for, so a model of N declined layers tries its outermost module once, not N times.
+looked for, so a model of N declined layers tries its outermost module once, not N times; also where rewritten layers
+stand between them.
 """
 
 from __future__ import annotations
@@ -28,10 +29,15 @@ class DeclinedCalls:
         self._known: dict[int, tuple[Call, int, Declined]] = {}
 
     @contextlib.contextmanager
-    def remembered(self, call: Call) -> Iterator[None]:
-        """Raise what the attempt on ``call`` raised before; else run the body, and remember its ``Declined``."""
+    def remembered(self, call: Call, caused_inside: bool = False) -> Iterator[None]:
+        """Raise what the attempt on ``call`` raised before; else run the body, and remember its ``Declined``.
+
+        Args:
+            caused_inside: whether a cause was named inside the block that is looked for. It stands in the way of the
+                modules around as well, whatever was rewritten since.
+        """
         known = self._known.get(id(call))
-        if known is not None and known[1] == len(self._rewrites):
+        if known is not None and (caused_inside or known[1] == len(self._rewrites)):
             raise copy.copy(known[2])
         try:
             yield

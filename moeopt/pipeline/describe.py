@@ -34,30 +34,36 @@ LONGEST_WAY = 12
 def dense_reason(place: BlockCandidate) -> str:
     """Why a dense FFN was left as it is."""
     count = len(place.candidates[0].ins) + 1
-    if _picked_by_values(place.candidates[0].ins[0].operand):
+    picked = _picked_by(place.candidates[0].ins[0].operand)
+    if picked == "a mask":
         return (
             f"left as it is: it is {count} matmuls over the rows that a mask picks for it (as in mixture of depths, "
             "where the others pass by), and the op would run the same ones; an engine takes it too, and an "
             "`if mask.any()` around it where that does nothing else"
         )
+    tokens = f"the tokens that {picked} picks for it (as in mixture of depths)" if picked else "all tokens"
     return (
-        f"left as it is: it is {count} matmuls over all tokens, and so is the op; dense='fuse' measures "
+        f"left as it is: it is {count} matmuls over {tokens}, and so is the op; dense='fuse' measures "
         "whether the op is quicker here"
     )
 
 
-def _picked_by_values(rows: fx.Node) -> bool:
-    """Whether values of tensors decide how many ``rows`` there are: a boolean mask or ``nonzero`` picks them."""
+def _picked_by(rows: fx.Node) -> str:
+    """What picks the ``rows``: a boolean mask or ``nonzero``, where values of tensors decide how many there are; or an
+    order of the tokens; "" where nothing does."""
     for _ in range(LONGEST_WAY):
         places = [a for a in rows.all_input_nodes if a.meta.get("dtype") in (torch.bool, torch.int64)]
         if op_name(rows) == "masked_select":
-            return True
-        if op_name(rows) in ("index", "index_select") and places:
-            return any(a.meta["dtype"] == torch.bool or "nonzero" in map(op_name, ancestors([a])) for a in places)
+            return "a mask"
+        if op_name(rows) in ("index", "index_select", "gather") and places:
+            made = set(map(op_name, ancestors(places)))
+            if "nonzero" in made or any(a.meta["dtype"] == torch.bool for a in places):
+                return "a mask"
+            return next((f"a {op}" for op in ("topk", "sort", "argsort") if op in made), "")
         if not rows.args or not isinstance(rows.args[0], fx.Node):
-            return False
+            return ""
         rows = rows.args[0]
-    return False
+    return ""
 
 
 def read_router(

@@ -23,6 +23,11 @@ class ObstaclesMet:
             dataclasses.replace(o, module=module, where=o.where or self.place.source) for o in obstacles
         )
 
+    def caused_inside(self, path: str) -> bool:
+        """Whether one of the block's own levels named a cause, and the module at ``path`` is none of these."""
+        own = self.place.own_levels()
+        return path not in own and any(o.rank >= Rank.FOUND for inside in own for o in self._levels.get(inside, ()))
+
     def decide(self) -> Obstacle | None:
         """The obstacle that the report shows; None where nothing was tried."""
         inside = [obstacles for path, obstacles in self._levels.items() if path in self.place.own_levels()]

@@ -77,16 +77,3 @@ def _words_of(reads: Reads | None) -> Iterator[str]:
             f"asks {listed(asked)}: compiled and exported, the rewritten code computes what was verified, which is "
             "what it computes when it is neither"
         )
-
-
-def how_to_save(outcome: PipelineResult) -> list[str]:
-    """A note where a declined block's Python may keep the whole model from being exported: what can be saved."""
-    if not outcome.steered:
-        return []
-    names = list(dict.fromkeys(outcome.steered))
-    alone = next((f"({path!r}), {path}'s" for path in outcome.rewrites if path), "(name), its")
-    return [
-        f"{listed(names)}: left with Python that depends on the values of tensors, so .save() and engines may refuse "
-        "the whole model. torch.save(optimized.model, file) keeps it with its own code; a rewritten block becomes a "
-        f"bundle alone: moeopt.optimize(model.get_submodule{alone} inputs).save(folder)"
-    ]

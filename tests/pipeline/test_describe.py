@@ -63,6 +63,19 @@ def test_a_dense_ffn_of_picked_rows_is_not_said_to_see_all_tokens():
     assert "2 matmuls over the rows that a mask picks" in dense_reason(place)
 
 
+class HalfOfThem(PassedBy):
+    """Mixture of depths by a capacity: the best half of the tokens, in their order."""
+
+    def forward(self, x):
+        at = x[:, 0].topk(len(x) // 2)[1].sort()[0][:, None].expand(-1, H)
+        return x.scatter_add(0, at, self.ffn(x.gather(0, at)))
+
+
+def test_a_dense_ffn_of_chosen_tokens_is_not_said_to_see_all_tokens():
+    (place,) = discover(seeded(HalfOfThem), (rand(6, H),), {})
+    assert "2 matmuls over the tokens that a topk picks for it (as in mixture of depths)" in dense_reason(place)
+
+
 class OneLength(Around):
     """Runs on nine tokens only, as a decoder layer with its positions given does."""
 

@@ -13,7 +13,7 @@ from moeopt.capture.replay import ancestors
 from moeopt.errors import Declined
 from moeopt.find import single_products
 from moeopt.find.discover import discover
-from moeopt.pipeline import run
+from moeopt.pipeline import attempts, run
 from moeopt.pipeline.declined_calls import DeclinedCalls
 from tests.capture.tiny import rand
 from tests.pipeline.given_ids import LoopOverUnique, made
@@ -98,11 +98,20 @@ def test_a_module_around_many_declined_blocks_is_tried_once(recorded):
     assert not twice(recorded)
 
 
-def test_it_is_tried_again_once_a_block_in_it_was_rewritten(recorded):
-    tower = seeded(lambda: Tower([ExpertChoice(d=H), Flattened(), ExpertChoice(d=H)]))
+class Branching(Flattened):
+    def forward(self, x):
+        y = super().forward(x)
+        return y * 2 if float(y.detach().mean()) > 0 else y
+
+
+def test_a_cause_inside_a_block_stands_whatever_is_rewritten_beside_it(monkeypatch):
+    tried, attempt = [], attempts.rewrite_block
+    monkeypatch.setattr(attempts, "rewrite_block", lambda name, *rest: tried.append(name) or attempt(name, *rest))
+    tower = seeded(lambda: Tower([Flattened(), Branching(), Flattened(), Branching()]))
     report = moeopt.optimize(tower, rand(24, H).view(2, 12, H), verify="off").report
-    assert [b.status for b in report.blocks] == ["declined", "rewritten", "declined"]
-    assert [call[0] for call in recorded].count(Tower) > 2, "its code is another one now"
+    assert [b.status for b in report.blocks] == ["rewritten", "declined"] * 2
+    assert all("may branch on it" in b.reason for b in report.declined)
+    assert tried.count("Tower") == 1, "not once for each of them"
 
 
 def test_what_is_remembered_holds_until_something_is_rewritten():
@@ -116,6 +125,8 @@ def test_what_is_remembered_holds_until_something_is_rewritten():
     with declined.remembered(object()):
         pass
     rewrites["a block"] = None
+    with pytest.raises(Declined, match="the first time"), declined.remembered(call, caused_inside=True):
+        raise AssertionError("tried again")
     with declined.remembered(call):
         pass
 

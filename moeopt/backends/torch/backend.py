@@ -28,8 +28,9 @@ from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.check_copy import check_copy
 from moeopt.pipeline.check_gradients import check_gradients
 from moeopt.pipeline.quicker_original import choose_original_calls
-from moeopt.pipeline.report_of import how_to_save, report_of
+from moeopt.pipeline.report_of import report_of
 from moeopt.pipeline.run import run
+from moeopt.pipeline.still_saveable import how_to_save
 from moeopt.pipeline.weights_in_memory import weights_note
 from moeopt.quantization.calibration import calibrate
 from moeopt.quantization.measure_loss import data_of, measure_loss

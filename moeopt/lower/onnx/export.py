@@ -25,6 +25,7 @@ from moeopt.lower.onnx.exact import exact_rules
 from moeopt.lower.onnx.exporter_gaps import around_gaps
 from moeopt.lower.onnx.float64 import attributes_written_out
 from moeopt.lower.onnx.kept_free import kept_free
+from moeopt.lower.onnx.means_of_nothing import means_of_nothing
 from moeopt.lower.onnx.negative_indices import refuse_negative_indices
 from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.lower.onnx.sites import Sites
@@ -86,6 +87,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> OnnxValue:
                 )
             assert exported is not None  # torch gives None only where it wrote a file itself
             _own_names(exported.model.graph)
+            means_of_nothing(exported.model.graph)
             if exact:
                 exported.optimize()
         except NotSaveableError:

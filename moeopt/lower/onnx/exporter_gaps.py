@@ -6,6 +6,7 @@ scaled_dot_product_attention    contiguous
 avg_pool with a divisor         the mean of a window times its size over the divisor, which the exporter leaves out
 adaptive pools of a free size   means and maxima of slices (:mod:`~.adaptive_pools`)
 layers and means of no rows     :mod:`~.no_rows`
+cross_entropy                   refused with label_smoothing, which the exporter leaves out
 split, chunk of a free size     slices: the optimiser of the graph stops at a list of parts of unknown size
 sizes that were settled late    numbers: of ``weight * x``, x has the weight's size, also where x was made before
 """
@@ -43,6 +44,17 @@ def around_gaps(graph: fx.Graph) -> None:
             _divide_windows(graph, node)
         elif node.target in (aten.split.Tensor, aten.chunk.default, aten.unsafe_split.Tensor):
             _slice_free_parts(graph, node)
+        elif node.target is aten.cross_entropy_loss.default:
+            _refuse_smoothing(node)
+
+
+def _refuse_smoothing(node: fx.Node) -> None:
+    """torch's exporter leaves ``label_smoothing`` out, and the graph would compute another loss."""
+    if node.args[5] if len(node.args) > 5 else node.kwargs.get("label_smoothing"):
+        raise NotSaveableError(
+            "cross_entropy with label_smoothing has no ONNX form: write the loss with log_softmax and sums, or use "
+            "backend='torch'"
+        )
 
 
 def _settle_sizes(graph: fx.Graph) -> None:

@@ -2,8 +2,7 @@
 
     gru, lstm, rnn     with a row of zeros more, which is cut off again: ONNX Runtime ends the process on an empty batch
     group_norm, im2col the same: a Reshape with a size that follows from the others fails on nothing
-    mean               the sum over the number of rows, a NaN for none, as in PyTorch; ReduceMean gives 0
-    var                the same of the squares, over no less than nothing
+    var                the sum of the squares over no less than nothing; means: :mod:`~.means_of_nothing`
 
 An engine refuses inputs without rows, so sizes of inputs are as they are.
 """
@@ -23,7 +22,6 @@ from moeopt.value_types import PyObject
 aten = torch.ops.aten
 _RECURRENT = (aten.gru.input, aten.lstm.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 _BY_ROWS = (aten.group_norm.default, aten.im2col.default)
-_MEANS = (aten.mean.default, aten.mean.dim)
 _SPREADS = {
     aten.var.default: ("unbiased",),
     aten.var.dim: ("dim", "unbiased", "keepdim"),
@@ -42,8 +40,6 @@ def around_no_rows(graph: fx.Graph) -> None:
             _with_a_row_more(graph, node)
         elif node.target in _BY_ROWS:
             _with_a_first_row_more(graph, node)
-        elif node.target in _MEANS:
-            _sum_by_count(graph, node)
         elif node.target in _SPREADS:
             _spread(graph, node)
 
@@ -133,20 +129,6 @@ def _chosen(x: fx.Node, dims: list[int]) -> bool:
 def _count(graph: fx.Graph, x: fx.Node, dims: list[int]) -> PyObject:
     sizes = [call(graph, aten.sym_size.int, x, d) for d in dims]
     return functools.reduce(functools.partial(call, graph, operator.mul), sizes)
-
-
-def _sum_by_count(graph: fx.Graph, node: PyObject) -> None:
-    x, *given = node.args
-    dims = _dims(x.meta["val"], given[0] if given else None)
-    if not _chosen(x, dims):
-        return
-    keep = given[1] if len(given) > 1 else node.kwargs.get("keepdim", False)
-    dtype = node.kwargs.get("dtype")
-    with graph.inserting_before(node):
-        x = x if dtype is None else call(graph, aten.to.dtype, x, dtype)
-        total = call(graph, aten.sum.dim_IntList, x, dims, keep)
-        mean = call(graph, aten.div.Tensor, total, _count(graph, x, dims))
-    _replace(graph, node, mean)
 
 
 def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:

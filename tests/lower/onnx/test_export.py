@@ -346,3 +346,17 @@ def test_a_parameter_named_as_an_op():
     model, x = Temperature(), floats()
     with torch.no_grad():
         torch.testing.assert_close(session_of(model, x).run({"x": x})[0], model(x))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_loss_of_which_the_exporter_leaves_a_part_out_is_refused(smoothing):
+    class Loss(nn.Module):
+        def forward(self, x, classes):
+            return F.cross_entropy(x, classes, label_smoothing=smoothing)
+
+    program = functional(export_program(Loss(), (torch.randn(4, 6), torch.tensor([1, 0, 5, 2])), {}))
+    if not smoothing:
+        to_onnx(program)
+        return
+    with pytest.raises(NotSaveableError, match="cross_entropy with label_smoothing has no ONNX form"):
+        to_onnx(program)
