@@ -8,7 +8,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from moeopt.bundle.io_names import called
 from moeopt.bundle.manifest import read_manifest
 from moeopt.untrusted import cleaned, shown_line
 from moeopt.value_types import PyObject
@@ -40,6 +39,7 @@ def bundle_facts(directory: Path) -> dict[str, Any]:
     """A bundle's manifest in the order a reader asks; every file is checked on the way."""
     manifest = read_manifest(directory)  # a mistyped path is told before torch is imported
     from moeopt.backends import registry
+    from moeopt.bundle.io_names import called
 
     data = cleaned(manifest.data)
     blocks = [f"{b['name']}: {b['status']}, {b.get('lowering') or b.get('reason', '')}" for b in data.get("blocks", [])]
