@@ -7,8 +7,9 @@ one product of a stack. A lone pair of plain matrices is a dense feed-forward ne
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +28,8 @@ _ENDS_CHAIN = frozenset(("Softmax", "LogSoftmax", "TopK", "ArgMax", "ArgMin", "O
 class ExpertChains:
     """First and second products of feed-forward functions that begin at the same rows.
 
-    ``in_several_shapes``: nodes bring the weights of some into shape otherwise than those of others, or a stack of all
-    is a part of a constant.
+    ``in_several_shapes``: nodes bring the weights of some into shape otherwise than those of others, or some are parts
+    of a constant that holds more, or not all of them.
     """
 
     root: OnnxValue
@@ -44,6 +45,15 @@ class ExpertChains:
         counts = [sum({p.function: p.stacked for p in side}.values()) for side in zip(*self.pairs, strict=True)]
         fewest: int = min(counts)
         return fewest
+
+    @property
+    def may_be_one_network(self) -> bool:
+        """Whether each product has a part of one plain matrix: neurons of a network that is computed piece by piece, if
+        nothing weighs the pieces."""
+        sides = list(zip(*self.pairs, strict=True))
+        return all(p.part and not p.of_stack for side in sides for p in side) and all(
+            len({id(p.weight) for p in side}) == 1 for side in sides
+        )
 
     @property
     def products(self) -> list[WeightProduct]:
@@ -79,29 +89,37 @@ def expert_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> list
                 root[id(result)] = root.get(id(node.inputs[0]), node.inputs[0])
     made = _with_prologues(index, _in_other_shapes(list(groups.values())), products, root)
     for group in made:
-        views = [{_views(product) for product in side} for side in zip(*group.pairs, strict=True)]
-        parts = len(group.pairs) == 1 and any(not _OF_PARTS.isdisjoint(way) for side in views for way in side)
-        coded = "DequantizeLinear" in str(views)
-        group.in_several_shapes = not coded and (parts or any(len(side) > 1 for side in views))
+        group.in_several_shapes = any(_in_several_shapes(side) for side in zip(*group.pairs, strict=True))
+        group.in_several_shapes &= not any("DequantizeLinear" in _views(product) for product in group.products)
     return made
 
 
+def _in_several_shapes(products: Sequence[WeightProduct]) -> bool:
+    """Whether the first, or the second, products of a group have weights that a reader of modules does not take as one
+    stack or as separate tensors."""
+    views = {_views(product) for product in products}
+    if len(views) > 1 or (len(products) == 1 and not _OF_PARTS.isdisjoint(*views)):
+        return True
+    parts = {
+        p.function: math.prod(p.shape[1:] if p.of_stack else matrix_shape(p.node, _weight_side(p)))
+        for p in products
+        if p.part
+    }
+    held = {id(p.weight): math.prod(p.shape) for p in products}
+    return bool(parts) and (len(held) > 1 or sum(parts.values()) != sum(held.values()))
+
+
 def _in_other_shapes(groups: list[ExpertChains]) -> list[ExpertChains]:
-    """The groups, those of one chain joined to one of several that begins at the same rows and multiplies matrices of
-    the same shapes: a weight may lie turned or flat in the file, and be brought into shape by nodes."""
+    """The groups, those joined that begin at the same rows and multiply matrices of the same shapes: a weight may lie
+    turned or flat in the file, or in one constant with others, and be brought into shape by nodes."""
     homes: dict[Hashable, ExpertChains] = {}
     starts = Counter(id(g.root) for g in groups)
-    for group in groups:
-        if len(group.pairs) > 1 and starts[id(group.root)] > 1:
-            homes.setdefault((id(group.root), _matrices(group)), group)
-    kept = []
-    for group in groups:
-        home = homes.get((id(group.root), _matrices(group))) if homes and len(group.pairs) == 1 else None
-        if home is None:
-            kept.append(group)
-        else:
+    for number, group in enumerate(groups):
+        key: Hashable = (id(group.root), _matrices(group)) if starts[id(group.root)] > 1 else number
+        home = homes.setdefault(key, group)
+        if home is not group:
             home.pairs = sorted([*home.pairs, *group.pairs], key=lambda pair: pair[0].at)
-    return kept
+    return list(homes.values())
 
 
 def _views(product: WeightProduct) -> tuple[str, ...]:
@@ -121,11 +139,13 @@ def _weight_side(product: WeightProduct) -> int:
 
 
 def _matrices(group: ExpertChains) -> tuple[Hashable, ...]:
-    """The shapes of the two matrices of a group's first chain as they are multiplied; a convolution's as they are."""
-    shapes = []
+    """What chains that are experts of one block have in common: the shapes of the two matrices as they are multiplied;
+    a convolution's as they are, and those that are not to be seen as they are stored."""
+    shapes: list[Hashable] = []
     for product in group.pairs[0]:
         shape = matrix_shape(product.node, _weight_side(product))
-        shapes.append((shape or object(), "" if product.node.op_type in _PLAIN else product.node.op_type))
+        plain = shape and product.node.op_type in _PLAIN
+        shapes.append((shape,) if plain else (shape or product.shape, product.node.op_type))
     return tuple(shapes)
 
 
@@ -136,16 +156,16 @@ def _with_prologues(
     those that have a prologue where several others, which have none, begin.
     """
     ends = {at for at, node in enumerate(index.nodes) if at in products or node.op_type in _MERGING}
-    plain = {(id(g.root), _forms(g)): g for g in groups if len(g.pairs) > 1}
+    plain = {(id(g.root), _matrices(g)): g for g in groups if len(g.pairs) > 1}
     joined: dict[int, ExpertChains] = {}
     alone: defaultdict[Any, list[ExpertChains]] = defaultdict(list)
     for group in groups:
         if len(group.pairs) == 1 and group.experts < 2:
             behind = ancestors(index, group.root, ends) if plain else ()
-            homes_of = (plain.get((id(root.get(id(v), v)), _forms(group))) for v in behind)
+            homes_of = (plain.get((id(root.get(id(v), v)), _matrices(group))) for v in behind)
             home = next((found for found in homes_of if found is not None), None)
             if home is None:
-                alone[_forms(group)].append(group)
+                alone[_matrices(group)].append(group)
             else:
                 home.pairs += group.pairs
                 joined[id(group)] = home
@@ -158,11 +178,6 @@ def _with_prologues(
                 home.pairs += group.pairs
                 joined[id(group)] = home
     return list({id(home): home for home in (joined.get(id(g), g) for g in groups)}.values())
-
-
-def _forms(group: ExpertChains) -> tuple[Hashable, ...]:
-    """What chains that are experts of one block have in common."""
-    return tuple((p.shape, p.node.op_type) for p in group.pairs[0])
 
 
 _OF_PARTS = frozenset(("Slice", "Split", "Gather", "Concat"))

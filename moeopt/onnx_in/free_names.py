@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+from moeopt.onnx_in.order import bodies
+from moeopt.value_types import OnnxGraph
 
 
 class FreeNames:
@@ -24,3 +27,12 @@ class FreeNames:
         self._next[name] = number  # the numbers below are taken
         self._taken.add(made)
         return made
+
+
+def names_in(graph: OnnxGraph) -> Iterator[str]:
+    """Every name of a value or a node in a graph and its bodies."""
+    yield from (v.name for v in (*graph.input, *graph.output, *graph.initializer))
+    for node in graph.node:
+        yield from (node.name, *node.input, *node.output)
+        for body in bodies(node):
+            yield from names_in(body)

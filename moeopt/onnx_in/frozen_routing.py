@@ -1,6 +1,6 @@
 """Routing that an export froze: a file that runs the experts which one sample chose, whatever its inputs are.
 
-A tracer records what a loop over the experts that are hit did on its sample. Five things tell such a file:
+A tracer records what a loop over the experts that are hit did on its sample. Six things tell such a file:
 
     rows that are a constant    an expert is given the rows of the sample, by their numbers, for ever
     counts that are constants   an expert is given as many of the sorted rows as it had of the sample
@@ -8,6 +8,7 @@ A tracer records what a loop over the experts that are hit did on its sample. Fi
     choices that nobody reads   the weights of the choice are used, and which experts get them is a constant: a network
                                 that is scaled by its highest score looks the same, so this is said with an "unless"
     places in a list of hits    as many experts run as the sample hit
+    constant capacities         an expert takes as many rows as the one with the most had of the sample
 
 Such a file is broken. It computes what it computes, and nothing that moeopt could compare it with is right either: the
 block is left alone, and its owner is told.
@@ -19,6 +20,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+from moeopt.onnx_in.frozen_capacity import capacity_of, takes_any_number
 from moeopt.onnx_in.frozen_choices import listed_hits, results_weighed_by, unread_choice
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.products import MOVING, WeightProduct, shape_of, weight_products
@@ -66,6 +68,9 @@ def frozen_routing(candidate: CandidateRegion, others: Iterable[CandidateRegion]
             "those that tokens chose, so that as many experts run as in the sample that the model was traced with, and "
             f"the file stops or loses tokens where others are chosen; {WAY_OUT}"
         )
+    capacity = capacity_of(index, candidate.chains.products)
+    if capacity is not None:
+        return _capacity(index, *capacity)
     for region in candidate.regions[:1]:
         own = {p.at for p in candidate.chains.products}
         nodes = {id(node): node for node in (*region.nodes, *_before_rows(candidate))}
@@ -83,6 +88,21 @@ def frozen_routing(candidate: CandidateRegion, others: Iterable[CandidateRegion]
                 f"{WAY_OUT}"
             )
     return ""
+
+
+def _capacity(index: GraphIndex, node: OnnxNode, rows: int) -> str:
+    """The reason where an expert takes a constant number of the rows that chose this expert."""
+    takes = (
+        f"the node {node.name!r} ({node.op_type}) gives an expert a constant number of rows ({rows}), those that weigh "
+        "most for this expert, and leaves out the others that chose it"
+    )
+    if not takes_any_number(index):
+        return f"{takes}, so that a row's result depends on the other rows, and the op routes each row by itself"
+    return (
+        f"{BROKEN}, unless that number is the model's own, which a file does not tell: {takes}, and the file stops "
+        "where there are fewer rows. An export that traces a capacity which the model computes keeps that of the "
+        f"sample that the model was traced with; {WAY_OUT}"
+    )
 
 
 def unread(choice: OnnxNode) -> str:

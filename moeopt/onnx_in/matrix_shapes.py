@@ -34,6 +34,19 @@ def shape_made(value: OnnxValue) -> tuple[int, ...]:
         return ()
 
 
+def whole_numbers_made(value: OnnxValue) -> tuple[int, ...] | None:
+    """The few whole numbers that a constant is, or that nodes make of constants; None of any other value."""
+    held = value.const_value
+    if held is not None:
+        few = held.dtype.is_integer() and math.prod(held.shape) <= _FEW
+        return tuple(held.numpy().reshape(-1).tolist()) if few else None
+    try:
+        made = _made(value, {}, 0)
+    except _STOPS:
+        return None
+    return tuple(int(n) for n in made.array.reshape(-1)) if isinstance(made, SizeValue) else None
+
+
 def matrix_shape(node: OnnxNode, number: int) -> tuple[int, ...]:
     """The shape of the weight that is a product's input ``number``, inputs before outputs; () if not to be seen."""
     shape = shape_made(node.inputs[number])

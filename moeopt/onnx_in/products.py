@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.matrix_shapes import shape_made
 from moeopt.onnx_in.operators.table import operator_of
+from moeopt.onnx_in.weight_parts import part_of_constant
 from moeopt.value_types import OnnxNode, OnnxValue
 
 PRODUCTS = {
@@ -47,7 +49,8 @@ _MOST_VIEWS = 12
 class WeightProduct:
     """A product with constant weights: its node's position, the rows it reads, the constant and its shape.
 
-    ``scales``: of codes, the constant that they are multiplied with; None of floats.
+    ``scales``: of codes, the constant that they are multiplied with; None of floats. ``part``: where in the constant
+    the matrix lies; () where it is all of it, or several matrices.
     """
 
     at: int
@@ -57,18 +60,23 @@ class WeightProduct:
     shape: tuple[int, ...]
     picked: bool
     scales: OnnxValue = None
+    part: tuple[Hashable, ...] = ()
 
     @property
-    def function(self) -> tuple[int, int]:
-        """What tells a matrix from others: two of the same codes are two matrices where their scales are two."""
-        return id(self.weight), id(self.scales)
+    def function(self) -> Hashable:
+        """What tells a matrix from others: two of the same codes are two matrices where their scales are two, and so
+        are two parts of one constant."""
+        return id(self.weight), id(self.scales), self.part
 
     @property
     def stacked(self) -> int:
-        """How many matrices the weight holds, 1 for a plain one."""
-        if self.node.op_type in CONVOLUTIONS or self.node.op_type == "MatMulNBits":
-            return 1
-        return self.shape[0] if len(self.shape) >= 3 else 1
+        """How many matrices the weight holds, 1 for a plain one and for one that is taken out of a stack."""
+        return self.shape[0] if self.of_stack and not self.part else 1
+
+    @property
+    def of_stack(self) -> bool:
+        """Whether the constant holds several matrices along its first axis."""
+        return _is_stack(self.node, self.shape)
 
 
 def weight_products(index: GraphIndex) -> dict[int, WeightProduct]:
@@ -90,7 +98,8 @@ def weight_products(index: GraphIndex) -> dict[int, WeightProduct]:
                     shape = shape_made(node.inputs[weight])
                 if shape is not None and len(shape) >= 2:
                     scales = scales_of(node, node.inputs[weight])
-                    found[at] = WeightProduct(at, node, value, constant, shape, picked, scales)
+                    part = part_of_constant(index, node.inputs[weight], _is_stack(node, shape))
+                    found[at] = WeightProduct(at, node, value, constant, shape, picked, scales, part)
                 break
     index.products = found
     return found
@@ -112,6 +121,11 @@ def constant_behind(index: GraphIndex, value: OnnxValue) -> tuple[Any, bool]:
         picked |= not index.is_constant(value)
         value = node.inputs[0]
     return None, False
+
+
+def _is_stack(node: OnnxNode, shape: Sequence[int]) -> bool:
+    """Whether a weight of that shape holds several matrices of a product."""
+    return len(shape) >= 3 and node.op_type not in CONVOLUTIONS and node.op_type != "MatMulNBits"
 
 
 def scales_of(node: OnnxNode, weight: OnnxValue) -> OnnxValue | None:

@@ -64,6 +64,8 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
             if len(found) == _MOST_REGIONS:
                 break
         taken |= set(positions)
+        if unrouted and not found and chains.may_be_one_network:
+            continue
         name = names.unique(region_name(chains.products) or f"region_{count}")
         count += 1
         yield CandidateRegion(name, index, chains, tuple(found), unrouted and not found)

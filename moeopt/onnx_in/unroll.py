@@ -12,13 +12,13 @@ on a copy of the file. Loops that hold none, run until a value says stop, or are
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from moeopt.onnx_in.endless import held_constants, never_stops, whole_number
-from moeopt.onnx_in.free_names import FreeNames
+from moeopt.onnx_in.free_names import FreeNames, names_in
 from moeopt.onnx_in.idle_branches import taken_branch
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.order import bodies
@@ -93,7 +93,7 @@ class LoopUnroller:
         graph = self.proto.graph
         self.constants = held_constants(graph)
         self.nodes: list[Any] = []
-        self._unique = FreeNames(_names(graph)).new
+        self._unique = FreeNames(names_in(graph)).new
 
     def run(self, holders: set[int]) -> OnnxValue | None:
         """The copy with the nodes at ``holders`` written out; None where none of them can be."""
@@ -229,15 +229,6 @@ class LoopUnroller:
 
 def _body(node: OnnxNode, name: str) -> OnnxGraph:
     return next((a.g for a in node.attribute if a.name == name and a.HasField("g")), None)
-
-
-def _names(graph: OnnxGraph) -> Iterator[str]:
-    """Every name of a value or a node in a graph and its bodies."""
-    yield from (v.name for v in (*graph.input, *graph.output, *graph.initializer))
-    for node in graph.node:
-        yield from (node.name, *node.input, *node.output)
-        for body in bodies(node):
-            yield from _names(body)
 
 
 def _rename(node: OnnxNode, names: Mapping[str, str]) -> None:

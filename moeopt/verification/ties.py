@@ -188,9 +188,9 @@ def _gap(scores_TE: Tensor, ids: Tensor, choice: RoutedCall) -> tuple[Tensor, Te
     T, E = scores_TE.shape
     site = choice.ids.cpu()
     inside = bool((site < E).all())
-    if ids.shape[1] == E and inside:
+    if ids.shape[1] == E:
         ids = site  # a whole order, of which the site took a part
-    chosen = torch.zeros(T, E, dtype=torch.bool).scatter_(1, ids, True)
+    chosen = torch.zeros(T, E + 1, dtype=torch.bool).scatter_(1, ids.clamp(max=E), True)[:, :E]  # from E on: nothing
     matters = chosen.clone()
     if inside and ids.shape == site.shape and torch.equal(ids.sort(-1).values, site.sort(-1).values):
         matters = torch.zeros(T, E, dtype=torch.bool).scatter_(1, site, _counts(choice.weights).cpu())

@@ -64,8 +64,9 @@ def hit_loop(over, path, tokens):
 
 class FrozenChoice(nn.Module):
     """(T, H) -> (T, H) with every expert in the file and the sample's choice as constants, by ``how``: "ids" of each
-    token, "table" of its weights, "places" in the list of hits, "one" expert alone, or not: "none", a
-    threshold chooses; "groups", the sums of groups' highest scores choose a group first."""
+    token, "table" of its weights, "places" in the list of hits, "one" expert alone, the "capacity", or not:
+    "none", a threshold chooses; "groups", the sums of groups' highest scores choose a group first; "theirs", the
+    experts choose among all tokens."""
 
     def __init__(self, how):
         super().__init__()
@@ -84,6 +85,12 @@ class FrozenChoice(nn.Module):
                 each = F.gelu(x @ self.up[hits[place]]) @ self.down[hits[place]]
                 y = y + each * table.index_select(1, hits[place].view(1))
             return y
+        if self.how in ("capacity", "theirs"):
+            most = int((table > 0).sum(0).max())
+            for e, expert in enumerate(self.experts):
+                best, rows = (table if self.how == "capacity" else scores)[:, e].topk(most)
+                y = y.index_add(0, rows, expert(x[rows]) * best[:, None])
+            return y
         if self.how == "one":
             return self.experts[int(ids[0, 0])](x) * weights[:, :1]
         if self.how == "ids":
@@ -101,11 +108,20 @@ class FrozenChoice(nn.Module):
         return sum(table[:, e, None] * expert(x) for e, expert in enumerate(self.experts))
 
 
-def frozen_choice(how, path, tokens=12):
-    """The file at ``path``, traced on ``tokens`` tokens; returns the path as text, and the sample."""
+def frozen_choice(how, path, tokens=12, free=True):
+    """The file at ``path``, traced on ``tokens`` tokens; returns the path as text, and the sample.
+
+    ``free``: the file takes any number of tokens.
+    """
     torch.manual_seed(0)
     model, x = FrozenChoice(how).eval(), torch.randn(tokens, H)
     torch.onnx.export(
-        model, (x,), path, dynamo=False, input_names=["x"], dynamic_axes={"x": {0: "tokens"}}, opset_version=17
+        model,
+        (x,),
+        path,
+        dynamo=False,
+        input_names=["x"],
+        dynamic_axes={"x": {0: "tokens"}} if free else None,
+        opset_version=17,
     )
     return str(path), x

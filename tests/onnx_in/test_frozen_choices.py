@@ -19,6 +19,9 @@ SAID = {
     "ids": UNREAD,
     "one": UNREAD,
     "places": "(Gather) takes an expert from a constant place in the list of those that tokens chose, so that as many",
+    "capacity": "the file is broken, unless that number is the model's own, which a file does not tell: the node "
+    "'/TopK_1' (TopK) gives an expert a constant number of rows (6), those that weigh most for this expert, and leaves "
+    "out the others that chose it, and the file stops where there are fewer rows. An export that traces a capacity",
     "table": f"nothing chooses or weighs among its {E} experts (the node '/experts.0/experts.0.0/Gemm' (Gemm) and its "
     "like) by what a token holds, so that each token gets all of them alike, or the weights of the sample",
 }
@@ -35,7 +38,15 @@ def test_a_frozen_choice_is_told(how, tmp_path):
     assert torch.equal(found(x), run(path, x=x)[0])
 
 
-@pytest.mark.parametrize("how", ["none", "groups"])
+def test_a_capacity_of_a_file_in_one_size_is_no_fault_and_is_told(tmp_path):
+    path, _ = frozen_choice("capacity", tmp_path / "m.onnx", free=False)
+    (candidate,) = candidate_regions(GraphIndex(read_onnx(path).model.graph))
+    said = frozen_routing(candidate)
+    assert said.startswith("the node '/TopK_1' (TopK) gives an expert a constant number of rows (6)")
+    assert said.endswith("so that a row's result depends on the other rows, and the op routes each row by itself")
+
+
+@pytest.mark.parametrize("how", ["none", "groups", "theirs"])
 def test_scores_that_choose_without_ids_of_their_own_are_read(how, tmp_path):
     path, _ = frozen_choice(how, tmp_path / "m.onnx")
     index = GraphIndex(read_onnx(path).model.graph)

@@ -37,6 +37,19 @@ def test_a_tie_is_at_the_edge_of_the_choice_and_matters(row, tied, exact):
     assert exactly_tied(choice(torch.tensor([row])).events) is (exact or row[0] == 1.0)
 
 
+@pytest.mark.parametrize("ids", [[[0, 2]], [[0, 3, 4, 4]], [[4, 4, 3, 0]]])
+def test_the_edge_of_a_whole_order_is_that_of_what_its_site_takes_of_it(ids):
+    scores = torch.tensor([[0.3, 0.1, 0.2, 0.2]])
+    log = RoutingLog()
+    with log:
+        scores.sort(dim=-1, descending=True, stable=True)
+    ids = torch.tensor(ids)  # 4: no expert
+    found = RoutedCall("site", ids, torch.where(ids < 4, 0.5, 0.0), log.events)
+    assert [one.item() for one in tied_tokens(found, EPS)] == [True, True]
+    alone = RoutedCall("site", torch.tensor([[0, 4, 4, 4]]), torch.tensor([[0.5, 0.0, 0.0, 0.0]]), log.events)
+    assert [one.item() for one in tied_tokens(alone, EPS)] == [False, False]
+
+
 def test_scores_that_move_under_noise_widen_what_is_a_tie():
     still, shaken = torch.tensor([[0.1, 0.4, 0.2, 0.2001]]), torch.tensor([[0.1, 0.4, 0.2, 0.2002]])
     assert not tied_tokens(choice(still), EPS, [choice(still)])[0].any()

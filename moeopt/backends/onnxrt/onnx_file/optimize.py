@@ -23,7 +23,7 @@ from moeopt.backends.onnxrt.onnx_file.compare_files import (
 )
 from moeopt.backends.onnxrt.onnx_file.file_reports import UNREACHED, decline, in_order, inner_values, replaceable_note
 from moeopt.backends.onnxrt.onnx_file.kept_codes import keep_codes, with_codes
-from moeopt.backends.onnxrt.onnx_file.original import fingerprint, session_on
+from moeopt.backends.onnxrt.onnx_file.original import NO_MORE_ROUNDS, fingerprint, session_on
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_parts, widest_run
 from moeopt.backends.onnxrt.onnx_file.write import untouched, write_stitched
 from moeopt.backends.onnxrt.open_engine import opened_file
@@ -149,6 +149,8 @@ def example_feeds(file: OnnxFile, inputs: PyObject, seed: int, samples: int = 2)
     for feeds in made_up_feeds(file, seed, samples):
         why = _runs(session, feeds)
         said = said or (why or "")
+        if NO_MORE_ROUNDS in (why or ""):
+            break  # other inputs would take as long
         sizes = {tuple(t.shape) for t in feeds.values()}
         if why is None and sizes not in [{tuple(t.shape) for t in one.values()} for one in found]:
             found.append(feeds)

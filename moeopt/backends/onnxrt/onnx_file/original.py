@@ -17,6 +17,7 @@ from moeopt.backends.onnxrt.providers import runtime
 from moeopt.backends.onnxrt.session import Prepare, Session, no_change
 from moeopt.errors import MoeoptError, UsageError
 from moeopt.lower.onnx.experts_node import DOMAIN
+from moeopt.onnx_in.counted_loops import with_counted_rounds
 from moeopt.onnx_in.free_names import FreeNames
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.untrusted import shown_line
@@ -28,6 +29,8 @@ def session_on(
     prepare: Prepare = no_change,
 ) -> Session:  # fmt: skip
     """A session of a graph whose data files lie in ``directory``; weights stay there, unpacked.
+
+    Loops whose rounds data decide run so many of them at most: such a run is a ``UsageError``.
 
     Raises:
         UsageError: ONNX Runtime does not load it; the message says why.
@@ -44,11 +47,43 @@ def session_on(
             f"{name}: its experts run in moeopt's own kernel already; give model.onnx, which is beside it in its bundle"
         )
     try:
-        return Session(proto.SerializeToString(), "cpu", options, prepare=prepare)
+        counted, guards = with_counted_rounds(proto)
+        return CountedSession(counted, guards, name, options, prepare)
     except MoeoptError:
         raise
     except Exception as err:  # ONNX Runtime's own, of many classes
         raise UsageError(f"{name}: ONNX Runtime {runtime().__version__} does not load it: {_said(err)}") from None
+
+
+NO_MORE_ROUNDS = "moeopt tries no more rounds of a loop"
+"""What is said of a run that was stopped."""
+
+
+class CountedSession(Session):
+    """A session of a file whose loops are stopped after so many rounds.
+
+    Args:
+        guards: for the name of each node that stops a loop that loop's own and its rounds.
+        name: of the file.
+    """
+
+    def __init__(
+        self, proto: OnnxModel, guards: Mapping[str, tuple[str, int]], name: str, options: PyObject, prepare: Prepare
+    ) -> None:
+        super().__init__(proto.SerializeToString(), "cpu", options, prepare=prepare)
+        self._guards, self._name = guards, name
+
+    def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        try:
+            return super().run(inputs)
+        except UsageError as err:
+            for guard, (loop, rounds) in self._guards.items():
+                if f"{guard!r}" in str(err):
+                    raise UsageError(
+                        f"{self._name}: the node {shown_line(loop)!r} (Loop) ran its body {rounds} times and went on, "
+                        f"and {NO_MORE_ROUNDS} whose condition data decide; give example inputs on which it ends"
+                    ) from None
+            raise
 
 
 _MOST_READ = 2000

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from moeopt.backends.onnxrt.onnx_file.close_choices import nearer_of, with_other_choices
 from moeopt.backends.onnxrt.onnx_file.original import InnerValues
 from moeopt.errors import Declined, MoeoptError
 from moeopt.onnx_in.coded_nodes import ON_ACTIVATIONS, CodedConstants
@@ -19,7 +20,14 @@ from moeopt.onnx_in.feeds import GraphFeeds
 from moeopt.onnx_in.frozen_routing import WAY_OUT, frozen_routing
 from moeopt.onnx_in.interpreter import InterpretedGraph, unread
 from moeopt.onnx_in.read import OnnxFile
-from moeopt.onnx_in.region_module import is_combined, one_number_each, region_ends, region_module, with_node_names
+from moeopt.onnx_in.region_module import (
+    feature_axis,
+    is_combined,
+    one_number_each,
+    region_ends,
+    region_module,
+    with_node_names,
+)
 from moeopt.onnx_in.regions import CandidateRegion
 from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
@@ -149,14 +157,20 @@ def _checked(
     try:
         for run in runs:
             entries = [run[name] for name in ends.tensors]
-            distance = max(distance, explained_distance(module, entries, [run[region.exit.name]]))
+            found = explained_distance(module, entries, [run[region.exit.name]], feature_axis(candidate))
+            distance = max(distance, found)
     except Declined as err:
         raise Declined(with_node_names(err.reason, module)) from None
     return FilePart(candidate, region, module, ends.tensors, list(runs), distance)
 
 
-def explained_distance(module: nn.Module, values: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+def explained_distance(module: nn.Module, values: Sequence[Tensor], theirs: Sequence[Tensor], axis: int = -1) -> float:
     """How far ONNX Runtime's results are from those of the float64 oracle, which runs the same interpreted graph.
+
+    A choice between scores that rounding does not tell apart may be made either way.
+
+    Args:
+        axis: where a token's features are in the results.
 
     Raises:
         Declined: the interpreter stops, or ONNX Runtime is further from its oracle than rounding explains.
@@ -177,6 +191,26 @@ def explained_distance(module: nn.Module, values: Sequence[Tensor], theirs: Sequ
             f"moeopt cannot run its nodes ({type(err).__name__}: {str(err).splitlines()[0][:200]}); please report this "
             "with the file"
         ) from None
+    try:
+        return _distance(module, values, ours, theirs, oracle, oracle)
+    except _NotExplainedError as err:
+        nearest = oracle or []
+        for other in with_other_choices(module, values, choices) if oracle is not None else ():
+            nearest = [nearer_of(*three, axis) for three in zip(theirs, nearest, other, strict=True)]
+        if nearest is oracle or oracle is None:
+            raise Declined(err.reason) from None
+        return _distance(module, values, ours, theirs, oracle, nearest)
+
+
+class _NotExplainedError(Declined):
+    """Rounding does not explain how far ONNX Runtime's result is from the oracle."""
+
+
+def _distance(
+    module: nn.Module, values: Sequence[Tensor], ours: Sequence[Tensor], theirs: Sequence[Tensor],
+    oracle: Sequence[Tensor] | None, nearest: Sequence[Tensor] | None,
+) -> float:  # fmt: skip
+    """How far ``theirs`` are from ``nearest`` at the worst token, which ``ours`` and ``oracle`` must explain."""
     far = 0.0
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         if mine.shape != other.shape or mine.dtype != other.dtype:
@@ -187,21 +221,22 @@ def explained_distance(module: nn.Module, values: Sequence[Tensor], theirs: Sequ
         if not other.is_floating_point():
             if not torch.equal(mine, other):
                 raise Declined("moeopt reads its nodes as giving other whole numbers than ONNX Runtime gives")
-        elif oracle is None:
+        elif oracle is None or nearest is None:
             far = max(far, _without_oracle(module, values, number, mine, other))
         else:
-            far = max(far, _from_oracle(oracle[number], mine, other))
+            far = max(far, _from_oracle(oracle[number], nearest[number], mine, other))
     return far
 
 
-def _from_oracle(oracle: Tensor, ours: Tensor, theirs: Tensor) -> float:
+def _from_oracle(oracle: Tensor, nearest: Tensor, ours: Tensor, theirs: Tensor) -> float:
     if not theirs.numel():
         return 0.0
     eps = torch.finfo(theirs.dtype).eps
     both = finiteness(theirs, ours).both
-    far = [_worst(token_distance(y, oracle, eps=eps)[both]) for y in (theirs, ours)]
+    pairs = ((theirs, nearest), (ours, oracle))
+    far = [_worst(token_distance(y, exact, eps=eps)[both]) for y, exact in pairs]
     if far[0] > FACTOR * far[1] + EPS_ALLOWANCE * eps:
-        raise Declined(
+        raise _NotExplainedError(
             f"ONNX Runtime's result is {far[0]:.2g} from what moeopt reads its nodes as, and rounding explains "
             f"{FACTOR * far[1] + EPS_ALLOWANCE * eps:.2g}; please report this with the file"
         )
