@@ -45,6 +45,8 @@ inline void store_by_lane(void *row, bool half, int64_t K, int64_t i, V v) {
 
 constexpr int LANE_COLUMNS = NV_MANY * L;                    // of a tile and of a task
 constexpr int64_t LANE_PANEL = LANE_COLUMNS * DOT_CHUNK;     // a chunk of so many rows of W
+constexpr int LANE_SHARE = 8;  // rows of x of one tile, at least: of LANE_ROWS or more, in even shares of NX_OUTER at most
+static_assert(LANE_ROWS == 2 * NX_OUTER, "25 rows are 9, 8 and 8; every other number has no smaller share");
 static_assert(LANE_COLUMNS == LANE_TASK && 2 * DOT_CHUNK == PAIR_CHUNK, "a chunk has as many pairs as numbers");
 constexpr int TREE[DOT_LANES] = {0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15};  // lanes as `sum4` adds them up
 
@@ -140,7 +142,7 @@ void lane_product(const View &v, int64_t first, int64_t n, const uint32_t *x, in
                   LANE_COLUMNS);
       for (int64_t m = 0, part = parts, share; part > 0; part--, m += share) {
         share = (M - m + part - 1) / part;
-        in_rows<1, NX_OUTER>(share, [&](auto many) {
+        in_rows<LANE_SHARE, NX_OUTER>(share, [&](auto many) {
           lane_tile<Kind, decltype(many)::value>(turned, x + m * ldx + begin, ldx, each, to + m * ldt + j, ldt, begin > 0, fetch);
         });
       }

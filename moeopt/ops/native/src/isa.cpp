@@ -24,7 +24,11 @@ constexpr int64_t BIAS = 2 * MOST_COLUMNS;
 constexpr int64_t APART = 16;  // rows of sums do not fall on the same cache sets
 static_assert(LANE_TURN * (2 * LANE_TASK + APART) <= 2 * MOST_SUMS, "the sums of a turn of many rows");
 
-inline int64_t rows_of_turn(const Rows &lie) { return lie.by_lane ? LANE_TURN : ROWS; }
+inline int64_t rows_of_turn(const Rows &lie, int64_t count) {
+  if (!lie.by_lane) return ROWS;
+  const int64_t turns = (count + LANE_TURN - 1) / LANE_TURN;  // even ones: none is of few rows
+  return (count + turns - 1) / turns;
+}
 
 inline int64_t product_dtype(int64_t a, int64_t b) { return a == b ? a : (int64_t)MOEOPT_F32; }
 
@@ -112,7 +116,7 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
     load_bias(bg, e.b_in[0], gate_at + first * jump, jump, n, s.compute);
     if (gated) load_bias(bu, e.b_in[0], up_at + first * jump, jump, n, s.compute);
   }
-  const int64_t rows = rows_of_turn(seg.x);
+  const int64_t rows = rows_of_turn(seg.x, seg.count);
   for (int64_t m0 = 0; m0 < seg.count; m0 += rows) {
     const int64_t M = smaller(rows, seg.count - m0);
     const char *x = (const char *)job.r + (seg.row + m0) * job.step;
@@ -171,7 +175,7 @@ void output(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
   float *bias = scratch, *panel = scratch + BIAS, *to = panel + PANEL;
   const View v = view(seg.weights->w_out, job, lie);
   load_bias(bias, seg.weights->b_out, first, 1, n, s.compute);
-  const int64_t rows = rows_of_turn(lie);
+  const int64_t rows = rows_of_turn(lie, seg.count);
   for (int64_t m0 = 0; m0 < seg.count; m0 += rows) {
     const int64_t M = smaller(rows, seg.count - m0);
     const char *h = (const char *)job.h + seg.h + m0 * lie.ld * size;
