@@ -40,7 +40,7 @@ class Images(nn.Module):
 
     def forward(self, x, mask):
         rows = x[torch.where(mask)[0]]
-        return self.layers(rows), F.unfold(rows, 3)
+        return self.layers(rows), F.unfold(rows, 3), F.instance_norm(rows.permute(1, 2, 3, 0))
 
 
 class LeftEarly(nn.Module):

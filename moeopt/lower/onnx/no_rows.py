@@ -2,6 +2,7 @@
 
     gru, lstm, rnn     with a row of zeros more, which is cut off again: ONNX Runtime ends the process on an empty batch
     group_norm, im2col the same: a Reshape with a size that follows from the others fails on nothing
+    instance_norm      with a place of zeros where there is none: ONNX Runtime ends the process
     var                the sum of the squares over no less than nothing; means: :mod:`~.means_of_nothing`
 
 An engine refuses inputs without rows, so sizes of inputs are as they are.
@@ -14,7 +15,7 @@ import operator
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from moeopt.lower.onnx.graph_calls import call
 from moeopt.value_types import PyObject
@@ -40,6 +41,8 @@ def around_no_rows(graph: fx.Graph) -> None:
             _with_a_row_more(graph, node)
         elif node.target in _BY_ROWS:
             _with_a_first_row_more(graph, node)
+        elif node.target is aten.instance_norm.default:
+            _with_places(graph, node)
         elif node.target in _SPREADS:
             _spread(graph, node)
 
@@ -79,6 +82,27 @@ def _with_a_first_row_more(graph: fx.Graph, node: PyObject) -> None:
     _replace(graph, node, kept)
 
 
+def _with_places(graph: fx.Graph, node: PyObject) -> None:
+    """A place more only where there is none: of some places, one more would change the mean."""
+    wide, *rest = node.args
+    value = wide.meta["val"]
+    dims = [d for d in range(2, value.dim()) if not statically_known_true(value.shape[d] >= 1)]
+    if not dims:
+        return
+    with graph.inserting_before(node):
+        sizes = {d: call(graph, aten.sym_size.int, wide, d) for d in dims}
+        for d, size in sizes.items():
+            more = call(graph, torch.sym_max, call(graph, operator.sub, 1, size), 0)
+            wide = graph.call_function(aten.constant_pad_nd.default, (wide, [0, 0] * (value.dim() - 1 - d) + [0, more]))
+            value = wide.meta["val"] = _longer(value, d, more.meta["val"])
+        kept = graph.call_function(node.target, (wide, *rest), node.kwargs)
+        for d, size in sizes.items():
+            kept.meta["val"] = value
+            kept = graph.call_function(aten.slice.Tensor, (kept, d, 0, size))
+            value = value.new_empty([*value.shape[:d], size.meta["val"], *value.shape[d + 1 :]])
+    _replace(graph, node, kept)
+
+
 def _row_more(graph: fx.Graph, x: fx.Node, dim: int) -> PyObject:
     """``x`` with zeros at the end of a dimension."""
     value = x.meta["val"]
@@ -87,8 +111,8 @@ def _row_more(graph: fx.Graph, x: fx.Node, dim: int) -> PyObject:
     return more
 
 
-def _longer(value: torch.Tensor, dim: int) -> torch.Tensor:
-    return value.new_empty([size + (d == dim) for d, size in enumerate(value.shape)])
+def _longer(value: torch.Tensor, dim: int, more: int | torch.SymInt = 1) -> torch.Tensor:
+    return value.new_empty([size + more if d == dim else size for d, size in enumerate(value.shape)])
 
 
 def _spread(graph: fx.Graph, node: PyObject) -> None:
