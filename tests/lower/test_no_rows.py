@@ -127,6 +127,36 @@ def test_another_use_of_a_sparse_matrix_is_refused(tmp_path):
         torch.mm(torch.ones(2, 2), forms)
 
 
+class Normed(nn.Module):
+    """Experts with a group norm, each for the rows that chose it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(8, 4)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8), nn.GroupNorm(2, 8)) for _ in range(4)
+        )
+
+    def forward(self, x):
+        weights, ids = self.gate(x).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = torch.where(ids == number)[0]
+            y = y.index_add(0, rows, expert(x[rows]) * weights[rows, None])
+        return y
+
+
+@torch.no_grad()
+def test_an_expert_that_is_a_graph_may_have_no_rows():
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = Normed().eval()
+    engine = moeopt.optimize(model, seeded(12, 8), backend="onnxruntime", verify="off")
+    assert [block.status for block in engine.report.blocks] == ["rewritten"]
+    for rows in (1, 12):
+        torch.testing.assert_close(engine(seeded(rows, 8)), model(seeded(rows, 8)))
+
+
 class Loop(nn.Module):
     """Indices as Python numbers, one by one."""
 
