@@ -60,6 +60,9 @@ class Means(nn.Module):
         flat, other = rows.flatten(1), rows.flatten(1) + 1
         losses = F.mse_loss(rows, rows + 1), F.l1_loss(flat, 2 * other)
         losses += (F.triplet_margin_loss(flat, other, -flat), F.mse_loss(rows.half(), rows.half() + 1))
+        best = rows[:, 0].argmax(-1)
+        losses += (F.cross_entropy(flat, best), F.cross_entropy(flat, best, flat[0:0].sum(0) + 2, reduction="sum"))
+        losses += (F.cross_entropy(flat, best, ignore_index=1, reduction="none"),)
         deviation, mean = torch.std_mean(rows, 0)
         pooled = F.adaptive_avg_pool1d(flat.t(), 1)
         return *losses, deviation, mean, pooled, rows.mean(0, dtype=torch.float64), x.mean(0), rows.mean(-1)

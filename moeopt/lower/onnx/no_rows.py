@@ -3,6 +3,7 @@
     gru, lstm, rnn     with a row of zeros more, which is cut off again: ONNX Runtime ends the process on an empty batch
     group_norm, im2col the same: a Reshape with a size that follows from the others fails on nothing
     instance_norm      with a place of zeros where there is none: ONNX Runtime ends the process
+    cross_entropy      of classes, in its two steps: ONNX Runtime's one reshapes as group_norm does
     var                the sum of the squares over no less than nothing; means: :mod:`~.means_of_nothing`
 
 An engine refuses inputs without rows, so sizes of inputs are as they are; not so the rows of a function that every
@@ -54,6 +55,8 @@ def around_no_rows(graph: fx.Graph, may_be_none: Symbols = free_unbacked_symbols
                 _with_a_first_row_more(graph, normed, may_be_none)
         elif node.target is aten.instance_norm.default:
             _with_places(graph, node)
+        elif node.target is aten.cross_entropy_loss.default:
+            _as_likelihood(graph, node, may_be_none)
         elif node.target in _SPREADS:
             _spread(graph, node, may_be_none)
 
@@ -128,6 +131,20 @@ def _as_group_norm(graph: fx.Graph, node: PyObject) -> fx.Node | None:
             graph.erase_node(part)
     graph.erase_node(node)
     return normed
+
+
+def _as_likelihood(graph: fx.Graph, node: PyObject, may_be_none: Symbols) -> None:
+    x, target, *rest = node.args
+    smoothing = rest[3] if len(rest) > 3 else node.kwargs.get("label_smoothing")
+    value = x.meta["val"]
+    shares = target.meta["val"].is_floating_point()
+    if smoothing or shares or not _chosen(x, list(range(value.dim())), may_be_none):
+        return
+    given = {k: v for k, v in node.kwargs.items() if k != "label_smoothing"}
+    with graph.inserting_before(node):
+        logs = call(graph, aten.log_softmax.int, x, 1 if value.dim() > 1 else 0)
+        loss = graph.call_function(aten.nll_loss_nd.default, (logs, target, *rest[:3]), given)
+    _replace(graph, node, loss)
 
 
 def _row_more(graph: fx.Graph, x: fx.Node, dim: int) -> PyObject:
