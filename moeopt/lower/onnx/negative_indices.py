@@ -4,6 +4,7 @@ the end in ONNX: a padding id of -1 would get the last row of the table without 
     Gather(table, ids)   ->   Gather(table, Where(ids < 0, 2^31 - 1, ids))      which the runtime refuses
     bincount(ids)        ->   bincount(ids + Gather([0, 0], 2 any(ids < 0)))         the same, where ids make the size
     one_hot(ids, n)      ->   the same with any(ids < 0 or ids >= n)            ONNX gives such an id a row of zeros
+    nll_loss(x, ids)     ->   the same with any(ids < 0 and ids != ignore_index)
 
 Left as they are: indices that a sort, a top-k or the like gave, through whatever moves or selects them.
 """
@@ -32,8 +33,18 @@ _INDEX = {
     aten.index_copy.default: 2,
 }
 """By the op the place of its indices."""
-_COUNTED = (aten.bincount.default, aten.one_hot.default)
-"""Ops that make places for their indices, the first argument."""
+_COUNTED = {
+    aten.bincount.default: 0,
+    aten.one_hot.default: 0,
+    aten.repeat_interleave.Tensor: 0,
+    aten.repeat_interleave.self_Tensor: 1,
+    aten.embedding_bag.padding_idx: 1,
+    aten.nll_loss_nd.default: 1,
+    aten.cross_entropy_loss.default: 1,
+}
+"""By the op that makes places for its indices, or takes more of them than places, the place of the indices."""
+_IGNORE = 4
+"""The place of the number that a loss ignores."""
 _NOT_NEGATIVE = ("argsort", "argmax", "argmin", "nonzero", "nonzero_numpy", "bincount", "one_hot", "multinomial", "abs")
 _VALUES_AND_PLACES = ("topk", "sort", "max", "min", "kthvalue")
 _KEEP = (
@@ -55,8 +66,8 @@ def refuse_negative_indices(graph: fx.Graph) -> None:
     known: dict[fx.Node, bool] = {}
     checked: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
-        if node.target in _COUNTED and not _not_negative(node.args[0], known):
-            _check_counted(graph, node)
+        if node.target in _COUNTED:
+            _check_counted(graph, node, known)
         at = _INDEX.get(node.target)
         index = node.args[at] if at is not None and len(node.args) > at else None
         if not isinstance(index, fx.Node) or _not_negative(index, known):
@@ -67,16 +78,23 @@ def refuse_negative_indices(graph: fx.Graph) -> None:
     graph.lint()
 
 
-def _check_counted(graph: fx.Graph, node: PyObject) -> None:
-    ids, many = node.args[0], node.args[1] if len(node.args) > 1 else -1
+def _check_counted(graph: fx.Graph, node: PyObject, known: dict[fx.Node, bool]) -> None:
+    at = _COUNTED[node.target]
+    ids = node.args[at]
+    if ids.meta["val"].is_floating_point() or _not_negative(ids, known):
+        return
+    many = node.args[1] if len(node.args) > 1 else -1
     with graph.inserting_before(node):
         outside = call(graph, aten.lt.Scalar, ids, 0)
         if node.target is aten.one_hot.default and (isinstance(many, fx.Node) or many > 0):
             outside = call(graph, aten.logical_or.default, outside, call(graph, aten.ge.Scalar, ids, many))
+        if node.target in (aten.nll_loss_nd.default, aten.cross_entropy_loss.default):
+            ignored = node.args[_IGNORE] if len(node.args) > _IGNORE else node.kwargs.get("ignore_index", -100)
+            outside = call(graph, aten.logical_and.default, outside, call(graph, aten.ne.Scalar, ids, ignored))
         place = call(graph, aten.mul.Tensor, call(graph, aten.any.default, outside), 2)
         table = call(graph, aten.new_zeros.default, place, [2])  # of two: of one it would be a check of expert ids
         zero = call(graph, aten.index_select.default, table, 0, call(graph, aten.reshape.default, place, [1]))
-        node.update_arg(0, call(graph, aten.add.Tensor, ids, call(graph, aten.select.int, zero, 0, 0)))
+        node.update_arg(at, call(graph, aten.add.Tensor, ids, call(graph, aten.select.int, zero, 0, 0)))
 
 
 def _checked(graph: fx.Graph, index: fx.Node) -> fx.Node:
