@@ -81,7 +81,7 @@ def build(tree: PyObject, leaves: Iterator[Any]) -> PyObject:
     if tree["name"] == caches.NAME and "layers" in pairs:
         return caches.rebuilt(pairs["layers"])
     cls = _model_output(tree["name"])
-    return Fields.of(tree["name"].rpartition(":")[2], pairs) if cls is None else cls(**pairs)
+    return Fields.of(tree["name"].rpartition(":")[2], pairs, tree.get("none", ())) if cls is None else cls(**pairs)
 
 
 def flatten(tree: PyObject, value: PyObject, where: str) -> Iterator[tuple[str, Any]]:
@@ -146,7 +146,7 @@ def _names(keys: list[Any], kind: type) -> list[Any]:
 
 def _absent_of(context: PyObject, fields: list[str]) -> list[str]:
     """The names of fields that were None, which torch writes beside the names of those that were not."""
-    if not isinstance(context, (tuple, list)) or len(context) != 2 or context[0] != fields:
+    if not isinstance(context, (tuple, list)) or len(context) < 2 or context[0] != fields:
         return []
     return list(context[1]) if isinstance(context[1], list) else []
 

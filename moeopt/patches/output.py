@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ _LOUD = (
     "transformers",
 )
 _hushed, _unwarned = Mine(), Mine()
+_NOTHING = "(?!)"
+"""A pattern that no text matches."""
 
 
 class _IfInside:
@@ -94,8 +97,9 @@ def _ignore(threads: Mine) -> Undo:
 
 def _filters_changed() -> None:
     """Python keeps what was decided for each line until the filters are said to have changed."""
-    warnings.filterwarnings("ignore", message="(?!)")  # matches nothing; the public way to say so
-    warnings.filters.pop(0)  # type: ignore[attr-defined]
+    warnings.filterwarnings("ignore", message=_NOTHING)  # the public way to say so
+    with contextlib.suppress(ValueError):  # gone with another thread's, or a ``catch_warnings`` that was left meanwhile
+        warnings.filters.remove(("ignore", re.compile(_NOTHING, re.I), Warning, None, 0))  # type: ignore[attr-defined]
 
 
 _quieted, _ignoring = Patch(_hush), Patch(lambda: _ignore(_unwarned))

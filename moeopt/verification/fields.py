@@ -7,6 +7,7 @@ of a data class that it does not import.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -17,39 +18,50 @@ from moeopt.value_types import PyObject
 class Fields(dict[str, Any]):
     """A result whose class the bundle does not import: read its fields as keys or as attributes.
 
-    ``_of`` is the name of that class.
+    ``_of`` is the name of that class. Its fields in ``_none`` are None: attributes, and no keys, as in a Hugging Face
+    ``ModelOutput``.
     """
 
     _of = ""
+    _none: tuple[str, ...] = ()
 
     def __getattribute__(self, name: str) -> PyObject:
-        return self[name] if name in self else super().__getattribute__(name)  # a field may be called "values"
+        if name in self:
+            return self[name]  # a field may be called "values"
+        return None if name in super().__getattribute__("_none") else super().__getattribute__(name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Fields.of, (self._of, dict(self))
+        return Fields.of, (self._of, dict(self), self._none)
 
     def __getattr__(self, name: str) -> PyObject:
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"the result has no field {name!r}; it has {', '.join(self)}") from None
+            raise AttributeError(
+                f"the result has no field {name!r}; it has {', '.join((*self, *self._none))}"
+            ) from None
 
     @classmethod
-    def of(cls, name: str, fields: PyObject) -> Fields:
-        """The fields of a result of the class ``name``."""
+    def of(cls, name: str, fields: PyObject, none: Iterable[str] = ()) -> Fields:
+        """The fields of a result of the class ``name``, and the names of those that are None."""
         made = cls(fields)
-        made._of = name
+        made._of, made._none = name, (*none,)
         return made
+
+
+def _context(fields: Fields) -> PyObject:
+    """The names in the order of torch's context of a data class."""
+    return list(fields), list(fields._none), fields._of
 
 
 pytree.register_pytree_node(
     Fields,
-    lambda fields: ([*dict.values(fields)], (list(fields), fields._of)),
-    lambda items, context: Fields.of(context[1], zip(context[0], items, strict=True)),
+    lambda fields: ([*dict.values(fields)], _context(fields)),
+    lambda items, context: Fields.of(context[2], zip(context[0], items, strict=True), context[1]),
     serialized_type_name=f"{Fields.__module__}:{Fields.__qualname__}",
     flatten_with_keys_fn=lambda fields: (
         [(pytree.MappingKey(name), value) for name, value in dict.items(fields)],
-        (list(fields), fields._of),
+        _context(fields),
     ),
 )
 

@@ -40,7 +40,7 @@ class Images(nn.Module):
 
     def forward(self, x, mask):
         rows = x[torch.where(mask)[0]]
-        return self.layers(rows), F.unfold(rows, 3)
+        return self.layers(rows), F.unfold(rows, 3), F.instance_norm(rows.permute(1, 2, 3, 0))
 
 
 class LeftEarly(nn.Module):
@@ -60,6 +60,9 @@ class Means(nn.Module):
         flat, other = rows.flatten(1), rows.flatten(1) + 1
         losses = F.mse_loss(rows, rows + 1), F.l1_loss(flat, 2 * other)
         losses += (F.triplet_margin_loss(flat, other, -flat), F.mse_loss(rows.half(), rows.half() + 1))
+        best = rows[:, 0].argmax(-1)
+        losses += (F.cross_entropy(flat, best), F.cross_entropy(flat, best, flat[0:0].sum(0) + 2, reduction="sum"))
+        losses += (F.cross_entropy(flat, best, ignore_index=1, reduction="none"),)
         deviation, mean = torch.std_mean(rows, 0)
         pooled = F.adaptive_avg_pool1d(flat.t(), 1)
         return *losses, deviation, mean, pooled, rows.mean(0, dtype=torch.float64), x.mean(0), rows.mean(-1)
@@ -125,6 +128,36 @@ def test_another_use_of_a_sparse_matrix_is_refused(tmp_path):
     forms = traced_form(torch.sparse_coo_tensor, (torch.zeros(2, 1).long(), torch.ones(1), (2, 2)), {})
     with pytest.raises(NotSaveableError, match="holds the product with a dense matrix of rows, and nothing else"):
         torch.mm(torch.ones(2, 2), forms)
+
+
+class Normed(nn.Module):
+    """Experts with a group norm, each for the rows that chose it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(8, 4)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8), nn.GroupNorm(2, 8)) for _ in range(4)
+        )
+
+    def forward(self, x):
+        weights, ids = self.gate(x).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = torch.where(ids == number)[0]
+            y = y.index_add(0, rows, expert(x[rows]) * weights[rows, None])
+        return y
+
+
+@torch.no_grad()
+def test_an_expert_that_is_a_graph_may_have_no_rows():
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = Normed().eval()
+    engine = moeopt.optimize(model, seeded(12, 8), backend="onnxruntime", verify="off")
+    assert [block.status for block in engine.report.blocks] == ["rewritten"]
+    for rows in (1, 12):
+        torch.testing.assert_close(engine(seeded(rows, 8)), model(seeded(rows, 8)))
 
 
 class Loop(nn.Module):

@@ -138,6 +138,20 @@ def test_only_the_callers_thread_is_hushed(capsys):
     assert heard == ["stale"]
 
 
+def test_another_threads_filter_of_warnings_stays(monkeypatch):
+    theirs, add = ("ignore", None, UserWarning, None, 7), warnings.filterwarnings
+
+    def meanwhile(*args, **kwargs):
+        add(*args, **kwargs)
+        warnings.filters.insert(0, theirs)
+
+    with warnings.catch_warnings():
+        before = list(warnings.filters)
+        monkeypatch.setattr(warnings, "filterwarnings", meanwhile)
+        output._filters_changed()
+        assert warnings.filters == [theirs, *before]
+
+
 @pytest.mark.parametrize("patch", [patches.quiet, patches.no_warnings])
 def test_a_warning_inside_is_no_error_where_warnings_are_errors(patch):
     with warnings.catch_warnings():

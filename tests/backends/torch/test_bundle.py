@@ -1,12 +1,14 @@
 """A bundle gives back what the model gives, bit for bit, from files that hold no code and no byte twice."""
 
 import collections
+import copy
 import dataclasses
 import json
 import sys
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from moeopt.backends.torch.bundle import load_torch_bundle, save_torch_bundle, verify_torch_bundle
@@ -192,6 +194,7 @@ Pair = collections.namedtuple("Pair", ["first", "second"])
 class Result:
     y: torch.Tensor
     z: torch.Tensor
+    values: torch.Tensor | None = None
 
 
 torch.export.register_dataclass(Result)
@@ -207,7 +210,9 @@ def test_named_tuples_come_back_and_foreign_classes_become_fields(tmp_path):
     assert type(out).__name__ == "Pair" and out._fields == ("first", "second")
     result = out.second[0]
     assert torch.equal(result.z, rows() * 2) and torch.equal(result["y"], rows()) and isinstance(result, dict)
-    with pytest.raises(AttributeError, match="has no field 'q'; it has y, z"):
+    for same in (result, copy.deepcopy(result), pytree.tree_map(torch.neg, result)):
+        assert list(same) == ["y", "z"] and same.values is None
+    with pytest.raises(AttributeError, match="has no field 'q'; it has y, z, values"):
         _ = result.q
 
 

@@ -136,7 +136,10 @@ _KNOWN: dict[str, Any] = {}
 
 def _converted(spec: RowFunction) -> OnnxValue:
     """An ``onnx_ir.Model`` with the inputs rows, slot 0, slot 1, ... and one output; converted once."""
+    from torch.fx.experimental.symbolic_shapes import free_symbols
+
     from moeopt.lower.onnx.export import to_onnx
+    from moeopt.lower.onnx.no_rows import around_no_rows
 
     if spec.graph in _KNOWN:
         return _KNOWN[spec.graph]
@@ -147,6 +150,7 @@ def _converted(spec: RowFunction) -> OnnxValue:
     try:
         with torch.no_grad():
             program = torch.export.export(_Function(spec.graph), (rows, *slots), dynamic_shapes=(tuple(shapes),))
+        around_no_rows(program.graph, free_symbols)
         model = to_onnx(program)
     except (NotSaveableError, RuntimeError, ValueError) as err:
         raise Declined(f"its experts are a function of a row with no ONNX form: {str(err).splitlines()[0]}") from err
