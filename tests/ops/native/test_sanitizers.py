@@ -29,7 +29,7 @@ import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
 LEFT_OUT = () if NIGHTLY else ("-m", "not nightly")
-PARTS = "kernel", "kept", "isolation", "codes", "rounded", "tiles"
+PARTS = "kernel", "by_lane", "kept", "isolation", "codes", "rounded", "tiles"
 KERNEL = [f"tests/ops/native/test_{part}.py" for part in PARTS] + ["-k", "not fork and not a_fault"]
 OPERATOR = ["tests/backends/onnxrt/lowerings/test_native.py", "tests/backends/onnxrt/test_custom_op.py", "-k",
             "lowerings or this_machine or two_sessions"]  # fmt: skip
