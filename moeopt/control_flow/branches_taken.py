@@ -22,6 +22,7 @@ from typing import Any, cast
 import numpy as np
 
 from moeopt.capture.source_line import is_the_users
+from moeopt.control_flow.watched_call import watched_call
 from moeopt.value_types import PyObject
 
 Position = tuple[int, ...]
@@ -63,14 +64,9 @@ class BranchesTaken:
 
     def watching(self, run: Callable[..., Any], *args: PyObject, **kwargs: PyObject) -> PyObject:
         """``run(*args, **kwargs)``, watched."""
-        before = sys.gettrace()
         # Python 3.12 traces instructions from the next ``settrace`` on after a frame first asked for them
         sys._getframe().f_trace_opcodes = True
-        sys.settrace(self._enter)
-        try:
-            return run(*args, **kwargs)
-        finally:
-            sys.settrace(before)
+        return watched_call(self._enter, run, *args, **kwargs)
 
     def _enter(self, frame: types.FrameType, event: str, _: object) -> Callable[..., Any] | None:
         code = frame.f_code

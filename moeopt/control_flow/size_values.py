@@ -11,7 +11,6 @@ import ast
 import dis
 import inspect
 import itertools
-import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +25,7 @@ from moeopt.control_flow.decisive_values import Unknown, called, position
 from moeopt.control_flow.operand_facts import is_torch, is_unknown, is_users, plain
 from moeopt.control_flow.operand_values import SizeScope, operand_value
 from moeopt.control_flow.size_uses import Use, lines_that_catch, uses_in
+from moeopt.control_flow.watched_call import watched_call
 from moeopt.value_types import PyObject
 
 _LIBRARIES = ("/numpy/", "/einops/")
@@ -58,12 +58,7 @@ class SizeValues:
 
     def watching(self, run: Callable[..., Any], *args: PyObject, **kwargs: PyObject) -> PyObject:
         """``run(*args, **kwargs)``, watched."""
-        before = sys.gettrace()
-        sys.settrace(self._enter)
-        try:
-            return run(*args, **kwargs)
-        finally:
-            sys.settrace(before)
+        return watched_call(self._enter, run, *args, **kwargs)
 
     def _enter(self, frame: types.FrameType, event: str, _: object) -> Callable[..., Any] | None:
         code = frame.f_code
