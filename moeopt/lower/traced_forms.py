@@ -1,9 +1,11 @@
-"""Calls that ``torch.export`` cannot trace where data decide their size, and what computes the same in a graph.
+"""Calls that ``torch.export`` cannot trace, some where data decide their size, and what computes the same in a graph.
 
     bincount(ids, minlength=n)      ones added up at the ids in n places; an id of n or more is an error there
     sparse_coo_tensor(...) @ rows   the rows that entries name, weighed by the entries, and added up
     x.logsumexp(dims)               with a row of -inf more: of nothing PyTorch takes another way
     local_response_norm(x, size)    the mean of ``size`` shifted squares: a pool refuses no rows
+    gaussian_nll_loss(x, y, var)    without its question whether a variance is below zero, an assertion
+    cov(x), corrcoef(x)             products of what is left of the rows without their means: PyTorch asks for values
 
 A product with a sparse matrix reads no row that has no entry, so a NaN in such a row stays where it is; one with the
 same matrix filled up would spread it.
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +70,8 @@ def traced_form(func: FxTarget, args: Sequence[PyObject], kwargs: dict[str, PyOb
         return _log_sum(func, *args, **kwargs)
     if func is F.local_response_norm:
         return _responses(*args, **kwargs)
-    return None
+    form = _STATISTICS.get(func)
+    return form(*args, **kwargs) if form else None
 
 
 def _log_sum(
@@ -88,6 +91,42 @@ def _responses(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75
     padded = F.pad(input * input, (0, 0) * (input.dim() - 2) + (size // 2, (size - 1) // 2))
     means = sum(padded.narrow(1, first, input.shape[1]) for first in range(size)) / size
     return input / (means * alpha + k) ** beta
+
+
+def _gaussian(
+    input: Tensor, target: Tensor, var: PyObject, full: bool = False, eps: float = 1e-6, reduction: str = "mean"
+) -> PyObject:
+    if not isinstance(var, Tensor) or reduction not in ("none", "mean", "sum"):
+        return None
+    if var.dim() < input.dim():
+        var = var.unsqueeze(-1)
+    kept = var + (var.clamp(min=eps) - var).detach()  # the gradient passes the limit by, as PyTorch's does
+    loss = 0.5 * (torch.log(kept) + (input - target) ** 2 / kept) + (0.5 * math.log(2 * math.pi) if full else 0.0)
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _covariance(input: Tensor, correction: int = 1, fweights: PyObject = None, aweights: PyObject = None) -> PyObject:
+    if input.dim() != 2 or fweights is not None or aweights is not None or not input.is_floating_point():
+        return None
+    rest = input - input.mean(1, keepdim=True)
+    return ((rest @ rest.t()) / torch.sym_max(input.shape[1] - correction, 0)).squeeze()
+
+
+def _correlation(input: Tensor) -> PyObject:
+    products = _covariance(input)
+    if products is None or products.dim() != 2:
+        return None
+    deviation = products.diagonal().sqrt()
+    return (products / deviation[:, None] / deviation).clamp(-1, 1)
+
+
+_STATISTICS: dict[FxTarget, Callable[..., PyObject]] = {
+    F.gaussian_nll_loss: _gaussian,
+    torch.cov: _covariance,
+    Tensor.cov: _covariance,
+    torch.corrcoef: _correlation,
+    Tensor.corrcoef: _correlation,
+}
 
 
 def _unknown(size: int | torch.SymInt) -> bool:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import moeopt
-from moeopt.errors import NotSaveableError
+from moeopt.errors import NotSaveableError, UsageError
 from moeopt.lower.traced_forms import traced_form
 from tests.toy_moe import seeded
 
@@ -111,6 +111,30 @@ def test_rows_that_data_choose_may_be_none(tmp_path, backend, kind, x):
         spoilt[3] = torch.nan
         for got, want in zip(loaded(spoilt, ONE), model(spoilt, ONE), strict=True):
             torch.testing.assert_close(got, want, equal_nan=True)
+
+
+class NormedPlaces(nn.Module):
+    """PyTorch raises where this layer with a weight gets no rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.InstanceNorm1d(3, affine=True)
+
+    def forward(self, x, mask):
+        return self.norm(x[torch.where(mask)[0]])
+
+
+@torch.no_grad()
+def test_an_engine_stops_at_no_rows_where_the_model_does():
+    pytest.importorskip("onnxruntime")
+    model = NormedPlaces().eval()
+    engine = moeopt.optimize(model, (SEQUENCES, SOME), backend="onnxruntime", verify="off")
+    for mask in (SOME, ONE):
+        torch.testing.assert_close(engine(SEQUENCES, mask), model(SEQUENCES, mask))
+    with pytest.raises(IndexError):
+        model(SEQUENCES, NONE)
+    with pytest.raises(UsageError, match="the graph does not take"):
+        engine(SEQUENCES, NONE)
 
 
 class Transposed(Counted):

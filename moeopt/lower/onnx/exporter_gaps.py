@@ -6,7 +6,9 @@ scaled_dot_product_attention    contiguous
 avg_pool with a divisor         the mean of a window times its size over the divisor, which the exporter leaves out
 adaptive pools of a free size   means and maxima of slices (:mod:`~.adaptive_pools`)
 layers and means of no rows     :mod:`~.no_rows`
-cross_entropy                   refused with label_smoothing, which the exporter leaves out
+cross_entropy                   of shares, or with label_smoothing, as sums (:mod:`~.cross_entropy`)
+scatter, scatter_add            of no more of the source than there are indices
+indices of 32 bits              of 64, where a tensor is indexed by several at once
 split, chunk of a free size     slices: the optimiser of the graph stops at a list of parts of unknown size
 sizes that were settled late    numbers: of ``weight * x``, x has the weight's size, also where x was made before
 """
@@ -19,14 +21,17 @@ import operator
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moeopt.errors import NotSaveableError
 from moeopt.lower.onnx.adaptive_pools import ADAPTIVE_POOLS, write_adaptive_pool
+from moeopt.lower.onnx.cross_entropy import write_cross_entropy
 from moeopt.lower.onnx.graph_calls import call
 from moeopt.lower.onnx.no_rows import around_no_rows
 from moeopt.value_types import PyObject
 
 aten = torch.ops.aten
+_SOURCES = (aten.scatter.src, aten.scatter_add.default)
 
 
 def around_gaps(graph: fx.Graph) -> None:
@@ -45,16 +50,11 @@ def around_gaps(graph: fx.Graph) -> None:
         elif node.target in (aten.split.Tensor, aten.chunk.default, aten.unsafe_split.Tensor):
             _slice_free_parts(graph, node)
         elif node.target is aten.cross_entropy_loss.default:
-            _refuse_smoothing(node)
-
-
-def _refuse_smoothing(node: fx.Node) -> None:
-    """torch's exporter leaves ``label_smoothing`` out, and the graph would compute another loss."""
-    if node.args[5] if len(node.args) > 5 else node.kwargs.get("label_smoothing"):
-        raise NotSaveableError(
-            "cross_entropy with label_smoothing has no ONNX form: write the loss with log_softmax and sums, or use "
-            "backend='torch'"
-        )
+            write_cross_entropy(graph, node)
+        elif node.target in _SOURCES:
+            _cut_source(graph, node)
+        elif node.target in (aten.index.Tensor, aten.index_put.default):
+            _wide_indices(graph, node)
 
 
 def _settle_sizes(graph: fx.Graph) -> None:
@@ -71,6 +71,26 @@ def _settle_sizes(graph: fx.Graph) -> None:
 def _known(size: int | torch.SymInt) -> int | torch.SymInt:
     number: int | None = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
     return size if number is None else number
+
+
+def _cut_source(graph: fx.Graph, node: PyObject) -> None:
+    """PyTorch reads the part of the source that has an index; ONNX takes no other source."""
+    source, sizes = node.args[3], node.args[2].meta["val"].shape
+    for dim, size in enumerate(sizes):
+        if not statically_known_true(source.meta["val"].shape[dim] == size):
+            with graph.inserting_before(node):
+                end = call(graph, aten.sym_size.int, node.args[2], dim)
+                source = call(graph, aten.slice.Tensor, source, dim, 0, end)
+    node.update_arg(3, source)
+
+
+def _wide_indices(graph: fx.Graph, node: PyObject) -> None:
+    indices = list(node.args[1])
+    for number, index in enumerate(indices):
+        if index is not None and index.meta["val"].dtype == torch.int32:
+            with graph.inserting_before(node):
+                indices[number] = call(graph, aten.to.dtype, index, torch.int64)
+    node.update_arg(1, indices)
 
 
 def _settle_attention(graph: fx.Graph, node: PyObject) -> None:

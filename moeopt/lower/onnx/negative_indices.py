@@ -3,7 +3,8 @@ the end in ONNX: a padding id of -1 would get the last row of the table without 
 
     Gather(table, ids)   ->   Gather(table, Where(ids < 0, 2^31 - 1, ids))      which the runtime refuses
     bincount(ids)        ->   bincount(ids + Gather([0, 0], 2 any(ids < 0)))         the same, where ids make the size
-    one_hot(ids, n)      ->   the same with any(ids < 0 or ids >= n)            ONNX gives such an id a row of zeros
+    one_hot(ids, n)      ->   the same with any(ids < 0 or ids >= n)            ONNX gives such an id a row of zeros;
+                                                                                but of the places of n columns at most
     nll_loss(x, ids)     ->   the same with any(ids < 0 and ids != ignore_index)
 
 Left as they are: indices that a sort, a top-k or the like gave, through whatever moves or selects them.
@@ -11,10 +12,12 @@ Left as they are: indices that a sort, a top-k or the like gave, through whateve
 
 from __future__ import annotations
 
+import functools
 import operator
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moeopt.capture.op_kinds import is_factory, moves_rows, op_name
 from moeopt.lower.onnx.graph_calls import call
@@ -81,13 +84,15 @@ def refuse_negative_indices(graph: fx.Graph) -> None:
 def _check_counted(graph: fx.Graph, node: PyObject, known: dict[fx.Node, bool]) -> None:
     at = _COUNTED[node.target]
     ids = node.args[at]
-    if ids.meta["val"].is_floating_point() or _not_negative(ids, known):
+    if ids.meta["val"].is_floating_point():
         return
-    many = node.args[1] if len(node.args) > 1 else -1
+    many = node.args[1] if node.target is aten.one_hot.default and len(node.args) > 1 else -1
+    below, above = not _not_negative(ids, known), (isinstance(many, fx.Node) or many > 0) and not _fewer(ids, many)
+    if not below and not above:
+        return
     with graph.inserting_before(node):
-        outside = call(graph, aten.lt.Scalar, ids, 0)
-        if node.target is aten.one_hot.default and (isinstance(many, fx.Node) or many > 0):
-            outside = call(graph, aten.logical_or.default, outside, call(graph, aten.ge.Scalar, ids, many))
+        tests = [call(graph, aten.lt.Scalar, ids, 0)] * below + [call(graph, aten.ge.Scalar, ids, many)] * above
+        outside = functools.reduce(functools.partial(call, graph, aten.logical_or.default), tests)
         if node.target in (aten.nll_loss_nd.default, aten.cross_entropy_loss.default):
             ignored = node.args[_IGNORE] if len(node.args) > _IGNORE else node.kwargs.get("ignore_index", -100)
             outside = call(graph, aten.logical_and.default, outside, call(graph, aten.ne.Scalar, ids, ignored))
@@ -135,6 +140,24 @@ def _made_not_negative(node: PyObject, known: dict[fx.Node, bool]) -> bool:
         return _not_negative(node.all_input_nodes[0], known)
     operands = [n for n in node.all_input_nodes if not _is_bool(n)]
     return name in (*_KEEP, *_OF_SEVERAL) and not below and all(_not_negative(n, known) for n in operands)
+
+
+def _fewer(node: PyObject, many: PyObject) -> bool:
+    """Whether ``node`` says which of at most ``many`` columns is the largest, or where a sort puts which."""
+    if node.op != "call_function" or node.target in _FILLED_WITH:
+        return False
+    found = node.args[0] if node.target is operator.getitem and node.args[1] == 1 else node
+    if op_name(found) in (*_VALUES_AND_PLACES, "argmax", "argmin", "argsort") and (node is not found) == (
+        op_name(found) in _VALUES_AND_PLACES
+    ):
+        names = [a.name for a in found.target._schema.arguments if not a.kwarg_only]
+        defaults = {a.name: a.default_value for a in found.target._schema.arguments}
+        dim = (defaults | dict(zip(names, found.args, strict=False)) | found.kwargs).get("dim")
+        value = found.args[0].meta["val"]
+        size = value.shape[dim] if isinstance(dim, int) and value.dim() else value.numel()
+        return statically_known_true(size <= (many.meta["val"] if isinstance(many, fx.Node) else many))
+    moved = moves_rows(node) and op_name(node) not in _OF_SEVERAL and node.all_input_nodes
+    return bool(moved) and _fewer(node.all_input_nodes[0], many)
 
 
 def _below(argument: PyObject) -> bool:

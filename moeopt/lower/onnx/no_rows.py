@@ -2,7 +2,8 @@
 
     gru, lstm, rnn     with a row of zeros more, which is cut off again: ONNX Runtime ends the process on an empty batch
     group_norm, im2col the same: a Reshape with a size that follows from the others fails on nothing
-    instance_norm      with a place of zeros where there is none: ONNX Runtime ends the process
+    instance_norm      with a place of zeros where there is none: ONNX Runtime ends the process; of no rows with a
+                       weight PyTorch raises, so an index of the weight is out of range
     cross_entropy      of classes, in its two steps: ONNX Runtime's one reshapes as group_norm does
     var                the sum of the squares over no less than nothing; means: :mod:`~.means_of_nothing`
 
@@ -54,6 +55,7 @@ def around_no_rows(graph: fx.Graph, may_be_none: Symbols = free_unbacked_symbols
             if (normed := _as_group_norm(graph, node)) is not None:
                 _with_a_first_row_more(graph, normed, may_be_none)
         elif node.target is aten.instance_norm.default:
+            _refuse_no_rows(graph, node, may_be_none)
             _with_places(graph, node)
         elif node.target is aten.cross_entropy_loss.default:
             _as_likelihood(graph, node, may_be_none)
@@ -115,6 +117,20 @@ def _with_places(graph: fx.Graph, node: PyObject) -> None:
             kept = graph.call_function(aten.slice.Tensor, (kept, d, 0, size))
             value = value.new_empty([*value.shape[:d], size.meta["val"], *value.shape[d + 1 :]])
     _replace(graph, node, kept)
+
+
+def _refuse_no_rows(graph: fx.Graph, node: PyObject, may_be_none: Symbols) -> None:
+    x, weight = node.args[:2]
+    if weight is None or not _chosen(x, [0], may_be_none):
+        return
+    with graph.inserting_before(node):
+        many = call(
+            graph, aten.sum.default, call(graph, aten.new_ones.default, x, [call(graph, aten.sym_size.int, x, 0)])
+        )
+        at = call(graph, aten.mul.Tensor, call(graph, aten.lt.Scalar, many, 1), 2)
+        at = call(graph, aten.reshape.default, at, [1])
+        twice = call(graph, aten.stack.default, [weight, weight])  # of one it would be a check of expert ids
+        node.update_arg(1, call(graph, aten.select.int, call(graph, aten.index_select.default, twice, 0, at), 0, 0))
 
 
 def _as_group_norm(graph: fx.Graph, node: PyObject) -> fx.Node | None:

@@ -348,15 +348,45 @@ def test_a_parameter_named_as_an_op():
         torch.testing.assert_close(session_of(model, x).run({"x": x})[0], model(x))
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_loss_of_which_the_exporter_leaves_a_part_out_is_refused(smoothing):
-    class Loss(nn.Module):
-        def forward(self, x, classes):
-            return F.cross_entropy(x, classes, label_smoothing=smoothing)
+class Losses(nn.Module):
+    """Cross entropies of shares and of ids, with weights, smoothing and rows that are ignored."""
 
-    program = functional(export_program(Loss(), (torch.randn(4, 6), torch.tensor([1, 0, 5, 2])), {}))
-    if not smoothing:
-        to_onnx(program)
-        return
-    with pytest.raises(NotSaveableError, match="cross_entropy with label_smoothing has no ONNX form"):
-        to_onnx(program)
+    def forward(self, x, ids, deep, deep_ids):
+        weight, shares, deep_shares = x[0].abs() + 1, (x * 2).flip(1).softmax(1), deep.flip(1).softmax(1)
+        kept = torch.where(ids == 5, -100, ids)
+        found = []
+        for reduction in ("mean", "sum", "none"):
+            for smoothing in (0.0, 0.1):
+                given = {"reduction": reduction, "label_smoothing": smoothing}
+                found += [F.cross_entropy(x, shares, **given), F.cross_entropy(x, shares, weight, **given)]
+                found += [F.cross_entropy(x, kept, **given), F.cross_entropy(x, kept, weight, **given)]
+                found += [F.cross_entropy(x, ids, weight, ignore_index=2, **given)]
+                found += [F.cross_entropy(deep, deep_shares, weight, **given), F.cross_entropy(deep, deep_ids, **given)]
+                found += [F.cross_entropy(deep, deep_ids, weight, ignore_index=1, **given)]
+        return (*found, F.cross_entropy(x[0], shares[0], label_smoothing=0.2))
+
+
+def test_cross_entropies_of_shares_and_of_smoothed_labels():
+    model, (x, deep) = Losses(), (torch.randn(4, 6), torch.randn(3, 6, 5))
+    call = (x, torch.tensor([1, 0, 5, 2]), deep, torch.arange(15).view(3, 5) % 6)
+    session = session_of(model, *call)
+    names = dict(zip(("x", "ids", "deep", "deep_ids"), call, strict=True))
+    for got, want in zip(session.run(names), model(*call), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+class Parts(nn.Module):
+    """A source that is larger than its indices, and indices of 32 bits beside others."""
+
+    def forward(self, x, ids):
+        at, few = ids[:, None], torch.zeros_like(x)
+        short = ids.int()
+        places = torch.arange(len(ids), dtype=torch.int32)
+        put = x.index_put((places,), x[short]).index_put((places, short), x[:, 0])
+        return few.scatter(1, at, x), few.scatter_add(1, at[:3], x), x[short], x[:, short], x[places, short], put
+
+
+def test_parts_of_a_source_and_indices_of_32_bits():
+    model, x, ids = Parts(), torch.randn(4, 6), torch.tensor([1, 0, 3, 2])
+    for got, want in zip(session_of(model, x, ids).run({"x": x, "ids": ids}), model(x, ids), strict=True):
+        assert torch.equal(got, want)

@@ -16,6 +16,8 @@ FORMS = {
     "bincount of 16 bits": lambda ids, rows: ids.short().bincount(minlength=4),
     "one_hot": lambda ids, rows: F.one_hot(ids, 4),
     "large": lambda ids, rows: F.one_hot(ids, 4),
+    "one_hot of places": lambda ids, rows: F.one_hot(torch.eye(9)[ids].argmax(-1), 4),
+    "one_hot of tops": lambda ids, rows: F.one_hot(torch.eye(9)[ids].topk(1)[1], 4),
     "one_hot of one": lambda ids, rows: F.one_hot(ids[0], 4),
     "repeats": lambda ids, rows: rows[:3].repeat_interleave(ids, 0),
     "bag": lambda ids, rows: F.embedding_bag(ids[None], rows),
