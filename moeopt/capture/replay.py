@@ -199,4 +199,6 @@ def _move(tape: Tape, node: fx.Node, labels: dict[fx.Node, torch.Tensor]) -> PyO
         return None
     if name == "index_put" and isinstance(args[2], torch.Tensor):
         args = (args[0], args[1], args[2].to(args[0].dtype))
+    if name in ("view", "_unsafe_view") and not isinstance(args[1], torch.dtype):  # labels lie in memory as they come
+        return args[0].reshape(args[1])
     return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from moeopt.capture.op_kinds import op_name
+from moeopt.capture.replay import ancestors, descendants
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.specs import ExpertsSpec
@@ -99,7 +100,7 @@ def with_frontier(
     if ids is None or identity:
         routing.leave_out = None
     base = None if identity else checked_base(tape, tokens, combine, held, experts, ids)
-    _check_what_is_left_out(tape, group, tokens, labels, combine, routing, base)
+    _check_what_is_left_out(tape, group, tokens, labels, combine, routing, base, not isinstance(spec, ExpertsSpec))
     ordered = [experts[c] for c in routing.experts]
     if isinstance(spec, ExpertsSpec):
         same_layout(ordered, group)
@@ -154,11 +155,16 @@ def _check_named(ids: torch.Tensor | None, count: int, missing: int, group: list
 
 def _check_what_is_left_out(
     tape: Tape, group: list[FFNCandidate], tokens: Tokens, labels: Labels, combine: Combine, routing: Routing,
-    base: fx.Node | None,
+    base: fx.Node | None, functions: bool,
 ) -> None:  # fmt: skip
-    """``Declined`` where what the rewrite leaves out holds a limit, or does more to rows than carry them."""
+    """``Declined`` where what the rewrite leaves out holds a limit, or does more to rows than carry them.
+
+    Experts that are functions hold the calls that their matrices are computed with, a clamp of codes among them.
+    """
     sources = [tokens.node, *tokens.beside, base, *routing.nodes]
     fitted = {n for c in group for n in c.mid}
+    if functions:
+        fitted |= ancestors(fitted) - set(descendants(tape, [n for n in tape.nodes if n.op == "placeholder"]))
     kept = [n for n in sources if n is not None]
     check_limits(tape, combine.node, kept, fitted, source_of(group[0]))
     operands = [s.operand for s in sites_in(group)]

@@ -30,7 +30,6 @@ MOST = 400
 """Calls of one expert that are looked at."""
 _WAY_OUT = {
     "convolution": " together with what is around it; write 1x1 convolutions as nn.Linear, and put channels last",
-    "bmm": ", as its weights are computed from the rows (a sum of all experts' weights for each row)",
 }
 """What more there is to say of ops without a rule."""
 _SAME = ("clone", "detach", "alias", "contiguous", "lift_fresh", "lift_fresh_copy")

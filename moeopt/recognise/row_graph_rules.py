@@ -6,7 +6,6 @@ A rule adds the graph's form of one call, or raises ``Declined`` where the call 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,16 +13,18 @@ from torch import fx
 
 from moeopt.capture.op_kinds import op_name
 from moeopt.ir.row_function import GETITEM, RowCount
+from moeopt.recognise.row_graph_windows import WINDOW_RULES, Rule
 from moeopt.recognise.row_graph_writer import HeldSlots, RowGraphWriter
 from moeopt.value_types import PyObject
 
 aten = torch.ops.aten
-_REDUCTIONS = ("sum", "mean", "var", "std", "amax", "amin", "logsumexp", "linalg_vector_norm", "prod", "norm")
+_REDUCTIONS = (
+    "sum", "mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "logsumexp", "linalg_vector_norm", "prod",
+    "norm",
+)  # fmt: skip
 _ALONG = ("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "glu", "flip")
 _NORMS = ("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
 _BATCH_NORMS = ("_native_batch_norm_legit_no_training", "native_batch_norm", "_batch_norm_no_update")
-
-Rule = Callable[[RowGraphWriter, fx.Node, HeldSlots], HeldSlots]
 
 
 def _product(graph: RowGraphWriter, node: fx.Node, _: HeldSlots) -> HeldSlots:
@@ -106,7 +107,10 @@ def _reduce(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
         args[at] = settled
     else:
         kwargs["dim"] = settled
-    return graph.add(node, node.target, held.lead, *args, **kwargs)
+    found = graph.add(node, node.target, held.lead, *args, **kwargs)
+    if node.meta.get("shape") is None:  # a variance and a mean
+        found.items, found.shape = [], held.shape
+    return found
 
 
 def _norm(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
@@ -201,7 +205,7 @@ def _index(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
             "picks by a mask, so that its values decide a size; keep the places as integers (mask.nonzero()[:, 0])",
         )
     source, places = graph.known[args[0]], graph.known[at]
-    if source.lead is None and places.lead is not None and dim == 0 and not places.features:
+    if source.lead is None and places.lead is not None and dim == 0:
         return graph.add(node, aten.index.Tensor, places.lead, source.number, [places.number])
     if source.lead is None or places.lead is not None or len(places.shape) != 1:
         raise graph.refused(node, "picks by indices of other rows, or of all rows")
@@ -229,6 +233,7 @@ def _flip(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
 
 
 RULES: dict[str, Rule] = {
+    **WINDOW_RULES,
     **dict.fromkeys(("mm", "addmm", "mv", "addmv", "linear"), _product),
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "_reshape_alias"), _view),
     **dict.fromkeys(("t", "transpose", "permute"), _turn),

@@ -41,9 +41,13 @@ class Function(nn.Module):
         super().__init__()
         self.up, self.down, self.norm = nn.Linear(D, HID), nn.Linear(HID, D), nn.LayerNorm(HID)
         nn.init.normal_(self.norm.weight)
+        self.kernel, self.table = nn.Parameter(torch.randn(2, 2, 2, 2)), nn.Parameter(torch.randn(HID, HID))
         self.register_buffer("turned", torch.arange(HID).flip(0)[None])
         self.register_buffer("odd", torch.arange(HID) % 2 == 1)
         self.body = body
+
+    def square(self, rows):
+        return (self.down.weight.t() @ self.down.weight).expand(rows, HID, HID)
 
     def forward(self, x):
         return self.body(self, x)
@@ -89,6 +93,45 @@ def test_the_graph_holds_for_any_number_of_rows():
         torch.testing.assert_close(function_of(found.spec.graph)(x, *slots), module.experts[1](x), rtol=1e-5, atol=1e-6)
 
 
+def images(s, x):
+    """Layers of images and sequences, of what each row holds by itself."""
+    h = s.up(x)
+    planes, places = h.view(-1, 2, 2, 3), h.view(-1, 3, 4)
+    spread, mean = torch.var_mean(h, -1, keepdim=True)
+    found = [
+        F.avg_pool1d(places, 3, 1, 1), F.max_pool2d(planes, 3, 1, 1), F.adaptive_avg_pool2d(planes, (2, 3)),
+        F.adaptive_max_pool1d(places, 2).repeat(1, 1, 2), F.unfold(planes, 1), F.fold(F.unfold(planes, 1), (2, 3), 1),
+        F.pad(places, (1, 1), mode="reflect")[:, :, :4],
+        F.interpolate(places, scale_factor=2, mode="linear")[:, :, ::2],
+        F.interpolate(planes, size=(2, 3), mode="bicubic"),
+        F.conv2d(F.pad(planes, (0, 1, 0, 1), mode="replicate"), s.kernel),
+        torch.bmm(torch.bmm(places, places.transpose(1, 2)), places), h.roll(1, -1), (h - mean) / (spread + 1),
+        places.logsumexp(-1).repeat(1, 4), places.prod(-1).repeat(1, 4), s.table[h.topk(2)[1]].sum(1),
+    ]  # fmt: skip
+    return s.down(sum(part.reshape(-1, HID) for part in found))
+
+
+def test_layers_of_images_within_a_row():
+    module = of(images)
+    (found,), _, _ = read(module)
+    for rows in (1, 3, 40):
+        x = torch.randn(rows, D)
+        slots = [p.read(module.get_parameter(p.path)) for p in found.experts[1].slots]
+        torch.testing.assert_close(function_of(found.spec.graph)(x, *slots), module.experts[1](x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_clamp_of_weights_is_no_limit_of_rows():
+    """Experts of three values each, as their Parameters are rounded at each call."""
+
+    def rounded(s, x):
+        size = s.up.weight.abs().mean()
+        return s.down(F.relu(F.linear(x, (s.up.weight / size).round().clamp(-1, 1) * size, s.up.bias)))
+
+    torch.manual_seed(0)
+    (found,) = recognize(record(of(rounded), (torch.randn(40, D),), {}))
+    assert isinstance(found.spec, RowFunction) and "clamp" in found.spec.body.names()
+
+
 def test_experts_of_two_products_are_not_taken_from_the_grouped_op():
     module = of(lambda s, x: s.down(F.gelu(s.up(x))))
     torch.manual_seed(0)
@@ -128,6 +171,12 @@ REFUSED = {
     "features of two rows joined": lambda s, x: s.down(F.pad(s.up(x), (0, 0, 1, 0))[:-1]),
     "features of the first row": lambda s, x: s.down(s.up(x) + s.up(x).gather(1, s.turned)),
     "as many features as a mask has": lambda s, x: s.down(in_halves(s.up(x), s.odd)),
+    "rows as the channels of an image": lambda s, x: s.down(F.unfold(s.up(x).view(-1, 3, 4), 1)[: len(x)]),
+    "rows in a ring": lambda s, x: s.down(s.up(x).roll(1)),
+    "rows once more": lambda s, x: s.down(s.up(x).repeat(2, 1)[: len(x)]),
+    "one matrix for each row": lambda s, x: s.down(torch.bmm(s.up(x).view(-1, 1, HID), s.square(len(x)))[:, 0]),
+    "a window of a row's own": lambda s, x: s.down(F.conv1d(s.up(x)[:, None], s.up(x)[:1, None, :1])[:, 0]),
+    "images of all rows": lambda s, x: s.down(F.avg_pool2d(s.up(x).view(1, -1, HID), (3, 1), 1, (1, 0))[0]),
 }
 
 
@@ -150,6 +199,12 @@ WHY = {
     "features of two rows joined": "constant_pad_nd is not known to work on each row by itself",
     "features of the first row": "gather picks by indices of other rows",
     "as many features as a mask has": "index picks by a mask, so that its values decide a size",
+    "rows as the channels of an image": "im2col works across rows",
+    "rows in a ring": "roll works across rows",
+    "rows once more": "repeat repeats rows",
+    "one matrix for each row": "bmm multiplies all rows by several matrices at once (a matrix of blocks, or",
+    "a window of a row's own": "slice works across rows",
+    "images of all rows": "avg_pool2d works across rows",
 }
 
 

@@ -1,0 +1,86 @@
+"""Rules for layers of images and sequences that an expert makes of each row's own features.
+
+Pools and resizing work on each plane by itself, so rows may stand for images or for channels. Convolutions and windows
+(im2col) join channels: each row is one image there, and so it is in products of two matrices of each row (bmm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx
+
+from moeopt.capture.op_kinds import op_name
+from moeopt.recognise.row_graph_writer import HeldSlots, RowGraphWriter
+
+Rule = Callable[[RowGraphWriter, fx.Node, HeldSlots], HeldSlots]
+
+
+def _planes(dims: int, images: bool = False) -> Rule:
+    """An op on the last ``dims`` dimensions; one for ``images`` takes no channels alone."""
+
+    def rule(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+        if len(held.features) not in ((dims + 1,) if images else (dims, dims + 1)):
+            raise graph.refused(node, "works across rows")
+        return _same(graph, node, held)
+
+    return rule
+
+
+def _images(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    """Each row is one image, and what else is read is of weights."""
+    others = [graph.known[a] for a in node.all_input_nodes[1:]]
+    if len(held.lead or ()) != 1 or len(held.shape) < 3 or any(o.lead is not None for o in others):
+        raise graph.refused(node, "is not known to work on each row by itself")
+    if op_name(node) in ("im2col", "col2im") and len(held.shape) != (4 if op_name(node) == "im2col" else 3):
+        raise graph.refused(node, "works across rows")
+    return _same(graph, node, held)
+
+
+def _matrices(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    operands = [graph.known[a] for a in node.all_input_nodes]
+    if any(o.lead != held.lead or len(o.shape) != 3 for o in operands) or len(held.lead or ()) != 1:
+        raise graph.refused(
+            node,
+            "multiplies all rows by several matrices at once (a matrix of blocks, or a sum of all experts' weights for "
+            "each row); multiply each block of the features by its own matrix",
+        )
+    return _same(graph, node, held)
+
+
+def _repeat(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    lead, many = len(held.lead or ()), list(node.args[1])  # type: ignore[arg-type]
+    if len(many) != len(held.shape) or any(n != 1 for n in many[:lead]):
+        raise graph.refused(node, "repeats rows")
+    return graph.add(node, node.target, held.lead, held.number, [1, *many[lead:]])
+
+
+def _roll(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    dims = node.args[2] if len(node.args) > 2 else node.kwargs.get("dims", [])
+    if not dims:
+        raise graph.refused(node, "works across rows")
+    settled = [graph.feature_dim(node, held, d) for d in dims]  # type: ignore[union-attr]
+    return graph.add(node, node.target, held.lead, held.number, node.args[1], settled)
+
+
+def _same(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    found = graph.add(node, node.target, held.lead, *graph.words(node.args), **graph.kwargs(node))
+    if node.meta.get("shape") is None:  # several results
+        found.items, found.shape = [], held.shape
+    return found
+
+
+WINDOW_RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        ("avg_pool2d", "max_pool2d_with_indices", "_adaptive_avg_pool2d", "adaptive_max_pool2d"), _planes(2)
+    ),
+    **dict.fromkeys(("reflection_pad1d", "replication_pad1d"), _planes(1)),
+    **dict.fromkeys(("reflection_pad2d", "replication_pad2d"), _planes(2)),
+    **dict.fromkeys(("upsample_nearest1d", "upsample_linear1d"), _planes(1, True)),
+    **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"), _planes(2, True)),
+    **dict.fromkeys(("convolution", "im2col", "col2im"), _images),
+    "bmm": _matrices,
+    "repeat": _repeat,
+    "roll": _roll,
+}
+"""By the op's name."""
