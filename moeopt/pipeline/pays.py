@@ -130,6 +130,8 @@ def words(body: RowBody) -> str:
         others.append("the row itself added")
     if sums and sums[-1] is body.nodes[-1] and isinstance(sums[-1][1][1], (int, float)):
         others.append("a number added")
+    if not products and others:
+        return ", ".join(others)
     return what + (f" with {', '.join(others)}" if others else "")
 
 

@@ -12,6 +12,7 @@ from moeopt.capture.tape import record
 from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
 from moeopt.ops.row_function import function_of
+from moeopt.pipeline.pays import words
 from moeopt.recognise.any_experts import recognize
 from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.row_function import recognize_functions
@@ -118,6 +119,11 @@ def test_layers_of_images_within_a_row():
         x = torch.randn(rows, D)
         slots = [p.read(module.get_parameter(p.path)) for p in found.experts[1].slots]
         torch.testing.assert_close(function_of(found.spec.graph)(x, *slots), module.experts[1](x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_function_without_products_is_told_by_its_calls():
+    (found,), _, _ = read(of(lambda s, x: F.conv1d(x[:, None], s.table[:1, None, :3], padding=1)[:, 0].tanh()))
+    assert words(found.spec.body) == "convolution, select, tanh"
 
 
 def test_a_clamp_of_weights_is_no_limit_of_rows():
