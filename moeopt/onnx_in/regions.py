@@ -98,6 +98,8 @@ def _rooted(index: GraphIndex, chains: ExpertChains, end: OnnxValue, taken: Coll
                 grown = {index.position[id(n)] for n in wider.nodes} if fewer else set()
                 if {p.at for p in chains.products} <= grown:
                     found.append((not grown.isdisjoint(taken), len(found), _rows_first(wider, chains)))
+                    if grown.isdisjoint(taken):
+                        break
     return min(found)[2] if found else region
 
 
