@@ -85,8 +85,9 @@ def expert_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> list
         for result in node.outputs:
             if value >= 0:
                 last[id(result)] = value
-            if node.op_type in MOVING and node.inputs and node.inputs[0] is not None:
-                root[id(result)] = root.get(id(node.inputs[0]), node.inputs[0])
+            source = node.inputs[0] if node.op_type in MOVING and node.inputs else None
+            if source is not None and not index.is_constant(source):  # of a table, rows are new
+                root[id(result)] = root.get(id(source), source)
     made = _with_prologues(index, _in_other_shapes(list(groups.values())), products, root)
     for group in made:
         group.in_several_shapes = any(_in_several_shapes(side) for side in zip(*group.pairs, strict=True))
@@ -115,7 +116,7 @@ def _in_other_shapes(groups: list[ExpertChains]) -> list[ExpertChains]:
     homes: dict[Hashable, ExpertChains] = {}
     starts = Counter(id(g.root) for g in groups)
     for number, group in enumerate(groups):
-        key: Hashable = (id(group.root), _matrices(group)) if starts[id(group.root)] > 1 else number
+        key: Hashable = (id(group.root), matrices(group)) if starts[id(group.root)] > 1 else number
         home = homes.setdefault(key, group)
         if home is not group:
             home.pairs = sorted([*home.pairs, *group.pairs], key=lambda pair: pair[0].at)
@@ -138,10 +139,10 @@ def _weight_side(product: WeightProduct) -> int:
     return sides[0] if product.node.inputs[sides[1]] is product.rows else sides[1]
 
 
-def _matrices(group: ExpertChains) -> tuple[Hashable, ...]:
+def matrices(group: ExpertChains) -> tuple[tuple[Any, ...], ...]:
     """What chains that are experts of one block have in common: the shapes of the two matrices as they are multiplied;
     a convolution's as they are, and those that are not to be seen as they are stored."""
-    shapes: list[Hashable] = []
+    shapes: list[tuple[Any, ...]] = []
     for product in group.pairs[0]:
         shape = matrix_shape(product.node, _weight_side(product))
         plain = shape and product.node.op_type in _PLAIN
@@ -156,16 +157,16 @@ def _with_prologues(
     those that have a prologue where several others, which have none, begin.
     """
     ends = {at for at, node in enumerate(index.nodes) if at in products or node.op_type in _MERGING}
-    plain = {(id(g.root), _matrices(g)): g for g in groups if len(g.pairs) > 1}
+    plain = {(id(g.root), matrices(g)): g for g in groups if len(g.pairs) > 1}
     joined: dict[int, ExpertChains] = {}
     alone: defaultdict[Any, list[ExpertChains]] = defaultdict(list)
     for group in groups:
         if len(group.pairs) == 1 and group.experts < 2:
             behind = ancestors(index, group.root, ends) if plain else ()
-            homes_of = (plain.get((id(root.get(id(v), v)), _matrices(group))) for v in behind)
+            homes_of = (plain.get((id(root.get(id(v), v)), matrices(group))) for v in behind)
             home = next((found for found in homes_of if found is not None), None)
             if home is None:
-                alone[_matrices(group)].append(group)
+                alone[matrices(group)].append(group)
             else:
                 home.pairs += group.pairs
                 joined[id(group)] = home

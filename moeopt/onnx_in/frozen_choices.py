@@ -2,6 +2,7 @@
 
     ids that nobody reads     TopK -> weights used, ids not: the experts that get these weights are constants
     places in a list of hits  W[hits[0]], W[hits[1]], ...: as many experts run as the sample hit
+    constant columns          scores[:, [0, 2]]: the experts that get these are the sample's
 
 ``values`` of a ``TopK`` may be a threshold for its own scores, whose experts nothing has to name: such ones are no
 frozen choices.
@@ -12,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from moeopt.onnx_in.index import MEASURES, GraphIndex
-from moeopt.onnx_in.products import MOVING, WeightProduct, weight_products
+from moeopt.onnx_in.products import MOVING, WeightProduct, shape_of, weight_products
 from moeopt.value_types import OnnxNode, OnnxValue
 
 _NEAR = 16
 """Nodes between a choice and the product that its scores come of."""
+_SCORES = frozenset(("Add", "Mul", "Div", "Softmax", "Sigmoid", "Cast", "Identity", "Reshape", "Clip"))
+"""Operators between a router's product and its scores."""
 _FAR = 64
 """Nodes behind a choice, and before a weight, that are looked at."""
 
@@ -77,6 +80,36 @@ def listed_hits(index: GraphIndex, products: Iterable[WeightProduct]) -> OnnxNod
         if place is not None:
             return place
     return None
+
+
+def constant_columns(index: GraphIndex, nodes: Iterable[OnnxNode], experts: int) -> str:
+    """What is said where a node takes the scores of so many ``experts`` at constant places; "" where they are all, or
+    none is taken so."""
+    products = weight_products(index)
+    for node in nodes:
+        axis = node.attributes.get("axis")
+        last = axis is not None and axis.as_int() in (1, -1)
+        if node.op_type != "Gather" or not last or not index.is_constant(node.inputs[1]):
+            continue
+        shape, value = shape_of(node.inputs[1]), node.inputs[0]
+        for _ in range(_NEAR):
+            product = products.get(index.at(value))
+            made = value.producer()
+            if product is not None:
+                scored = product.shape[-1] if product.node.op_type == "MatMul" and len(product.shape) == 2 else 0
+                if shape == (experts,) and scored > experts > 1:
+                    return (
+                        "unless the others are meant for no expert, which a file does not tell: of the "
+                        f"{scored} experts that its router scores, the node {node.name!r} ({node.op_type}) takes the "
+                        f"same {experts} for every token, and the file holds these. An export that traces a choice "
+                        "which became Python numbers keeps that of its sample"
+                    )
+            if product is not None or made is None or made.op_type not in _SCORES:
+                break
+            value = next((v for v in made.inputs if v is not None and not index.is_constant(v)), None)
+            if value is None:
+                break
+    return ""
 
 
 def _pick_before(index: GraphIndex, product: WeightProduct) -> OnnxNode | None:

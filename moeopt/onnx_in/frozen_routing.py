@@ -1,6 +1,6 @@
 """Routing that an export froze: a file that runs the experts which one sample chose, whatever its inputs are.
 
-A tracer records what a loop over the experts that are hit did on its sample. Six things tell such a file:
+A tracer records what a loop over the experts that are hit did on its sample. Seven things tell such a file:
 
     rows that are a constant    an expert is given the rows of the sample, by their numbers, for ever
     counts that are constants   an expert is given as many of the sorted rows as it had of the sample
@@ -8,6 +8,7 @@ A tracer records what a loop over the experts that are hit did on its sample. Si
     choices that nobody reads   the weights of the choice are used, and which experts get them is a constant: a network
                                 that is scaled by its highest score looks the same, so this is said with an "unless"
     places in a list of hits    as many experts run as the sample hit
+    constant columns            the scores of the sample's experts are taken, whatever the router's others are
     constant capacities         an expert takes as many rows as the one with the most had of the sample
 
 Such a file is broken. It computes what it computes, and nothing that moeopt could compare it with is right either: the
@@ -21,8 +22,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from moeopt.onnx_in.frozen_capacity import capacity_of, takes_any_number
-from moeopt.onnx_in.frozen_choices import listed_hits, results_weighed_by, unread_choice
+from moeopt.onnx_in.frozen_choices import constant_columns, listed_hits, results_weighed_by, unread_choice
 from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.other_widths import other_widths
 from moeopt.onnx_in.products import MOVING, WeightProduct, shape_of, weight_products
 from moeopt.onnx_in.regions import CandidateRegion, region_name
 from moeopt.onnx_in.tensors import constant_of
@@ -79,7 +81,11 @@ def frozen_routing(candidate: CandidateRegion, others: Iterable[CandidateRegion]
             assert choice is not None, "nothing else is scored"
             return unread(choice)
         count = candidate.chains.experts
+        if columns := constant_columns(index, region.nodes, count):
+            return f"{BROKEN}, {columns}; {WAY_OUT}"
         whole = (o for o in others if o.chains.experts == scored and any(choice in r.nodes for r in o.regions[:1]))
+        if scored > count and (widths := other_widths(index, candidate.chains, scored)):
+            return widths
         if scored > count and next(whole, None) is None:
             return (
                 f"{BROKEN}, unless some scores are meant for no expert (null experts), which a file does not tell: "

@@ -37,6 +37,9 @@ class InterpretedGraph(nn.Module):
     of_a_file = True
     """What is said of its calls speaks of a graph, and not of a forward."""
 
+    never_changes = False
+    """Whether its constants keep their values: it becomes a part of a file again, and nobody else has it."""
+
     def __init__(self, program: GraphProgram, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.program = program

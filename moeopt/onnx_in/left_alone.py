@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from moeopt.onnx_in.chains import expert_chains
@@ -11,7 +11,8 @@ from moeopt.onnx_in.idle_branches import why_not_taken
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.operators.table import shown
 from moeopt.onnx_in.products import WHOLE, WeightProduct, weight_products
-from moeopt.onnx_in.regions import candidate_regions, region_name
+from moeopt.onnx_in.regions import CandidateRegion, candidate_regions, region_name
+from moeopt.onnx_in.weighed_results import weighed_results
 from moeopt.value_types import OnnxGraph, OnnxNode, OnnxValue
 
 _FAR = 64
@@ -55,6 +56,28 @@ def left_alone(graph: OnnxGraph) -> Iterator[LeftAlone]:
                 "branch where its condition is a constant)",
                 candidate.chains.experts,
             )
+
+
+def no_pairs(graph: OnnxGraph, candidates: Sequence[CandidateRegion], told: Collection[int | None]) -> list[LeftAlone]:
+    """The mixtures of a graph whose experts are no pairs of products.
+
+    Args:
+        candidates: the regions that have entries.
+        told: how many experts other entries have; as many are taken for the same mixture.
+    """
+    known = {id(node) for candidate in candidates for region in candidate.regions for node in region.nodes}
+    known |= {id(product.node) for candidate in candidates for product in candidate.chains.products}
+    return [
+        LeftAlone(
+            found.name,
+            f"each of its {found.experts} experts has {found.operators} with constants of its own, and no two products "
+            "with an element-wise function between, which is what the op groups and what blocks are cut out of a file "
+            "around; they stay as they are",
+            found.experts,
+        )
+        for found in weighed_results(GraphIndex(graph), known)
+        if found.experts not in told
+    ]
 
 
 def _whole(node: OnnxNode) -> LeftAlone:

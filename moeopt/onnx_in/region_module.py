@@ -45,13 +45,12 @@ class RegionEnds:
 
 
 def region_ends(candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Mapping[str, Tensor]]) -> RegionEnds:
-    """Which entries are sizes, told by their values on ``runs``; whole numbers that are no sizes stay tensors.
-
-    Raises:
-        Declined: a number with a fraction that no entry's size explains cannot be told from a size here.
+    """Which entries are sizes, told by their values on ``runs``; other whole numbers stay tensors: what a caller gives,
+    or data decide, may be the same on all of the runs, and another number in the next call.
     """
-    names = [v.name for v in region.entries]
-    whole = [n for n in names[1:] if all(_may_be_size(run[n]) for run in runs)]
+    names, index = [v.name for v in region.entries], candidate.index
+    sized = {v.name for v in region.entries[1:] if index.is_size(v) or index.is_fill(v)}
+    whole = [n for n in names if n in sized and all(_may_be_size(run[n]) for run in runs)]
     tensors = [n for n in names if n not in whole]
     sizes: dict[str, tuple[SizeTerm, ...] | SizeTerm] = {}
     for name in whole:
@@ -121,8 +120,9 @@ def region_module(
     """A region as a module that takes ``ends.tensors`` in order and returns its exit.
 
     Args:
-        to_lower: it becomes ONNX nodes again. A ``Clip`` of one bound is then a clamp of one, which is lowered to a
-            ``Clip`` of one; else it is what ONNX Runtime makes of it, a clamp of two that no kernel is written for.
+        to_lower: it becomes ONNX nodes again, and nobody writes to its constants. A ``Clip`` of one bound is then a
+            clamp of one, which is lowered to a ``Clip`` of one; else it is what ONNX Runtime makes of it, a clamp of
+            two that no kernel is written for.
         codes: reads what the file holds as codes; given for all regions of a file, each constant is read once.
 
     Its steps are called by their numbers, so that regions of several layers have one program; ``with_node_names``
@@ -153,6 +153,7 @@ def region_module(
     read = {name for step in steps for name in step.inputs}
     constants = {value: tensor for value, tensor in constants.items() if value in read}
     module = InterpretedGraph(*program_of(steps, ends.tensors, [region.exit.name], constants, opset, sizes, name))
+    module.never_changes = to_lower
     _nodes[module] = tuple(step.name for step in steps)
     module.coded = CodedWeights([one for value, one in codes.found.items() if value in constants])
     return module

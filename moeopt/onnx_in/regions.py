@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moeopt.onnx_in.chains import ExpertChains, expert_chains
@@ -57,7 +57,7 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
         for end in exits(index, positions, steps_for(positions)):
             if len(found) >= _MOST_REGIONS // 2 and index.at(end) > following:
                 break
-            region = _rooted(index, chains, end)
+            region = _rooted(index, chains, end, taken)
             unrouted |= region is not None and not _has_router(region, chains)
             if region is not None and _has_router(region, chains):
                 found.append(replace(region, folds=chains.in_several_shapes))
@@ -71,19 +71,41 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
         yield CandidateRegion(name, index, chains, tuple(found), unrouted and not found)
 
 
-def _rooted(index: GraphIndex, chains: ExpertChains, end: OnnxValue) -> GraphRegion | None:
-    """The region up to ``end``, from as few entries as there can be; sizes are read off the others."""
+def counted_by_data(candidate: CandidateRegion) -> OnnxNode | None:
+    """The choice of a candidate whose number a caller gives, or data decide; None where it is a constant or a size."""
+    index = candidate.index
+    choices = (node for region in candidate.regions[:1] for node in region.nodes if node.op_type == "TopK")
+    asked = ((node, node.inputs[1]) for node in choices if len(node.inputs) > 1)
+    return next((n for n, k in asked if not (index.is_constant(k) or index.is_size(k) or index.is_fill(k))), None)
+
+
+def _rooted(index: GraphIndex, chains: ExpertChains, end: OnnxValue, taken: Collection[int]) -> GraphRegion | None:
+    """The region up to ``end``, from as few entries as there can be; sizes are read off the others.
+
+    ``taken``: where the products of blocks before it are. Where it need not, it does not grow over them: two blocks may
+    share a router.
+    """
     region = region_between(index, chains.root, exit_=end)
     inner = [v for v in region.entries if index.at(v) >= 0 and not index.is_size(v)]
+    found: list[tuple[bool, int, GraphRegion]] = []
     if len(inner) > 1:
         shared = common_entry(index, inner, _FEWER)
         if shared is not None:
-            for roots in ((shared,), (chains.root, shared)):  # masks of each expert may be made of one value beside x
+            beside = (chains.root, shared)  # masks of each expert may be made of one value beside the rows
+            for roots in (beside,) if _is_whole(shared) else ((shared,), beside):
                 wider = region_between(index, *roots, exit_=end)
                 fewer = len(wider.entries) < len(region.entries) and len(wider.nodes) <= len(region.nodes) + _FEWER
-                if fewer and {id(p.node) for p in chains.products} <= {id(n) for n in wider.nodes}:
-                    return _rows_first(wider, chains)
-    return region
+                grown = {index.position[id(n)] for n in wider.nodes} if fewer else set()
+                if {p.at for p in chains.products} <= grown:
+                    found.append((not grown.isdisjoint(taken), len(found), _rows_first(wider, chains)))
+                    if grown.isdisjoint(taken):
+                        break
+    return min(found)[2] if found else region
+
+
+def _is_whole(value: OnnxValue) -> bool:
+    """Whether a value is known to be whole numbers: ids, which a table turns into rows."""
+    return value.dtype is not None and not value.dtype.is_floating_point()
 
 
 def _rows_first(region: GraphRegion, chains: ExpertChains) -> GraphRegion:

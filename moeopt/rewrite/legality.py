@@ -171,8 +171,10 @@ def neutral_reason(module: nn.Module, tape: Tape, recognitions: list[Recognition
     """A Parameter that the block's result is computed from and the rewritten code does not read; "" if there is none.
 
     What it does cannot be seen at its present values (a scale of ones, an adapter of zeros), and the rewritten code
-    would miss it when they change.
+    would miss it when they change. A part of a file that becomes one again has no other values.
     """
+    if getattr(module, "never_changes", False):
+        return ""
     held = _held(module, recognitions, plan)
     for path in _attributes(ancestors(tape.results())):
         tensor = tensor_at(module, path)

@@ -1,4 +1,4 @@
-"""Float64 stand-ins for the ops that refuse doubles.
+"""Float64 stand-ins for the ops that refuse doubles, and for products of weights too large to be held twice.
 
 Each takes the op's own arguments, floating ones in any dtype, and returns float64. They are written
 to be read, not to be fast: they define what the op computes. Grouped weights are converted one group
@@ -25,6 +25,32 @@ from moeopt.ops.row_function import in_float64
 from moeopt.value_types import PyObject
 
 F64 = torch.float64
+AT_ONCE = 1 << 22
+"""Elements of a product's second operand that are widened at once: 32 MB in float64."""
+
+
+def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """``aten::mm``; of a large ``b``, which may be all experts side by side, some columns are widened at a time."""
+    if b.numel() <= AT_ONCE or not b.is_floating_point():
+        return torch.mm(_in_float64(a), _in_float64(b))
+    rows, out = a.to(F64), torch.empty(a.shape[0], b.shape[1], dtype=F64, device=a.device)
+    step = max(1, AT_ONCE // b.shape[0])
+    for n in range(0, b.shape[1], step):
+        out[:, n : n + step] = rows @ b[:, n : n + step].to(F64)
+    return out
+
+
+def bmm(a: Tensor, b: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """``aten::bmm``; of a large ``b``, which may be a stack of experts, some matrices are widened at a time."""
+    if b.numel() <= AT_ONCE or not b.is_floating_point():
+        return torch.bmm(_in_float64(a), _in_float64(b))
+    step = max(1, AT_ONCE // (b.shape[1] * b.shape[2]))
+    parts = zip(a.split(step), b.split(step), strict=True)
+    return torch.cat([torch.bmm(rows.to(F64), part.to(F64)) for rows, part in parts])
+
+
+def _in_float64(value: Tensor) -> Tensor:
+    return value.to(F64) if value.is_floating_point() else value
 
 
 def grouped_mm(
@@ -32,7 +58,7 @@ def grouped_mm(
 ) -> Tensor:
     """``aten::_grouped_mm``: 2d x 3d and 3d x 2d cut by ``offs`` (running ends), 2d x 2d cut K, 3d x 3d is bmm."""
     if offs is None:
-        out = torch.bmm(a.to(F64), b.to(F64))
+        out = bmm(a, b)
         return out if bias is None else out + bias.to(F64).unsqueeze(1)
     ends = [int(end) for end in offs.tolist()]
     starts = [0, *ends[:-1]]
@@ -141,6 +167,8 @@ STAND_INS: dict[str, Callable[..., Any]] = {
     "moeopt::experts": experts,
     "moeopt::quantized_experts": quantized_experts,
     "moeopt::row_function": in_float64,
+    "aten::mm": mm,
+    "aten::bmm": bmm,
     "aten::_grouped_mm": grouped_mm,
     "transformers::grouped_mm_fallback": grouped_mm,
     "aten::_softmax": softmax,

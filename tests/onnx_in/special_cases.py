@@ -121,6 +121,10 @@ for low, high in (
         add("Clip", X, np.float32(low), np.float32(high))
 add("Clip", WHOLE, held=[np.int64(-3), np.int64(4)])
 add("Clip", WHOLE, held=[None, np.int64(4)])
+for op in ("GlobalAveragePool", "GlobalMaxPool"):
+    for x in (FINITE, HALF if op == "GlobalAveragePool" else FINITE.astype("float16")):
+        add(op, x[:, :16].reshape(6, 4, 4, 4))
+    add(op, FINITE[:, :16].reshape(6, 4, 16))
 for (
     op
 ) in "ReduceSum ReduceMean ReduceMax ReduceMin ReduceProd ReduceLogSumExp ReduceL2 ReduceL1 ReduceSumSquare".split():

@@ -313,3 +313,34 @@ def test_an_rms_norm_without_an_epsilon_has_the_one_of_the_recorded_dtype(dtype)
     got, wide = run_oracle(fn, (x,), {}, selections), x.double()
     want = F.rms_norm(wide, (8,), weight.double(), eps) + F.rms_norm(wide * 2, (8,), None, eps)
     torch.testing.assert_close(got, want + F.rms_norm(wide, (8,), eps=2**-10), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_too_large_to_be_held_twice_are_widened_part_by_part(dtype, monkeypatch):
+    """Products of stacks and of experts side by side, some matrices and some columns at a time."""
+    from moeopt.verification import float64_decompositions
+
+    torch.manual_seed(0)
+    x, stack, wide = torch.randn(5, 3, 8).to(dtype), torch.randn(5, 8, 7).to(dtype), torch.randn(8, 50).to(dtype)
+    widened = []
+    real = torch.Tensor.to
+
+    def to(self, *args, **kwargs):
+        widened.append(self.numel())
+        return real(self, *args, **kwargs)
+
+    def products(x, stack, wide):
+        return torch.bmm(x, stack), torch.mm(x[0], wide)
+
+    want = products(x.double(), stack.double(), wide.double())
+    for most in (1 << 20, 120):
+        monkeypatch.setattr(float64_decompositions, "AT_ONCE", most)
+        widened.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "to", to)
+            got = run_oracle(products, (x, stack, wide), {}, Selections())
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-14)
+        assert max(widened) == (8 * 50 if most > 400 else 15 * 8)
+    flags = torch.ones(2, 2, 2, dtype=torch.int64)
+    assert run_oracle(torch.bmm, (flags, flags), {}, Selections()).dtype == torch.int64

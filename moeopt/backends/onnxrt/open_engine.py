@@ -12,8 +12,9 @@ from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.providers import runtime
 from moeopt.backends.onnxrt.replay import ReplayPlan
 from moeopt.backends.onnxrt.session import GRAPH, mapped_options
-from moeopt.errors import MoeoptError, NotSaveableError
+from moeopt.errors import MoeoptError, NotEquivalentError, NotSaveableError
 from moeopt.options import Options
+from moeopt.untrusted import shown_line
 from moeopt.value_types import JsonValue, OrtObject
 
 
@@ -23,9 +24,21 @@ def chosen_options(mapped: bool, given: JsonValue) -> OrtObject:
 
 
 def opened_file(built: BuiltGraph, options: Options, graph: str) -> OnnxEngine:
-    """The engine of an ONNX file's new graph, on this machine's CPU."""
+    """The engine of an ONNX file's new graph, on this machine's CPU.
+
+    Raises:
+        NotEquivalentError: ONNX Runtime, which took the file, does not load the new graph.
+    """
     how = chosen_options(options.mapped, options.session_options)
-    return OnnxEngine(built.directory, built.signature, "cpu", how, built.folder, graph=graph)
+    try:
+        return OnnxEngine(built.directory, built.signature, "cpu", how, built.folder, graph=graph)
+    except MoeoptError:
+        raise
+    except Exception as err:  # ONNX Runtime's own, of many classes
+        raise NotEquivalentError(
+            f"ONNX Runtime {runtime().__version__} does not load the new graph, and it was not kept: "
+            f"{shown_line(err)[:300]}; use the file as it is, and report this with the file"
+        ) from err
 
 
 def open_onnx(

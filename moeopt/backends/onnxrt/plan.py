@@ -11,7 +11,7 @@ from moeopt.backends.onnxrt.lowerings.native import Native
 from moeopt.backends.onnxrt.native_choice import BothForms, native_choice
 from moeopt.backends.onnxrt.rounded_nodes import let_round
 from moeopt.backends.onnxrt.select import TOKENS, ranked
-from moeopt.backends.onnxrt.session import Session, no_change
+from moeopt.backends.onnxrt.session import Session, mapped_options, no_change
 from moeopt.lower.onnx.assemble import one_op
 from moeopt.lower.onnx.experts_node import ExpertsNode
 from moeopt.lower.onnx.lowerings.base import Lowering
@@ -66,7 +66,7 @@ class OrtPlan(BlockPlan):
         session = session_of(site, lowering, self.provider)
         if not isinstance(lowering, Native):
             return session
-        plain = session_of(site, lowering.base, self.provider)
+        plain = session_of(site, lowering.base, self.provider, most_packed=PACKED)
         return BothForms(site, session, plain, functools.partial(self.give_up, kind(site), lowering.name))
 
     def legalize(self, site: ExpertsNode) -> ExpertsNode:
@@ -79,7 +79,13 @@ _MOST = 1 << 30
 """Above this a protobuf message does not hold them."""
 
 
-def session_of(site: ExpertsNode, lowering: Lowering, provider: str = "cpu", rounds: bool = False) -> Session:
+PACKED = 128 << 20
+"""Bytes of weights from which the plain form of a block, verified beside the native one, reads them where they lie."""
+
+
+def session_of(
+    site: ExpertsNode, lowering: Lowering, provider: str = "cpu", rounds: bool = False, most_packed: int | None = None
+) -> Session:
     """A session of one op, its weights in the model's own bytes or, past ``HELD``, in a file that is gone at once.
 
     Inside of a model they would be there four times: in the message, in its bytes, in what ONNX Runtime reads of them
@@ -87,6 +93,7 @@ def session_of(site: ExpertsNode, lowering: Lowering, provider: str = "cpu", rou
 
     Args:
         rounds: whether its products of codes round what they read.
+        most_packed: the bytes of weights from which kernels pack no copies of them; None: they always may.
     """
     import tempfile
 
@@ -97,12 +104,13 @@ def session_of(site: ExpertsNode, lowering: Lowering, provider: str = "cpu", rou
         let_round(model)
     prepare = register if isinstance(lowering, Native) else no_change
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    how = mapped_options() if most_packed is not None and size >= most_packed else None
     if size >= HELD:
         try:
             with tempfile.TemporaryDirectory(prefix="moeopt-") as folder:
                 ir.save(model, f"{folder}/model.onnx", external_data="model.onnx.data")
-                return Session(f"{folder}/model.onnx", provider, prepare=prepare)
+                return Session(f"{folder}/model.onnx", provider, how, prepare=prepare)
         except OSError:  # no room for the file
             if size >= _MOST:
                 raise
-    return Session(ir.to_proto(model).SerializeToString(), provider, prepare=prepare)
+    return Session(ir.to_proto(model).SerializeToString(), provider, how, prepare=prepare)

@@ -32,6 +32,9 @@ HOLDS = "moeopt.holds"
 def guard_sizes(model: PyObject, signature: Mapping[str, Any], doubles: bool = True) -> None:
     """Make the graph of an ``onnx_ir.Model`` refuse calls of sizes that its trace does not hold for.
 
+    Of the inputs that a condition is about, the last carries it: of a part of a file the inputs are in the order in
+    which the file makes them, and what makes the last must not wait for it.
+
     Args:
         signature: how it is called. The graph's inputs still have the names of its entries.
         doubles: whether the runtime computes with them. Where it does not, a condition that needs them is left to the
@@ -54,7 +57,7 @@ def guard_sizes(model: PyObject, signature: Mapping[str, Any], doubles: bool = T
     now = {id(value): value for value in by_name.values()}
     make = _Maker(ends)
     for condition in [c for c in conditions if doubles or not _inexact(c)]:
-        named = [ends[leaf] for leaf, _ in sizes_in(condition)]
+        named = [ends[leaf] for leaf in sorted({leaf for leaf, _ in sizes_in(condition)}, reverse=True)]
         held = next((v for v in (*named, *by_name.values()) if readers[id(v)] and len(v.shape or ())), None)
         if held is None:
             raise NotSaveableError(

@@ -183,6 +183,15 @@ def _one_hot(call: NodeCall) -> Tensor:
     return torch.where(hit, values[1], values[0])
 
 
+def _sequence(call: NodeCall) -> PyObject:
+    return [tensor(value) for value in call.inputs]
+
+
+def _from_sequence(call: NodeCall) -> Tensor:
+    joined = torch.stack if call.attribute("new_axis", 0) else torch.cat
+    return joined(call.inputs[0], call.attribute("axis"))
+
+
 def _constant_of_shape(call: NodeCall) -> PyObject:
     value = call.attribute("value")
     shape = call.numbers(0)
@@ -243,5 +252,6 @@ MOVEMENT: dict[str, Callable[[NodeCall], Any]] = {
     "Split": _split, "Slice": _slice, "Gather": _gather, "GatherElements": _gather_elements, "GatherND": _gather_nd,
     "ScatterElements": _scatter_elements, "Scatter": _scatter_elements, "ScatterND": _scatter_nd,
     "NonZero": _nonzero, "OneHot": _one_hot, "ConstantOfShape": _constant_of_shape, "Range": _range, "Trilu": _trilu,
+    "SequenceConstruct": _sequence, "ConcatFromSequence": _from_sequence,
     "Pad": _pad, "EyeLike": _eye_like, "Identity": _identity, "Dropout": _dropout,
 }  # fmt: skip

@@ -123,6 +123,16 @@ def _logsumexp(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
     return torch.logsumexp(x, axes, keepdim)
 
 
+def _over_places(function: Callable[[Tensor, list[int], bool], Tensor]) -> Callable[[NodeCall], Tensor]:
+    """``function`` of all places of each channel of (N, C, ...), which stay axes of one place."""
+
+    def run(call: NodeCall) -> Tensor:
+        x = call.tensor(0)
+        return function(x, list(range(2, x.dim())), True)
+
+    return run
+
+
 REDUCTIONS: dict[str, Callable[[NodeCall], PyObject]] = {
     "ReduceSum": _reduce(torch.sum), "ReduceMean": _reduce(_mean), "ReduceProd": _reduce(_prod),
     "ReduceMax": _reduce(_extreme(torch.amax, -torch.inf)), "ReduceMin": _reduce(_extreme(torch.amin, torch.inf)),
@@ -130,6 +140,7 @@ REDUCTIONS: dict[str, Callable[[NodeCall], PyObject]] = {
     "ReduceL2": _reduce(lambda x, axes, keep: _in_float(x).square().sum(axes, keep).sqrt()),
     "ReduceL1": _reduce(lambda x, axes, keep: x.abs().sum(axes, keep)),
     "ReduceSumSquare": _reduce(lambda x, axes, keep: _in_float(x).square().sum(axes, keep)),
+    "GlobalAveragePool": _over_places(_mean), "GlobalMaxPool": _over_places(_extreme(torch.amax, -torch.inf)),
     "ArgMax": _arg(torch.argmax), "ArgMin": _arg(torch.argmin), "TopK": _top_k,
     "Softmax": _softmax(F.softmax), "LogSoftmax": _softmax(F.log_softmax), "CumSum": _cumsum,
     "LayerNormalization": _layer_norm, "RMSNormalization": _rms_norm, "SimplifiedLayerNormalization": _rms_norm,

@@ -8,7 +8,7 @@ other result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,13 @@ def nearer_of(theirs: Tensor, oracle: Tensor, other: Tensor, axis: int) -> Tenso
 
 
 def with_other_choices(module: nn.Module, values: Sequence[Tensor], choices: Selections) -> Iterator[Sequence[Tensor]]:
-    """A module's float64 results with the choices that rounding decides made otherwise; two at most, each with every
-    second pair of neighbours exchanged."""
-    for odd in (0, 1):
+    """A module's float64 results with the choices that rounding decides made otherwise: with every second pair of
+    neighbours exchanged, and with the first one or two of all that are alike behind the others, so that each of three
+    that are alike is left out once."""
+    for exchange in (_pairs(0), _pairs(1), _turned(1), _turned(2)):
         other = choices
         for event in choices.routing():
-            other = other.replaced(event, _otherwise(event, odd) or event)
+            other = other.replaced(event, _otherwise(event, exchange) or event)
         if any(one is not before for one, before in zip(other.events, choices.events, strict=True)):
             try:
                 found = run_oracle(module, tuple(values), {}, other)
@@ -44,26 +45,52 @@ def with_other_choices(module: nn.Module, values: Sequence[Tensor], choices: Sel
             yield found if isinstance(found, tuple) else (found,)
 
 
-def _otherwise(event: Event, odd: int) -> Event | None:
-    """The event with neighbours exchanged whose scores rounding does not tell apart; None where no row has such.
+Exchange = Callable[[Tensor, int], Tensor]
+"""Of ``close`` (..., N - 1), whether rounding tells each of N scores from the next, and the number of those that are
+taken: the places (..., N) that scores come from."""
 
-    Of a whole order, those at every second place and the ones behind them; of a choice of some, the last of these and
-    the nearest of the others.
-    """
+
+def _pairs(odd: int) -> Exchange:
+    """Of a whole order those at every second place and the ones behind them are exchanged; of a choice of some, the
+    last of these and the nearest of the others."""
+
+    def exchange(close: Tensor, taken: int) -> Tensor:
+        places = torch.arange(close.shape[-1])
+        moving = close & (places % 2 == odd if taken > close.shape[-1] else places == taken - 1)
+        moved = torch.arange(close.shape[-1] + 1).expand(*close.shape[:-1], -1).clone()
+        moved[..., :-1] += moving.long()
+        moved[..., 1:] -= moving.long()
+        return moved
+
+    return exchange
+
+
+def _turned(by: int) -> Exchange:
+    """The first ``by`` of all neighbours that are alike come last."""
+
+    def exchange(close: Tensor, taken: int) -> Tensor:
+        starts = torch.cat([torch.ones_like(close[..., :1]), ~close], -1)
+        places = torch.arange(starts.shape[-1]).expand(starts.shape)
+        first = torch.where(starts, places, 0).cummax(-1).values
+        group = starts.long().cumsum(-1) - 1
+        size = torch.zeros_like(group).scatter_add(-1, group, torch.ones_like(group)).gather(-1, group)
+        return first + (places - first + by) % size
+
+    return exchange
+
+
+def _otherwise(event: Event, exchange: Exchange) -> Event | None:
+    """The event with scores exchanged that rounding does not tell apart; None where no row has such."""
     if event.scores is None or event.ids.shape[:-1] != event.scores.shape[:-1]:
         return None
     scores, order, taken = event.scores.double(), event.ids, event.ids.shape[-1]
     if taken < scores.shape[-1]:
-        from_last = (scores - scores.gather(-1, order[..., -1:])).abs()
-        order = torch.cat([order, from_last.scatter(-1, order, torch.inf).argmin(-1, keepdim=True)], -1)
+        from_last = (scores - scores.gather(-1, order[..., -1:])).abs().scatter(-1, order, torch.inf)
+        others = from_last.topk(min(2, scores.shape[-1] - taken), -1, largest=False).indices
+        order = torch.cat([order, others], -1)
     ranked = scores.gather(-1, order)
     allowed = TIE * torch.finfo(event.scores.dtype).eps * scores.abs().amax(-1, keepdim=True)
     close = (ranked[..., :-1] - ranked[..., 1:]).abs() <= allowed
-    places = torch.arange(close.shape[-1])
-    close &= places % 2 == odd if taken == scores.shape[-1] else places == taken - 1
     if not close.any():
         return None
-    moved = torch.arange(order.shape[-1]).expand(order.shape).clone()
-    moved[..., :-1] += close.long()
-    moved[..., 1:] -= close.long()
-    return event.with_ids(order.gather(-1, moved)[..., :taken])
+    return event.with_ids(order.gather(-1, exchange(close, taken))[..., :taken])

@@ -39,7 +39,7 @@ from moeopt.onnx_in.ends import graph_inputs, tensor_type
 from moeopt.onnx_in.feeds import GraphFeeds, given_feeds, made_up_feeds, resized
 from moeopt.onnx_in.frozen_routing import BROKEN, frozen_routing
 from moeopt.onnx_in.index import GraphIndex
-from moeopt.onnx_in.left_alone import left_alone
+from moeopt.onnx_in.left_alone import left_alone, no_pairs
 from moeopt.onnx_in.read import OnnxFile
 from moeopt.onnx_in.region_module import GraphRegions
 from moeopt.onnx_in.regions import CandidateRegion, candidate_regions
@@ -95,6 +95,7 @@ def _optimized(
             file, candidates, parts, made = _tried(given, calls, options, plan, backend, stay)
     others = list(left_alone(file.model.graph))
     beside, unread = blocks_beside_regions(file, calls[0], candidates, options)
+    others += no_pairs(file.model.graph, candidates, {one.experts for one in others} | {b.experts for b in beside})
     if made is None:
         made = _left_alone(given, parts, bool(others or beside), options)
     broken = [f"{name}: {reason}" for name, (_, reason) in parts.declined.items() if reason.startswith(BROKEN)]
@@ -222,7 +223,8 @@ def _rewritten(
     backend: type[GraphBackend],
 ) -> Made | None:  # fmt: skip
     """The file with what could be rewritten of its parts; None where that is nothing."""
-    slots = list(dict.fromkeys(name for part in parts.parts for name in part.entries))
+    order = {value.name: at for at, node in enumerate(file.model.graph) for value in node.outputs}
+    slots = sorted({n for part in parts.parts for n in part.entries}, key=lambda name: (order.get(name, -1), name))
     place = {name: number for number, name in enumerate(slots)}
     regions = GraphRegions([(p.name, p.module, [place[n] for n in p.entries]) for p in parts.parts]).eval()
     chosen = widest_run(parts.parts)

@@ -28,7 +28,7 @@ from moeopt.onnx_in.region_module import (
     region_module,
     with_node_names,
 )
-from moeopt.onnx_in.regions import CandidateRegion
+from moeopt.onnx_in.regions import CandidateRegion, counted_by_data
 from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
 from moeopt.verification.model import CEILING, DRAWS
@@ -118,6 +118,12 @@ def _part(codes: CodedConstants, candidate: CandidateRegion, runs: Sequence[Valu
     for product in candidate.chains.products:
         if product.node.op_type in ON_ACTIVATIONS:
             raise Declined(unread(product.node))
+    choice = counted_by_data(candidate)
+    if choice is not None:
+        raise Declined(
+            f"the node {choice.name!r} (TopK) chooses as many experts as a value of the graph says that no constant "
+            "and no size makes, and the op has one number for all calls: export the model with a constant in its place"
+        )
     if candidate.unrouted:
         raise Declined(
             f"nothing chooses or weighs among its {candidate.chains.experts} experts ({_first(candidate)} and its "
@@ -176,14 +182,15 @@ def explained_distance(module: nn.Module, values: Sequence[Tensor], theirs: Sequ
         Declined: the interpreter stops, or ONNX Runtime is further from its oracle than rounding explains.
     """
     oracle: list[Tensor] | None
+    without = ""
     try:
         found, choices = record_selections(module, tuple(values), {})
         ours = list(found) if isinstance(found, tuple) else [found]
         try:
             exact = run_oracle(module, tuple(values), {}, choices)
             oracle = list(exact) if isinstance(exact, tuple) else [exact]
-        except OracleError:  # scores so close that float64 chooses otherwise
-            oracle = None
+        except OracleError as err:  # scores so close that float64 chooses otherwise, or an op that has no such form
+            oracle, without = None, str(err)
     except MoeoptError as err:
         raise err if isinstance(err, Declined) else Declined(f"moeopt cannot run its nodes: {err}") from None
     except Exception as err:  # torch's own, of many classes
@@ -192,14 +199,14 @@ def explained_distance(module: nn.Module, values: Sequence[Tensor], theirs: Sequ
             "with the file"
         ) from None
     try:
-        return _distance(module, values, ours, theirs, oracle, oracle)
+        return _distance(module, values, ours, theirs, oracle, oracle, without)
     except _NotExplainedError as err:
         nearest = oracle or []
         for other in with_other_choices(module, values, choices) if oracle is not None else ():
             nearest = [nearer_of(*three, axis) for three in zip(theirs, nearest, other, strict=True)]
         if nearest is oracle or oracle is None:
             raise Declined(err.reason) from None
-        return _distance(module, values, ours, theirs, oracle, nearest)
+        return _distance(module, values, ours, theirs, oracle, nearest, without)
 
 
 class _NotExplainedError(Declined):
@@ -208,9 +215,12 @@ class _NotExplainedError(Declined):
 
 def _distance(
     module: nn.Module, values: Sequence[Tensor], ours: Sequence[Tensor], theirs: Sequence[Tensor],
-    oracle: Sequence[Tensor] | None, nearest: Sequence[Tensor] | None,
+    oracle: Sequence[Tensor] | None, nearest: Sequence[Tensor] | None, without: str,
 ) -> float:  # fmt: skip
-    """How far ``theirs`` are from ``nearest`` at the worst token, which ``ours`` and ``oracle`` must explain."""
+    """How far ``theirs`` are from ``nearest`` at the worst token, which ``ours`` and ``oracle`` must explain.
+
+    ``without``: why there is no oracle.
+    """
     far = 0.0
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         if mine.shape != other.shape or mine.dtype != other.dtype:
@@ -222,7 +232,7 @@ def _distance(
             if not torch.equal(mine, other):
                 raise Declined("moeopt reads its nodes as giving other whole numbers than ONNX Runtime gives")
         elif oracle is None or nearest is None:
-            far = max(far, _without_oracle(module, values, number, mine, other))
+            far = max(far, _without_oracle(module, values, number, mine, other, without))
         else:
             far = max(far, _from_oracle(oracle[number], nearest[number], mine, other))
     return far
@@ -247,7 +257,9 @@ def _worst(distances: Tensor) -> float:
     return float(distances.nan_to_num(0).max()) if distances.numel() else 0.0
 
 
-def _without_oracle(module: nn.Module, values: Sequence[Tensor], number: int, ours: Tensor, theirs: Tensor) -> float:
+def _without_oracle(
+    module: nn.Module, values: Sequence[Tensor], number: int, ours: Tensor, theirs: Tensor, without: str
+) -> float:
     """How far one rounding error of the inputs moves the interpreter's result, which must explain ONNX Runtime's.
 
     Raises:
@@ -266,6 +278,6 @@ def _without_oracle(module: nn.Module, values: Sequence[Tensor], number: int, ou
     if moved * FACTOR > CEILING or far > FACTOR * moved + EPS_ALLOWANCE * eps:
         raise Declined(
             f"ONNX Runtime's result is {far:.2g} from moeopt's, which one rounding error of the inputs moves by "
-            f"{moved:.2g}, and float64 cannot tell which is right: its router chooses between scores that are too close"
+            f"{moved:.2g}, and float64 cannot tell which is right: {without}"
         )
     return max(moved, eps)

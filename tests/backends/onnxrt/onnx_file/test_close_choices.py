@@ -48,6 +48,27 @@ def test_either_choice_between_equal_scores_is_explained(how, ids):
 
 
 @pytest.mark.parametrize("how", ["order", "some"])
+@pytest.mark.parametrize("last", [[0, 1], [0, 2], [1, 2], [2, 1]])
+def test_any_two_of_three_equal_scores_are_explained(how, last):
+    module, (x, scores), _ = case(how, [[1, 2], [0, 3], [0, 1], [4, 0]])
+    scores[3] = torch.tensor([0.25, 0.25, 0.25, 0, 0.1]).half()
+    theirs = Chosen(how, torch.tensor([[1, 2], [0, 3], [0, 1], last]))(x, scores)
+    assert explained_distance(module, (x, scores), [theirs.detach()]) < 1e-2
+
+
+def test_an_oracle_that_cannot_run_says_why(monkeypatch):
+    from moeopt.backends.onnxrt.onnx_file import parts
+    from moeopt.verification.selections import OracleError
+
+    def stops(*args):
+        raise OracleError("the float64 oracle cannot run aten.foo")
+
+    monkeypatch.setattr(parts, "run_oracle", stops)
+    with pytest.raises(Declined, match="float64 cannot tell which is right: the float64 oracle cannot run aten.foo"):
+        explained_distance(*case("some", [[1, 4], [0, 3], [0, 1], [4, 0]]))
+
+
+@pytest.mark.parametrize("how", ["order", "some"])
 def test_a_choice_of_a_lower_score_is_not_explained(how):
     with pytest.raises(Declined, match="ONNX Runtime's result is .* rounding explains .* please report this"):
         explained_distance(*case(how, [[1, 2], [0, 2], [0, 1], [4, 0]]))

@@ -1,0 +1,229 @@
+"""Blocks as exporters of vendors write them: each is rewritten and right at other sizes, or has a true reason."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+import moeopt
+from tests.onnx_in.by_hand import E, File, H, I
+
+
+def run(model, **feeds):
+    """What ONNX Runtime gives for the file as it is."""
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    return [torch.from_numpy(y) for y in session.run(None, {name: value.numpy() for name, value in feeds.items()})]
+
+
+def optimized(model, **fields):
+    return moeopt.optimize(model, **{"verify": "off", **fields})
+
+
+def right(model, found, count=1, **more):
+    """``found`` has so many rewritten blocks, and gives what ``model`` gives."""
+    assert [(b.status, b.reason) for b in found.report.blocks] == [("rewritten", "")] * count
+    for tokens in (1, 7):
+        x = torch.randn(tokens, H, generator=torch.Generator().manual_seed(tokens))
+        x[tokens // 2] = torch.nan if tokens > 1 else 0.5
+        torch.testing.assert_close(found(x=x, **more), run(model, x=x, **more)[0], rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def reason(model):
+    (block,) = optimized(model).report.blocks
+    assert block.status == "declined" and block.kind == "moe"
+    return block.reason
+
+
+def test_as_many_as_a_caller_says_are_no_constant():
+    """Both made-up calls give the same number, which the next caller does not."""
+    file = File()
+    number = helper.make_tensor_value_info("k", TensorProto.INT64, [1])
+    model = file.model(file.dense(k="k"), [number])
+    found = moeopt.optimize(model, {"x": torch.randn(5, H), "k": torch.tensor([1])}, verify="off")
+    (block,) = found.report.blocks
+    assert block.status == "declined"
+    assert "(TopK) chooses as many experts as a value of the graph says that no constant and no size" in block.reason
+    x, k = torch.randn(7, H), torch.tensor([3])
+    torch.testing.assert_close(found(x=x, k=k), run(model, x=x, k=k)[0])
+
+
+def test_a_number_that_a_caller_gives_is_no_size_of_a_region():
+    """An offset among the ids, alike in both made-up calls."""
+    file = File()
+    weights, ids, logits = file.router()
+    moved = file.node("Mod", file.node("Add", ids, "offset"), file.constant(np.int64(E)))
+    experts = file.weighed("x", file.table(weights, moved, logits), lambda x, e: file.expert(x, f"experts.{e}"))
+    offset = helper.make_tensor_value_info("offset", TensorProto.INT64, [1])
+    model = file.model(experts, [offset])
+    found = moeopt.optimize(model, {"x": torch.randn(5, H), "offset": torch.tensor([0])}, verify="fast")
+    for number in (0, 1, 3):
+        x, given = torch.randn(7, H), torch.tensor([number])
+        torch.testing.assert_close(found(x=x, offset=given), run(model, x=x, offset=given)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_two_blocks_that_share_a_router():
+    """The second reads what the first gives, and the router's scores: neither holds the other, and none waits for
+    itself."""
+    file = File()
+    table = file.table(*file.router())
+    first = file.weighed("x", table, lambda x, e: file.expert(x, f"a.experts.{e}"))
+    second = file.weighed(first, table, lambda x, e: file.expert(x, f"b.experts.{e}"))
+    model = file.model(file.node("Add", first, second))
+    found = optimized(model)
+    right(model, found, count=2)
+    assert [b.name for b in found.report.blocks] == ["a", "b"]
+
+
+def ids_file(file):
+    """Rows looked up by ids, and experts by a hash of these."""
+    rows = file.node("Gather", file.weight(16, H), "ids")
+    kind = file.node("Gather", file.constant(np.arange(16) % E), "ids")
+    total = None
+    for e in range(E):
+        mine = file.node("Unsqueeze", file.node("Equal", kind, file.constant(np.int64(e))), file.constant([-1]))
+        part = file.node("Where", mine, file.expert(rows, f"experts.{e}"), file.constant(np.float32(0)))
+        total = part if total is None else file.node("Add", total, part)
+    model = file.model(total, [helper.make_tensor_value_info("ids", TensorProto.INT64, ["b", "s"])])
+    del model.graph.input[0]
+    return model
+
+
+def test_experts_begin_at_the_rows_of_a_table_and_not_at_its_ids():
+    model = ids_file(File())
+    found = optimized(model)
+    assert [(b.status, b.reason) for b in found.report.blocks] == [("rewritten", "")]
+    ids = torch.arange(12).view(3, 4)
+    torch.testing.assert_close(found(ids=ids), run(model, ids=ids)[0], rtol=1e-4, atol=1e-5)
+
+
+def one_hot(file):
+    weights, ids, _ = file.router()
+    values = file.constant(np.float32([0, 1]))
+    chosen = file.node("OneHot", ids, file.constant(np.int64(E)), values, axis=-1)
+    table = file.sum(file.node("Mul", chosen, file.node("Unsqueeze", weights, file.constant([-1]))), 1, 0)
+    return file.weighed("x", table, lambda x, e: file.expert(x, f"experts.{e}"))
+
+
+def scaled_by_ones(file):
+    return file.dense(
+        lambda x, e: file.node("Mul", file.expert(x, f"experts.{e}"), file.constant(np.ones(H, np.float32)))
+    )
+
+
+def sequence(file):
+    table = file.table(*file.router())
+    results = [file.node("Unsqueeze", file.expert("x", f"experts.{e}"), file.constant([1])) for e in range(E)]
+    joined = file.node("ConcatFromSequence", file.node("SequenceConstruct", *results), axis=1)
+    return file.sum(file.node("Mul", joined, file.node("Unsqueeze", table, file.constant([-1]))), 1, 0)
+
+
+def stacked_sequence(file):
+    table = file.table(*file.router())
+    results = [file.expert("x", f"experts.{e}") for e in range(E)]
+    joined = file.node("ConcatFromSequence", file.node("SequenceConstruct", *results), axis=1, new_axis=1)
+    return file.sum(file.node("Mul", joined, file.node("Unsqueeze", table, file.constant([-1]))), 1, 0)
+
+
+@pytest.mark.parametrize("form", [one_hot, scaled_by_ones, sequence, stacked_sequence])
+def test_forms_that_are_rewritten(form):
+    """Constants of a file keep their values: those that change nothing are no reason to decline."""
+    file = File()
+    model = file.model(form(file))
+    right(model, optimized(model))
+
+
+def test_a_router_of_a_pooled_image():
+    file = File()
+    pooled = file.node("Flatten", file.node("GlobalAveragePool", "x"))
+    table = file.table(*file.router(x=pooled))
+    total = None
+    for e in range(E):
+        inner = file.node("Relu", file.node("Conv", "x", file.weight(I, H, 1, 1, name=f"experts.{e}.up")))
+        given = file.node("Conv", inner, file.weight(H, I, 1, 1, name=f"experts.{e}.down"))
+        column = file.node("Gather", table, file.constant([e]), axis=1)
+        part = file.node("Mul", given, file.node("Reshape", column, file.constant([-1, 1, 1, 1])))
+        total = part if total is None else file.node("Add", total, part)
+    model = file.model(total)
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", H, "h", "w"]))
+    found = optimized(model)
+    assert [(b.status, b.reason) for b in found.report.blocks] == [("rewritten", "")]
+    x = torch.randn(3, H, 4, 5)
+    torch.testing.assert_close(found(x=x), run(model, x=x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_scores_at_constant_places_are_told_as_broken():
+    file = File()
+    scores = file.node("MatMul", "x", file.weight(H, E))
+    weights = file.node("Softmax", file.node("Gather", scores, file.constant([0, 2]), axis=1), axis=-1)
+    total = file.weighed("x", weights, lambda x, e: file.expert(x, f"experts.{2 * e}"), experts=2)
+    said = reason(file.model(total))
+    assert said.startswith("the file is broken, unless the others are meant for no expert, which a file does not tell")
+    assert "of the 4 experts that its router scores, the node 'Gather_" in said and "takes the same 2 for every" in said
+
+
+def test_experts_of_several_widths_are_not_told_as_missing():
+    file = File()
+    said = reason(file.model(file.dense(lambda x, e: file.expert(x, f"experts.{e}", I if e != 2 else 20))))
+    assert said.startswith("its 4 experts have hidden layers of different widths (12, 20), and blocks are cut out of a")
+    assert "moeopt.optimize(moeopt.from_onnx(path), inputs, backend='onnxruntime')" in said
+
+
+def bilinear(file, x):
+    row, column = (file.node("Unsqueeze", x, file.constant(axes)) for axes in ([1, 2], [1, 3]))
+    left = file.node("MatMul", row, file.weight(6, H, H))
+    return file.node("Squeeze", file.node("MatMul", left, column), file.constant([2, 3]))
+
+
+ALONE = {
+    "MatMul": bilinear,
+    "Gemm": lambda file, x: file.node("Gemm", x, file.weight(6, H), file.weight(6), transB=1),
+    "Mul, Add": lambda file, x: file.node("Add", file.node("Mul", x, file.weight(H)), file.weight(H)),
+    "ConvTranspose": lambda file, x: file.node(
+        "Squeeze",
+        file.node("ConvTranspose", file.node("Unsqueeze", x, file.constant([2])), file.weight(H, 6, 1)),
+        file.constant([2]),
+    ),
+    "Einsum": lambda file, x: file.node("Einsum", x, file.weight(6, H), equation="th,oh->to"),
+}
+
+
+@pytest.mark.parametrize("operators", ALONE)
+def test_experts_that_are_no_two_products_have_an_entry(operators):
+    file = File()
+    model = file.model(file.dense(lambda x, e: ALONE[operators](file, x)))
+    (block,) = optimized(model).report.blocks
+    assert (block.kind, block.status, block.experts) == ("moe", "declined", E)
+    assert block.reason.startswith(
+        f"each of its 4 experts has {operators} with constants of its own, and no two products"
+    )
+
+
+def test_branches_that_no_router_weighs_have_no_entry():
+    """Halves of one product that gate each other, and rotated halves: constants of their own, and no choice."""
+    file = File()
+    seen = file.node("Softmax", file.node("MatMul", "x", file.node("Transpose", "x", perm=[1, 0])), axis=-1)
+    x = file.node("MatMul", file.node("MatMul", seen, "x"), file.weight(H, H))
+    one, two = file.node("Split", x, results=2, axis=1)
+    turned = [file.node("Mul", half, file.weight(4)) for half in (one, two)]
+    gated = file.node("Mul", one, file.node("Sigmoid", two))
+    model = file.model(file.node("Concat", file.node("Add", *turned), gated, axis=1))
+    assert optimized(model).report.blocks == ()
+
+
+def test_a_new_graph_that_does_not_load_is_not_kept(monkeypatch):
+    from moeopt.backends.onnxrt import open_engine
+
+    real = open_engine.OnnxEngine
+
+    def stops(directory, signature, *args, **more):
+        if any(one["name"] == "x" for one in signature["inputs"]):  # the file's own, and not the blocks' beside it
+            monkeypatch.setattr(open_engine, "OnnxEngine", real)  # what is left as it is opens
+            raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : the graph is not acyclic.\nmore")
+        return real(directory, signature, *args, **more)
+
+    file = File()
+    model = file.model(file.dense())
+    monkeypatch.setattr(open_engine, "OnnxEngine", stops)
+    said = reason(model)
+    assert "does not load the new graph, and it was not kept: [ONNXRuntimeError] : 1 : FAIL : the graph is not" in said
