@@ -116,8 +116,9 @@ def expanded(directory: CheckpointDirectory, model: nn.Module, dtype: torch.dtyp
             stacks[matrix.name if stacked else f"{matrix.name}.weight"].append(matrix)
     if not stacks:
         raise UsageError(
-            f"{directory.path} is quantised ({method}), and such a checkpoint is not streamed: load it with "
-            "transformers, dequantised, and give the model, or save that model and give its directory"
+            f"config.json says that {directory.path} is quantised ({method}), and no tensor of its files has codes "
+            "in a form that is known: load it with transformers, dequantised, and give the model, or save that model "
+            "and give its directory; where the files hold floats, take quantization_config out of config.json"
         )
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return ExpandedDirectory(directory, stacks, model, dtype or own)

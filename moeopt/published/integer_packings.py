@@ -113,6 +113,12 @@ def gptq(files: TensorFiles, module: str, config: Mapping[str, Any]) -> StoredMa
                 f"{names[2]} holds a zero point of {(1 << bits) - 1}, which stands for {1 << bits} or for 0, as the "
                 "reader has it: save the checkpoint in the format gptq_v2"
             )
+        middle = 1 << (bits - 1)
+        if config.get("sym") is True and not bool((points + less == middle).all()):
+            raise CheckpointError(
+                f"config.json says that zero points are all {middle} (sym), and those of {names[2]}, read in the "
+                f"format {stored}, are not: the format is another one, or the files and config.json are of two versions"
+            )
         return (points + less).t()
 
     def codes() -> Tensor:

@@ -147,6 +147,10 @@ DAMAGED = {
         {**layouts.mxfp4("x", 2, 4, 32)[0], "x_scales": torch.zeros(1, 4, 1, dtype=torch.uint8)}, {},
         "x_scales is torch.uint8 (1, 4, 1), and x_blocks",
     ),
+    "zero points of another format": (
+        layouts.gptq("x", 8, 64, 4, 32, symmetric=True)[0], GPTQ | {"checkpoint_format": "gptq_v2", "sym": True},
+        "config.json says that zero points are all 8 (sym), and those of x.qzeros, read in the format gptq_v2, are not",
+    ),
     "a column in a group that has no scale": (
         layouts.gptq("x", 8, 64, 4, 32)[0] | {"x.g_idx": torch.arange(64) // 16}, GPTQ,
         "x.g_idx has to name one of 2 groups for each of 64 columns, and does not",
