@@ -71,6 +71,22 @@ def test_a_quantised_decode_is_what_the_benchmark_wrote():
         assert said in page
 
 
+def test_what_products_lose_by_each_method_is_what_the_benchmark_wrote():
+    measured = json.loads((ROOT / "benchmarks/results/quantise-products.json").read_text())["kl_mean"]
+
+    def told(by):
+        mean = sum(by["gptq"]) / len(by["gptq"])
+        assert mean < 0.6 * by["search"][0] < by["nearest"][0]
+        return (
+            f"{by['nearest'][0]:.2e} to nearest, {by['search'][0]:.2e} searched and {mean:.2e} by GPTQ "
+            f"({min(by['gptq']):.2e} to {max(by['gptq']):.2e})"
+        )
+
+    page = (ROOT / "docs/quantised.md").read_text()
+    assert f"with experts in floats {told(measured['experts float'])}, with experts in 4 bits too" in page
+    assert f"in 4 bits too {told(measured['experts int4'])} (" in page
+
+
 def test_ktransformers_beside_the_kernel_is_what_the_benchmark_wrote():
     rows = []
     for dtype in ("int8", "int4"):
