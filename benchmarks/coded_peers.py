@@ -1,9 +1,9 @@
 """Ways to run a block's experts from codes of 8 or 4 bits in blocks of 32: what ``native_experts --dtype int8`` runs.
 
-All but ggml and fbgemm read the very codes of moeopt's bank; ggml rounds the weights that these stand for again, in
-blocks of 32 of its own, and fbgemm has a scale for each row. What becomes of the activations is a class of its own: a
-kernel that rounds them to 8 bits computes something else, about as far from the quantised model as that is from the
-float one.
+All but ggml, fbgemm and KTransformers read the very codes of moeopt's bank; ggml rounds the weights that these stand
+for again, in blocks of 32 of its own, and the other two with a scale for each row. What becomes of the activations is a
+class of its own: a kernel that rounds them to 8 bits computes something else, about as far from the quantised model as
+that is from the float one.
 Shape legend: T tokens, E experts, K chosen per token, H hidden, I intermediate, N out.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.block_peers import logits_of, openvino_program
 from benchmarks.ggml_peer import GgmlExperts
+from benchmarks.ktransformers_peer import KTransformersExperts
 from moeopt.backends.onnxrt.lowerings import by_name
 from moeopt.backends.onnxrt.lowerings.native import Native
 from moeopt.backends.onnxrt.plan import session_of
@@ -35,7 +36,11 @@ FORMATS = {"int8": INT8_BLOCK32, "int4": INT4_BLOCK32}
 _OWN = "moeopt, rows of 8 bits"
 _OPERATOR = "ORT native, rows of 8 bits"
 _ROUNDED = (_OWN, _OPERATOR, "ggml", "ggml repacked", "ORT MatMulNBits level 4", "ORT QMoE level 4")
-ACTIVATIONS = {**dict.fromkeys(_ROUNDED, "int8, blocks of 32"), "fbgemm": "int8, one scale a call"}
+ACTIVATIONS = {
+    **dict.fromkeys(_ROUNDED, "int8, blocks of 32"),
+    "fbgemm": "int8, one scale a call",
+    "KTransformers": "int8, one scale a row",
+}
 """Of the peers that round them; those of the others are float32."""
 
 
@@ -78,6 +83,7 @@ def peers(module: Any, K: int, dtype: str, only: list[str] | None) -> dict[str, 
         "ORT MatMulNBits level 4": lambda: _session(session_of(site, by_name(codes), rounds=True)),
         "ORT QMoE level 4": lambda: _qmoe(bank, K, 8 if dtype == "int8" else 4),
         "fbgemm": lambda: _fbgemm(module),
+        "KTransformers": lambda: KTransformersExperts(module.gate_up_proj.data, module.down_proj.data, K, dtype),
     }
     for name, of in {
         "moeopt, a scale a row": "int8",

@@ -141,7 +141,7 @@ def measure(
                 for n, t in times.items()
                 if n != "moeopt"
             },
-            "distance": {n: float(f"{d:.2g}") for n, d in distance.items()},
+            "distance": {n: float(f"{d:.2g}") for n, d in distance.items() if "eager" in times},
             "experts hit": statistics.mean(hit[1:]),
         }
         if rates:

@@ -2,7 +2,8 @@
 
 Mean KL and top-1 agreement on 1536 characters of docstrings that neither training nor calibration saw; ``gptq`` is
 calibrated on 32 sequences of 96 characters of the training text, three draws, of which the mean, the least and the most
-are told. Give a file's name to save the figures there, or ``seconds`` to time the methods on matrices instead.
+are told. Give a file's name to save the figures there, or ``seconds`` to time the methods on matrices instead, or
+``products`` and a file's name: attention and ``lm_head`` in int4 in engines, the experts floats or in int4 as well.
 """
 
 import json
@@ -62,8 +63,31 @@ def seconds() -> None:
             print(f"{rows} x {columns} {method}: {1e6 * taken / w.numel():.3f} s a million weights")
 
 
-def main(out: str = "") -> None:
+def products(out: str) -> None:
+    """Mean KL of engines of the MoE model whose products outside of experts are codes."""
+    table: dict[str, dict[str, list[float]]] = {}
+    for experts in ("float", "int4"):
+        for method in METHODS:
+            for seed in range(DRAWS if method == "gptq" else 1):
+                opt = moeopt.optimize(
+                    load("moe"), {"input_ids": text(4)}, backend="onnxruntime", data={"input_ids": text()},
+                    quantize=moeopt.QuantPlan(default=experts, products={"*": "int4"}, method=method),
+                    calibration=calibration(seed) if method == "gptq" else None, verify="fast",
+                )  # fmt: skip
+                assert opt.certificate.passed is True, opt.certificate
+                kl = float(f"{opt.certificate.loss['kl_mean']:.3g}")
+                table.setdefault(f"experts {experts}", {}).setdefault(method, []).append(kl)
+                print(experts, method, kl, flush=True)
+    command = "python -m benchmarks.quantise_methods products " + out
+    body = {"command": command, "torch": torch.__version__, "moeopt": moeopt.__version__, "kl_mean": table}
+    Path(out).write_text(json.dumps(body, indent=1) + "\n")
+
+
+def main(out: str = "", file: str = "") -> None:
     torch.set_num_threads(1)
+    if out == "products":
+        products(file)
+        return
     if out == "seconds":
         seconds()
         return

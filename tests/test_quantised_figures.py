@@ -49,3 +49,54 @@ def test_what_a_cache_of_codes_is_worth_is_what_the_benchmark_wrote():
     page = (ROOT / "docs/quantised.md").read_text()
     assert f"8 bits take {eight} of the float cache's time, 4 bits {four}; on random numbers" in page
     assert f"8 bits move the result by {far}, 4 bits by {farther} (" in page
+
+
+def test_a_quantised_decode_is_what_the_benchmark_wrote():
+    forms = json.loads((ROOT / "benchmarks/results/quantised-model-1t.json").read_text())["forms"]
+    rows = [
+        f"| {name} | {f['ms']:.1f} ms | {f['times_as_fast']:.2f} | {f['python_ms']:.1f} | {f['nodes']:.0f} "
+        f"| {f['products_ms']:.1f} | {f['idle_ms']:.1f} | {f['others_ms']:.1f} | {f['file_bytes'] / 1e6:.0f} MB |"
+        for name, f in forms.items()
+    ]
+    assert "\n".join(rows) in (ROOT / "docs/performance.md").read_text()
+    gain = {name: f"{f['times_as_fast']:.2f}" for name, f in forms.items()}
+    page = " ".join((ROOT / "docs/quantised.md").read_text().split())
+    for said in (
+        f"all in int4 with float activations {gain['int4 all']} times as fast as float32's engine",
+        f"with int8 activations {gain['int4 all, int8 activations']} times",
+        f"all in int8 with int8 activations {gain['int8 all, int8 activations']} times",
+        f"experts alone in int8 {gain['int8 experts']} (",
+        f"in int4 {gain['int4 experts']} (",
+    ):
+        assert said in page
+
+
+def test_what_products_lose_by_each_method_is_what_the_benchmark_wrote():
+    measured = json.loads((ROOT / "benchmarks/results/quantise-products.json").read_text())["kl_mean"]
+
+    def told(by):
+        mean = sum(by["gptq"]) / len(by["gptq"])
+        assert mean < 0.6 * by["search"][0] < by["nearest"][0]
+        return (
+            f"{by['nearest'][0]:.2e} to nearest, {by['search'][0]:.2e} searched and {mean:.2e} by GPTQ "
+            f"({min(by['gptq']):.2e} to {max(by['gptq']):.2e})"
+        )
+
+    page = (ROOT / "docs/quantised.md").read_text()
+    assert f"with experts in floats {told(measured['experts float'])}, with experts in 4 bits too" in page
+    assert f"in 4 bits too {told(measured['experts int4'])} (" in page
+
+
+def test_ktransformers_beside_the_kernel_is_what_the_benchmark_wrote():
+    rows = []
+    for dtype in ("int8", "int4"):
+        name = f"native-mixtral-small-{dtype}-ktransformers-avx512-1t.json"
+        tokens = json.loads((ROOT / "benchmarks/results" / name).read_text())["tokens"]
+        for words, peer in (
+            ('moeopt, `activations="int8"`', "moeopt, rows of 8 bits"),
+            ("`MatMulNBits` at level 4", "ORT MatMulNBits level 4"),
+            ("KTransformers", "KTransformers"),
+        ):
+            figures = " | ".join(f"{row['ms'][peer]:.1f}" for row in tokens.values())
+            rows.append(f"| {dtype}: {words} | {figures} |")
+    assert "\n".join(rows) in (ROOT / "docs/performance.md").read_text()

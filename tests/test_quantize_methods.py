@@ -8,6 +8,8 @@ import moeopt
 from benchmarks.quantise_methods import calibration
 from moeopt.cli import main
 from moeopt.errors import UsageError
+from moeopt.quantization import product_rows
+from moeopt.quantization.product_rows import rows_of_products
 from moeopt.verification.certificate import Certificate
 from tests.test_quantize import Two
 from tests.toy_moe import Block, build
@@ -145,26 +147,59 @@ def test_a_bundle_and_an_engine(tmp_path):
         assert again.passed is True and again.method == "gptq" and again.equivalent is False
 
 
-def test_products_are_searched():
+class Headed(nn.Module):
+    """A product behind a block, whose rows have some columns that are larger than others and go together."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.mixed, self.head = build(), nn.Linear(16, 16), nn.Linear(16, 64)
+
+    def forward(self, x):
+        return self.head(self.mixed(self.block(x)).relu())
+
+
+def test_products_are_searched_and_rounded_by_the_rows_that_reach_them():
     pytest.importorskip("onnxruntime")
-
-    class Headed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.block, self.head = build(), nn.Linear(16, 64)
-
-        def forward(self, x):
-            return self.head(self.block(x))
-
     torch.manual_seed(0)
     model = Headed().eval()
     asked = {"backend": "onnxruntime", "data": ROWS[0]}
     plans = [plan(method, "float", products={"head": "int4"}) for method in ("nearest", "search")]
     plain, found = (moeopt.optimize(model, X, quantize=one, **asked).certificate for one in plans)
+    by_rows = moeopt.optimize(
+        model, X, quantize=plan("gptq", "float", products={"head": "int4"}), calibration=ROWS[1], **asked
+    )
+    assert by_rows.certificate.passed is True and by_rows.certificate.method == "gptq"
+    assert by_rows.certificate.loss["error_mean"] < 0.8 * found.loss["error_mean"]
+    assert not any("too few rows" in note for note in by_rows.report.notes)
+    again = moeopt.verify(by_rows, original=model)  # quantised again by the same rows
+    assert again.passed is True and again.method == "gptq"
     assert found.passed is True and found.method == "search" and not found.quantized
     assert found.loss["error_mean"] < 0.9 * plain.loss["error_mean"]
     assert found.loss["nearest"]["error_mean"] == pytest.approx(plain.loss["error_mean"], rel=1e-4)
     assert "1 product to int4" in str(found) and "by search" in " ".join(str(found).split())
+
+
+def test_a_product_that_few_rows_reach_is_told():
+    pytest.importorskip("onnxruntime")
+    opt = moeopt.optimize(
+        Headed().eval(), X, quantize=plan("gptq", "float", products={"head": "int4"}), calibration=ROWS[1][:9],
+        backend="onnxruntime",
+    )  # fmt: skip
+    assert any("too few rows of calibration= reach head, whose scales were searched" in n for n in opt.report.notes)
+
+
+def test_rows_of_products_that_do_not_fit_beside_each_other_are_held_in_turn(monkeypatch):
+    model, calls = Headed().eval(), [((x,), {}) for x in ROWS]
+    paths = ["mixed", "head"]
+    at_once = {path: rows.rows_MN for path, rows in rows_of_products(model, paths, calls)}
+    monkeypatch.setattr(product_rows, "LARGEST", 2 * at_once["head"].nbytes - 1)
+    in_turn = {path: rows.rows_MN for path, rows in rows_of_products(model, paths, calls)}
+    assert list(at_once) == list(in_turn) == paths and len(at_once["head"]) == 400
+    assert all(torch.equal(at_once[path], in_turn[path]) for path in paths)
+    assert torch.equal(model.head(at_once["head"][:200]), model(ROWS[0])) and not model.head._forward_pre_hooks
+    assert list(rows_of_products(model, paths, [])) == [("mixed", None), ("head", None)]
+    with pytest.raises(UsageError, match="call 1 of calibration= sends NaN or infinity to mixed: leave it out, or"):
+        list(rows_of_products(model, paths, [((x,), {}) for x in not_finite()]))
 
 
 def test_a_plan_that_was_searched_rounds_as_it_measured():

@@ -19,6 +19,7 @@ from torch import nn
 
 from moeopt.checkpoint.directory import CheckpointDirectory, CheckpointTensor
 from moeopt.errors import UsageError
+from moeopt.published.beside_weights import turned_at_each_call
 from moeopt.published.directory_of import stated_by
 from moeopt.published.quantised_tensors import quantised_tensors
 from moeopt.published.stored_matrix import StoredMatrix
@@ -96,6 +97,12 @@ def expanded(directory: CheckpointDirectory, model: nn.Module, dtype: torch.dtyp
         return directory
     found = quantised_tensors(SafetensorsDirectory(directory.path), config)
     method = found.method or "some way"
+    if turned := turned_at_each_call(config):
+        raise UsageError(
+            f"{directory.path} is quantised ({method}) with transforms of activations that the model does at each "
+            f"call: {turned} of transform_config; its weights alone are another model's. Load it with a library "
+            "that does them, and give the model"
+        )
     if found.unread:
         name, why = next(iter(found.unread.items()))
         raise UsageError(
@@ -109,8 +116,9 @@ def expanded(directory: CheckpointDirectory, model: nn.Module, dtype: torch.dtyp
             stacks[matrix.name if stacked else f"{matrix.name}.weight"].append(matrix)
     if not stacks:
         raise UsageError(
-            f"{directory.path} is quantised ({method}), and such a checkpoint is not streamed: load it with "
-            "transformers, dequantised, and give the model, or save that model and give its directory"
+            f"config.json says that {directory.path} is quantised ({method}), and no tensor of its files has codes "
+            "in a form that is known: load it with transformers, dequantised, and give the model, or save that model "
+            "and give its directory; where the files hold floats, take quantization_config out of config.json"
         )
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return ExpandedDirectory(directory, stacks, model, dtype or own)

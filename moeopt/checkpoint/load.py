@@ -22,6 +22,7 @@ from moeopt.errors import CheckpointError
 from moeopt.listed import listed
 from moeopt.options import variable_set
 from moeopt.patches import kept_load_report
+from moeopt.published.directory_of import stated_by
 from moeopt.published.headers import interrupted
 from moeopt.value_types import PyObject
 
@@ -181,7 +182,7 @@ def refuse_missing(directory: CheckpointDirectory, model: nn.Module, info: Mappi
     """``CheckpointError`` for Parameters that no tensor of the files gives, or one of another shape."""
     missing = sorted(info.get("missing_keys") or ())
     if missing:
-        way = interrupted(directory.path)
+        way = interrupted(directory.path) or _codes_without_a_config(directory)
         raise CheckpointError(
             f"{directory.path} holds no values for {listed(missing)} of {type(model).__name__}, and random numbers are "
             f"no model: a file may be missing ({len(directory.files)} are there), or --task (task=) may be another one"
@@ -189,6 +190,17 @@ def refuse_missing(directory: CheckpointDirectory, model: nn.Module, info: Mappi
         )
     if why := mismatch_words(info.get("mismatched_keys") or ()):
         raise unfit(directory, type(model).__name__, why)
+
+
+def _codes_without_a_config(directory: CheckpointDirectory) -> str:
+    """That the files hold packed codes of which no config says how they are read; "" where they do not."""
+    packed = next((name for name in directory if name.endswith((".weight_packed", ".qweight", "_blocks"))), None)
+    if packed is None or stated_by(directory.path):
+        return ""
+    return (
+        f"{packed} holds codes of a quantised model, and config.json has no quantization_config that says how they are "
+        "read: fetch config.json again"
+    )
 
 
 def generation_config(path: Path) -> PyObject:

@@ -10,8 +10,9 @@ from torch import nn
 from moeopt.errors import CheckpointError
 from moeopt.find.block_candidates import BlockCandidate
 from moeopt.ir.weight_format import WeightFormat
+from moeopt.published.beside_weights import rounded_at_each_call, turned_at_each_call
 from moeopt.published.comparison import Comparison, KindOfMatrix, compare
-from moeopt.published.directory_of import directory_of, stated_of
+from moeopt.published.directory_of import directory_of, stated_by, stated_of
 from moeopt.published.loaded_matrix import kind_of
 from moeopt.sizes import in_megabytes
 
@@ -36,7 +37,22 @@ def beside_checkpoint(model: nn.Module, places: Iterable[BlockCandidate]) -> lis
         place.reason = place.reason or _wrong(comparison, [names[w] for w in place.weights if w in names])
     held = {kind_of(names[w]) for place in found for w in place.weights if w in names}
     notes = [why for kind, why in comparison.wrong.items() if kind not in held]  # the others are reasons of blocks
-    return [*notes, *_of_experts(model, comparison, found)]
+    return [*notes, *_of_experts(model, comparison, found), *_beside_the_weights(comparison)]
+
+
+def _beside_the_weights(comparison: Comparison) -> Iterator[str]:
+    """What the checkpoint's config asks for beside its weights, and no comparison of weights shows."""
+    config = stated_by(comparison.directory)
+    if rounded := rounded_at_each_call(config):
+        yield (
+            f"config.json has {rounded}: kernels that follow it round what quantised products read at each call; here "
+            "these are floats, in the model that was given and in what was verified"
+        )
+    if turned := turned_at_each_call(config):
+        yield (
+            f"transform_config has {turned}: activations that the model turns at each call; whether the library that "
+            "loaded it does so, the weights do not tell"
+        )
 
 
 def _wrong(comparison: Comparison, parameters: list[str]) -> str:

@@ -100,7 +100,7 @@ def _compared(alike: list[StoredMatrix], parameters: LoadedParameters, directory
             first, loaded = alike[at], here
         if not here.same:
             wrong = _what_is_wrong(alike[at], weight, here, directory)
-    total = sum(m.format.nbytes(m.shape) for m in alike)
+    total = sum(m.nbytes for m in alike)
     return KindOfMatrix(first.label, first.shape, first.format, loaded, wrong, total, len(alike))
 
 

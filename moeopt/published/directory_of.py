@@ -29,7 +29,10 @@ def directory_of(model: PyObject) -> Path | None:
 
 
 def stated_by(directory: Path) -> Mapping[str, Any]:
-    """``quantization_config`` of a directory's ``config.json``, or of its text model's; {} where there is none."""
+    """``quantization_config`` of a directory's ``config.json``, or of its text model's; {} where there is none.
+
+    Early files of compressed-tensors call it ``compression_config``.
+    """
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -49,7 +52,8 @@ def stated_of(model: PyObject) -> Mapping[str, Any]:
 
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     for part in (config, *(config.get(key) for key in ("text_config", "llm_config", "language_config"))):
-        if isinstance(part, dict) and isinstance(part.get("quantization_config"), dict):
-            found: Mapping[str, Any] = part["quantization_config"]
-            return found
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(part, dict) and isinstance(part.get(key), dict):
+                found: Mapping[str, Any] = part[key]
+                return found
     return {}

@@ -85,11 +85,12 @@ class PublishedExperts:
         """
         layer, first = numbers_of(block), floats(0)
         recipes = [self._recipe(block, (*layer, 0), w) for w in first]
+        asymmetric = [self._has_zero_points(layer, experts, recipe) for recipe in recipes]
         stacks = [BankStack(experts) for _ in recipes]
         exact = True
         for e in range(experts):
-            for recipe, stack, w in zip(recipes, stacks, floats(e), strict=True):
-                weight = self._made(block, (*layer, e), recipe)
+            for recipe, zeros, stack, w in zip(recipes, asymmetric, stacks, floats(e), strict=True):
+                weight = self._made(block, (*layer, e), recipe, zeros)
                 bits = weight.shape == w.shape and torch.equal(weight.dequantize(w.dtype), w)
                 if not bits and not _near(weight, w):
                     raise Unbound(
@@ -120,13 +121,37 @@ class PublishedExperts:
             f"{N} x {K} weight that {block} holds there{unread}"
         )
 
-    def _made(self, block: str, numbers: tuple[int, ...], recipe: _Recipe) -> QuantizedWeight:
-        stored = {kind_of(m.name): m for m in self._by_numbers.get(numbers, [])}
+    def _stored(self, numbers: tuple[int, ...]) -> dict[str, StoredMatrix]:
+        return {kind_of(m.name): m for m in self._by_numbers.get(numbers, [])}
+
+    def _has_zero_points(self, layer: tuple[int, ...], experts: int, recipe: _Recipe) -> bool:
+        """Whether one of the experts has zero points; those of another may all be the plain one, as if it had none."""
+        stored = (self._stored((*layer, e)) for e in range(experts))
+        return any(not m[kind].format.symmetric for m in stored for kind in recipe.kinds if kind in m)
+
+    def _made(self, block: str, numbers: tuple[int, ...], recipe: _Recipe, zeros: bool) -> QuantizedWeight:
+        stored = self._stored(numbers)
         missing = [kind for kind in recipe.kinds if kind not in stored]
         if missing:
             raise Unbound(f"the checkpoint {self.directory} has no {missing[0]} for {block}, expert {numbers[-1]}")
-        parts = [stored[kind].read() for kind in recipe.kinds]
+        grouped = next((stored[kind] for kind in recipe.kinds if stored[kind].grouped is not None), None)
+        if grouped is not None:
+            raise Unbound(
+                f"{grouped.label} has its columns grouped by their activations (desc_act, actorder), and codes of a "
+                "bank have scales for columns in order: quantise without it, or give quantize= another format"
+            )
+        parts = [with_zero_points(stored[kind].read(), zeros) for kind in recipe.kinds]
         return parts[0] if len(parts) == 1 else joined(parts, recipe.in_turn)
+
+
+def with_zero_points(weight: QuantizedWeight, wanted: bool) -> QuantizedWeight:
+    """``weight`` itself, or where zero points are ``wanted`` and it has none, with the plain one of each block."""
+    if not wanted or not weight.format.symmetric or weight.format.codes not in ("int8", "uint8", "uint4"):
+        return weight
+    assert weight.scales is not None
+    plain = torch.full(weight.scales.shape, weight.format.zero, dtype=weight.format.code_dtype)
+    format = replace(weight.format, symmetric=False)
+    return QuantizedWeight(weight.codes, weight.scales, plain, format, weight.shape)
 
 
 def joined(parts: Sequence[QuantizedWeight], in_turn: bool) -> QuantizedWeight:

@@ -6,6 +6,7 @@ Shape legend: N out, K in, G groups along K.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,9 +38,7 @@ def pack_quantized(files: TensorFiles, module: str, config: Mapping[str, Any]) -
     (N, K), bits = _packed_sizes(files, packed, scale, size, config)
     groups = files.shape(scale)[1] if len(files.shape(scale)) == 2 else 1
     width = _width(K, groups, [w.get("group_size") for w in weights_of(config)], scale)
-    order, zero = f"{module}.weight_g_idx", f"{module}.weight_zero_point"
-    if order in files:
-        _in_order(files.tensor(order), width or K, order)
+    zero = f"{module}.weight_zero_point"
     symmetric = zero not in files
     if symmetric and weights_of(config) and all(w.get("symmetric") is False for w in weights_of(config)):
         raise CheckpointError(f"{zero} is in no file, and config.json says that there is one: fetch both again")
@@ -62,7 +61,9 @@ def pack_quantized(files: TensorFiles, module: str, config: Mapping[str, Any]) -
         return codes, files.tensor(scale).reshape(N, groups), None if symmetric else zeros()
 
     tensors = (packed, scale, size) if symmetric else (packed, scale, size, zero)
-    return StoredMatrix(module, None, (N, K), format, load, tensors)
+    return _by_column(
+        files, f"{module}.weight_g_idx", groups, StoredMatrix(module, None, (N, K), format, load, tensors)
+    )
 
 
 def _packed_sizes(
@@ -103,9 +104,6 @@ def gptq(files: TensorFiles, module: str, config: Mapping[str, Any]) -> StoredMa
     names, (down, N), bits, groups = _parts(files, module, config)
     K = down * 32 // bits
     width = _width(K, groups, _stated(config), names[1])
-    order = f"{module}.g_idx"
-    if order in files:
-        _in_order(files.tensor(order), width or K, order)
     less = 0 if stored == "gptq_v2" else 1
 
     def zeros() -> Tensor:
@@ -115,12 +113,19 @@ def gptq(files: TensorFiles, module: str, config: Mapping[str, Any]) -> StoredMa
                 f"{names[2]} holds a zero point of {(1 << bits) - 1}, which stands for {1 << bits} or for 0, as the "
                 "reader has it: save the checkpoint in the format gptq_v2"
             )
+        middle = 1 << (bits - 1)
+        if config.get("sym") is True and not bool((points + less == middle).all()):
+            raise CheckpointError(
+                f"config.json says that zero points are all {middle} (sym), and those of {names[2]}, read in the "
+                f"format {stored}, are not: the format is another one, or the files and config.json are of two versions"
+            )
         return (points + less).t()
 
     def codes() -> Tensor:
         return columns_of_int32(files.tensor(names[0]))
 
-    return _with_zeros(files, module, names, (N, K), bits, width, codes, zeros)
+    matrix = _with_zeros(files, module, names, (N, K), bits, width, codes, zeros)
+    return _by_column(files, f"{module}.g_idx", groups, matrix)
 
 
 def awq(files: TensorFiles, module: str, config: Mapping[str, Any]) -> StoredMatrix:
@@ -214,10 +219,29 @@ def _width(columns: int, groups: int, stated: list[Any], name: str) -> int | Non
     )
 
 
-def _in_order(groups: Tensor, width: int, name: str) -> None:
-    """``UnreadLayout`` where columns are not grouped in their order: their scales are no blocks."""
-    if not torch.equal(groups.long(), torch.arange(len(groups)) // width):
-        raise UnreadLayout(
-            f"{name} groups columns by their activations (desc_act), and scales are read for columns in order; "
-            "quantise it without desc_act"
+def _by_column(files: TensorFiles, order: str, groups: int, matrix: StoredMatrix) -> StoredMatrix:
+    """``matrix`` where columns are grouped in their order, else with a scale for each weight: its group's.
+
+    Args:
+        order: the tensor that has the group of each column (desc_act, actorder), where there is one.
+        groups: how many there are scales of.
+
+    Raises:
+        CheckpointError: the tensor names groups that there are no scales of, or of another number of columns.
+    """
+    if order not in files:
+        return matrix
+    K, found = matrix.shape[1], files.tensor(order).long()
+    if found.shape != (K,) or not bool(((found >= 0) & (found < groups)).all()):
+        raise CheckpointError(
+            f"{order} has to name one of {groups} groups for each of {K} columns, and does not: fetch the file again"
         )
+    if torch.equal(found, torch.arange(K) // (matrix.format.block[1] or K)):
+        return matrix
+
+    def load() -> CodeTensors:
+        codes, scales, zeros = matrix.load()
+        return codes, scales.index_select(1, found), None if zeros is None else zeros.index_select(1, found)
+
+    format = replace(matrix.format, block=(1, 1))
+    return replace(matrix, format=format, load=load, tensors=(*matrix.tensors, order), grouped=matrix.format)

@@ -52,7 +52,9 @@ def awq_numbers(packed: Tensor) -> Tensor:
 
 def numbers_of_int32(packed: Tensor, bits: int) -> Tensor:
     """(R, C) int32 to (R, C P) bytes, one a number, lowest bits first."""
-    bytes_ = packed.contiguous().view(torch.uint8)
+    bytes_ = packed.clone(memory_format=torch.contiguous_format).view(
+        torch.uint8
+    )  # contiguous() keeps what one row has
     if bits == 8:
         return bytes_
     return torch.stack([bytes_ & 15, bytes_ >> 4], -1).flatten(1)

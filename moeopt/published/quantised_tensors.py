@@ -16,6 +16,7 @@ GPTQModel for the last.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -151,22 +152,47 @@ def _block_of(files: TensorFiles, weight: str, scale: str, shape: tuple[int, int
     """Which weights share a scale, from the config's block where it gives the grid that the scales have."""
     N, K = shape
     sizes = files.shape(scale)
+    if (
+        len(files.shape(weight)) == 3
+        and math.prod(sizes) > 1
+        and (len(sizes) != 3 or sizes[0] != files.shape(weight)[0])
+    ):
+        raise UnreadLayout(
+            f"{scale} is {sizes}, and the stack {weight} of {files.shape(weight)} is read with scales of each expert's "
+            "rows or blocks, (experts, ...)"
+        )
     grid = sizes[-2:] if len(sizes) >= 2 else (sizes[0] if sizes else 1, 1)
-    blocks: list[Any] = [config.get("weight_block_size"), *(w.get("block_structure") for w in weights_of(config))]
-    blocks += [[1, w["group_size"]] for w in weights_of(config) if w.get("group_size")]
-    blocks = [b for b in blocks if isinstance(b, list) and len(b) == 2 and all(isinstance(n, int) and n > 0 for n in b)]
+    if len(sizes) > 3 or (len(sizes) == 3 and len(files.shape(weight)) == 2):
+        raise UnreadLayout(
+            f"{scale} is {sizes}; scales of a matrix are read as one, as rows, or as blocks (rows, columns)"
+        )
+    blocks = _stated_blocks(config)
     if grid == (1, 1) and not (blocks and scale.endswith("_inv")):
         return None, None
     if grid == (N, 1) and not scale.endswith("_inv"):
         return 1, None
-    for rows, columns in blocks or [[128, 128]]:  # of 192 rows those of 96 and of 128 have as many scales
+    for rows, columns in blocks or [(128, 128)]:  # of 192 rows those of 96 and of 128 have as many scales
         if (-(-N // rows), -(-K // columns)) == grid:
+            if not blocks and config.get("quant_method", "fp8") != "fp8" and (N % rows or K % columns):
+                raise UnreadLayout(
+                    f"{scale} has scales for {grid[0]} x {grid[1]} blocks of {weight} of {N} x {K}, and config.json "
+                    "does not say of which size: where blocks are partial, several sizes have as many scales"
+                )
             return rows, columns
     stated = " or ".join(f"{rows} x {columns}" for rows, columns in blocks) or "128 x 128"
     raise CheckpointError(
         f"{scale} has scales for {grid[0]} x {grid[1]} blocks, and {weight} of {N} x {K} in blocks of {stated} has "
         "another number of them: the files and config.json are of two versions; fetch both again"
     )
+
+
+def _stated_blocks(config: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """The blocks that a config states, as [rows, columns], "128x128", or columns of a group."""
+    stated: list[Any] = [config.get("weight_block_size"), *(w.get("block_structure") for w in weights_of(config))]
+    stated = [[int(n) for n in re.findall(r"\d+", one)] if isinstance(one, str) else one for one in stated]
+    stated += [[1, w["group_size"]] for w in weights_of(config) if w.get("group_size")]
+    pairs = [one for one in stated if isinstance(one, list) and len(one) == 2]
+    return [(rows, columns) for rows, columns in pairs if all(type(n) is int and n > 0 for n in (rows, columns))]
 
 
 def _mxfp4(files: TensorFiles, name: str) -> list[StoredMatrix]:

@@ -27,6 +27,8 @@ class StoredMatrix:
         format: how it is stored.
         load: reads codes, scales and zero points.
         tensors: the names of the file's tensors that hold it.
+        grouped: the file's format where its columns are grouped in an order of their own (desc_act), which is no
+            block: ``format`` then has a scale for each weight.
     """
 
     name: str
@@ -35,11 +37,17 @@ class StoredMatrix:
     format: WeightFormat
     load: Callable[[], CodeTensors]
     tensors: tuple[str, ...]
+    grouped: WeightFormat | None = None
 
     @property
     def label(self) -> str:
         """What messages call it."""
         return self.name if self.expert is None else f"{self.name}[{self.expert}]"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its codes, scales and zero points in the file."""
+        return (self.grouped or self.format).nbytes(self.shape)
 
     def read(self) -> QuantizedWeight:
         """Its codes and scales; mapped memory where the file's layout is that of the format.

@@ -27,7 +27,7 @@ def quantized_again(original: nn.Module, call: ArgsKwargs, certificate: Certific
         options, verify="off", quantize=plan_of(certificate), limit=None, data=None, device=None, dtype=None, dump=None,
         inplace=False, print_passes=False, fuel=None, progress=None,
     )  # fmt: skip
-    rows = calibrate(original, call, options).rows
+    calls, rows = calibrate(original, call, options)
     twin = shared_copy(original)
-    products = quantize_products(original, twin, run(twin, call, options, rows=rows), call, options)
+    products = quantize_products(original, twin, run(twin, call, options, rows=rows), call, options, calls)
     return quantized_original(original, twin, products)

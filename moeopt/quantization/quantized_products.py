@@ -23,11 +23,13 @@ from moeopt.find.choosing_products import choosing_products
 from moeopt.ir.weight_format import FORMATS, INT8_CHANNEL
 from moeopt.listed import listed
 from moeopt.options import Options, QuantPlan
-from moeopt.options.quant_plan import EVERY, FLOAT, NEAREST
+from moeopt.options.quant_plan import EVERY, FLOAT, GPTQ
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.enclosing import with_router
 from moeopt.pipeline.real_calls import real_calls
+from moeopt.quantization.product_rows import rows_of_products
 from moeopt.rewrite.product_codes import CodesProduct, ModuleProduct, on_floats, product_of
+from moeopt.rewrite.rounded_matrix import FEWEST
 from moeopt.sizes import in_megabytes
 
 
@@ -53,10 +55,15 @@ class QuantizedProduct:
 
 
 class QuantizedProducts:
-    """The products of a model that a plan gives a format, and sentences on those that it cannot have."""
+    """The products of a model that a plan gives a format, and sentences on those that it cannot have.
 
-    def __init__(self, found: Iterable[QuantizedProduct] = (), left: Iterable[str] = ()) -> None:
-        self.found, self.left = list(found), list(left)
+    ``few``: the paths of those that too few rows of calibration data reach for the plan's method.
+    """
+
+    def __init__(
+        self, found: Iterable[QuantizedProduct] = (), left: Iterable[str] = (), few: Iterable[str] = ()
+    ) -> None:
+        self.found, self.left, self.few = list(found), list(left), list(few)
         self._others: dict[tuple[str, str], CodesProduct] = {}
 
     @property
@@ -117,13 +124,21 @@ class QuantizedProducts:
                 f"{count} outside of MoE blocks {'are' if self.found[1:] else 'is'} quantised, {floats} of "
                 f"floats to {codes}"
             )
+        if self.few:
+            told.append(
+                f"method='gptq': too few rows of calibration= reach {listed(self.few, 4)}, whose scales were searched "
+                "instead: give more calls"
+            )
         return told + [f"not quantised: {sentence}" for sentence in self.left]
 
 
 def quantize_products(
-    source: nn.Module, twin: nn.Module, outcome: PipelineResult, call: ArgsKwargs, options: Options
-) -> QuantizedProducts:
+    source: nn.Module, twin: nn.Module, outcome: PipelineResult, call: ArgsKwargs, options: Options,
+    calls: Sequence[ArgsKwargs],
+) -> QuantizedProducts:  # fmt: skip
     """Give the rewritten copy ``twin`` of ``source`` the products on codes that the plan asks for.
+
+    ``calls``: of ``calibration=``, whose rows the plan's method weighs by.
 
     Raises:
         UsageError: a pattern of the plan matches no product; a weight holds NaN or infinity.
@@ -135,15 +150,16 @@ def quantize_products(
     choices = _choices(source, call)
     inside = _closed(twin, outcome, choices)
     modules, taken = _products(twin, inside)
-    calls, changed = real_calls(twin, call, {paths[0] for _, _, paths in modules.values()})
+    seen, changed = real_calls(twin, call, {paths[0] for _, _, paths in modules.values()})
     places = [path for _, _, paths in modules.values() for path in paths]
     _check_patterns(plan, places)
-    found, left = [], []
+    taken_on: dict[str, tuple[nn.Module, ModuleProduct, list[str], str]] = {}
+    left = []
     for module, product, paths in modules.values():
         name = _format_of(plan, paths)
         if name == FLOAT:
             continue
-        if paths[0] not in calls:
+        if paths[0] not in seen:
             left.append(f"{paths[0]}: no call of it was seen, so whoever holds it reads its weight")
         elif paths[0] in changed:
             left.append(f"{paths[0]}: {changed[paths[0]]}")
@@ -157,12 +173,17 @@ def quantize_products(
                 f"'float' in QuantPlan(products=), before other patterns: {{{paths[0]!r}: 'float', ...}}"
             )
         else:
-            codes = CodesProduct(module, product, FORMATS[name], paths[0], search=plan.method != NEAREST)
-            found.append(QuantizedProduct(paths, module, product, codes))
+            taken_on[paths[0]] = module, product, paths, name
+    found, few = [], []
+    for path, rows in rows_of_products(source, list(taken_on), calls):
+        module, product, paths, name = taken_on[path]
+        codes = CodesProduct(module, product, FORMATS[name], path, plan.method, rows)
+        found.append(QuantizedProduct(paths, module, product, codes))
+        few += [path] * (plan.method == GPTQ and (rows is None or len(rows) < FEWEST))
     if not places:
         left.append("products: the model has none outside of MoE blocks and rewritten ones")
     left += [*_tied(twin, found), *taken, *_no_products(twin, inside, modules, plan)]
-    products = QuantizedProducts(found, left)
+    products = QuantizedProducts(found, left, few)
     products.put(twin)
     return products
 

@@ -19,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.capture.isolated_run import undone
 from moeopt.ir.weight_format import WeightFormat
-from moeopt.ops.quantize import quantize
 from moeopt.ops.quantized_weight import QuantizedWeight
+from moeopt.options.quant_plan import NEAREST
+from moeopt.rewrite.expert_rows import OneExpertsRows
+from moeopt.rewrite.rounded_matrix import rounded_matrix
 from moeopt.value_types import PyObject
 
 DOMAIN, OP = "moeopt", "LinearCodes"
@@ -125,7 +127,7 @@ class CodesProduct(nn.Module):
         module, product: whose product, and where it holds what.
         format: what the weight is rounded to.
         name: what messages call it.
-        search: whether the scales are searched (``ops/searched_scales``).
+        method, rows: how, and what the weight is multiplied with on calibration data (``rewrite/rounded_matrix``).
 
     Raises:
         UsageError: the weight holds NaN or infinity.
@@ -136,12 +138,13 @@ class CodesProduct(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, module: nn.Module, product: ModuleProduct, format: WeightFormat, name: str, search: bool = False
-    ) -> None:
+        self, module: nn.Module, product: ModuleProduct, format: WeightFormat, name: str, method: str = NEAREST,
+        rows: OneExpertsRows | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         held = getattr(module, product.weight)
         w_NK = held.detach().t() if product.turned else held.detach()
-        made = quantize(w_NK, format, f"the weight of {name}", search)
+        made = rounded_matrix(w_NK, format, f"the weight of {name}", method, rows)
         assert made.scales is not None and made.zeros is None, "formats of products are symmetric and have scales"
         self.register_buffer("codes", made.codes)
         self.register_buffer("scales", made.scales)

@@ -11,11 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moeopt.errors import UsageError
 from moeopt.ir.bank_format import BankFormat, MatrixFormat
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_format import WeightFormat
@@ -29,9 +27,7 @@ from moeopt.rewrite.block_graph import GivenCodes
 from moeopt.rewrite.expert_rows import ExpertRows, OneExpertsRows
 from moeopt.rewrite.live_codes import shapes_of
 from moeopt.rewrite.live_weights import LiveExpertWeights
-
-FEWEST = 16
-"""Rows of which correlations are told from chance at all (``expert_rows``); an expert with fewer has none."""
+from moeopt.rewrite.rounded_matrix import FEWEST, finite_moments
 
 
 class RoundedExperts(NamedTuple):
@@ -94,9 +90,9 @@ def _one_expert(
         name = f"{words} of expert {e}"
         if rows is not None and by_hessian:
             hessian = rows.hessian(after) if hessian is None else hessian
-            made.append(gptq(w_NK.detach(), format, _finite(hessian, name), name))
+            made.append(gptq(w_NK.detach(), format, finite_moments(hessian, name), name))
             return
-        squares = _finite(rows.mean_squares(after), name) if rows is not None and len(rows) else None
+        squares = finite_moments(rows.mean_squares(after), name) if rows is not None and len(rows) else None
         made.append(quantize(w_NK.detach(), format, name, search=True, squares_K=squares))
 
     for number, w_NK in enumerate(floats.w_in(e)):
@@ -116,12 +112,3 @@ def _hidden(w_in: list[Tensor], b_in: tuple[Tensor | None, ...], spec: ExpertsSp
         )
 
     return after
-
-
-def _finite(moments: Tensor, name: str) -> Tensor:
-    if not bool(torch.isfinite(moments).all()):
-        raise UsageError(
-            f"the rows of calibration= hold or become NaN, infinity or numbers too large to square where they reach "
-            f"{name}: leave out the calls that they are of, or give method='search' without calibration="
-        )
-    return moments

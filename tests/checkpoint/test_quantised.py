@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,7 @@ from moeopt.checkpoint.kept_weights import _key as key_of  # noqa: E402
 from moeopt.checkpoint.stream import streamed  # noqa: E402
 from moeopt.checkpoint.structure import structure_of  # noqa: E402
 from moeopt.cli import main  # noqa: E402
-from moeopt.errors import UsageError  # noqa: E402
+from moeopt.errors import CheckpointError, UsageError  # noqa: E402
 from moeopt.options import Options  # noqa: E402
 from tests.checkpoint.families import write  # noqa: E402
 from tests.published import layouts  # noqa: E402
@@ -39,6 +40,12 @@ KINDS = {
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     ),
 }
+READ = KINDS | {
+    "desc_act": (
+        lambda n, N, K, seed: layouts.gptq(n, N, K, 4, 32, seed=seed, order=np.arange(K) * 7 % K // 32),
+        GPTQ | {"desc_act": True},
+    )
+}
 INPUTS = {"input_ids": torch.arange(12).reshape(2, 6)}
 
 
@@ -49,7 +56,7 @@ def quantised(path, kind):
         write("gpt_oss", path, hidden_size=64, intermediate_size=32)
     else:
         write("qwen3", path, hidden_size=64, moe_intermediate_size=192 if kind == "fp8" else 64)
-    pack, config = KINDS.get(kind, (None, MXFP4))
+    pack, config = READ.get(kind, (None, MXFP4))
     tensors = {}
     for seed, (name, tensor) in enumerate(load_file(path / "model.safetensors").items()):
         packed = None
@@ -82,7 +89,7 @@ def test_the_experts_have_the_codes_of_the_files(tmp_path, kind):
     assert codes(opt) and not any("experts" in n and "bias" not in n for n, _ in opt.model.named_parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", READ)
 def test_floats_are_what_the_codes_stand_for(tmp_path, kind):
     exact = {n: torch.from_numpy(w) for n, w in quantised(tmp_path / "model", kind).items()}
     with streamed(tmp_path / "model", Options(verify="off")) as source:
@@ -104,6 +111,7 @@ def test_without_a_word_the_experts_are_floats_and_the_report_says_so(tmp_path):
     opt = moeopt.optimize(tmp_path / "model", verify="fast")
     assert [b.status for b in opt.report.blocks] == ["rewritten"] * 2 and not codes(opt)
     assert any("checkpoint fp8, experts held as float32, 4 times the file" in n for n in opt.report.notes)
+    assert any("config.json has activation_scheme 'dynamic': kernels that follow" in n for n in opt.report.notes)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("int4", marks=pytest.mark.nightly), "mxfp4"])
@@ -148,13 +156,42 @@ def test_the_command(tmp_path, capsys):
 
 def test_a_form_that_is_not_read_is_named(tmp_path):
     quantised(tmp_path / "model", "gptq")
-    tensors = load_file(tmp_path / "model" / "model.safetensors")
-    name = "model.layers.0.mlp.experts.0.up_proj.g_idx"
-    save_file({**tensors, name: tensors[name].flip(0)}, tmp_path / "model" / "model.safetensors")
+    with_config(tmp_path / "model", GPTQ | {"checkpoint_format": "marlin"})
     with pytest.raises(UsageError) as err:
         moeopt.optimize(tmp_path / "model", quantize="checkpoint")
-    for text in ("is quantised (gptq), and model.layers.0.mlp.experts.0.up_proj", "desc_act", "Load it with"):
+    for text in ("is quantised (gptq), and model.layers.0.mlp.experts.0.down_proj", "'marlin'", "Load it with"):
         assert text in str(err.value)
+
+
+def with_config(path, config, key="quantization_config"):
+    """The directory with another quantization_config; without any where it is None."""
+    words = json.loads((path / "config.json").read_text())
+    words.pop("quantization_config", None)
+    (path / "config.json").write_text(json.dumps(words if config is None else {**words, key: config}))
+
+
+def test_transforms_at_each_call_are_refused(tmp_path):
+    quantised(tmp_path, "int4")
+    turn = {"R4": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}
+    with_config(tmp_path, INT4 | {"transform_config": {"config_groups": turn}})
+    with pytest.raises(
+        UsageError, match=r"with transforms of activations .* R4 \(input\) of transform_config; its weigh"
+    ):
+        moeopt.optimize(tmp_path)
+    turn["R4"]["apply"][0]["location"] = "weight_input"  # is in the weights
+    with_config(tmp_path, INT4 | {"transform_config": {"config_groups": turn}})
+    assert moeopt.explain(tmp_path).blocks
+
+
+def test_codes_of_which_no_config_says_how_they_are_read(tmp_path):
+    quantised(tmp_path, "int4")
+    with_config(tmp_path, None)
+    with pytest.raises(
+        CheckpointError, match=r"down_proj.weight_packed holds codes of a quantised model, and config.js"
+    ):
+        moeopt.optimize(tmp_path)
+    with_config(tmp_path, INT4, "compression_config")  # as early files have it
+    assert moeopt.explain(tmp_path).blocks
 
 
 def test_too_little_disk_for_floats_is_said_before_anything_is_read(tmp_path, monkeypatch):

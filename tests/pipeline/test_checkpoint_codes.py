@@ -95,7 +95,17 @@ def test_a_form_that_is_not_read_leaves_floats(tmp_path):
     model = fill(Model(tmp_path), written(tmp_path, act_order, GPTQ))
     opt = moeopt.optimize(model, torch.randn(5, 64), quantize="checkpoint", verify="fast")
     assert [b.status for b in opt.report.blocks] == ["rewritten"] * 2 and not codes(opt.model)
-    assert any("not quantised" in n and "desc_act" in n for n in opt.report.notes)
+    assert any("has its columns grouped by their activations (desc_act, actorder), and" in n for n in opt.report.notes)
+    assert any("checkpoint int4, experts held as float32, 6.7 times the file" in n for n in opt.report.notes)
+
+
+def test_an_expert_whose_zero_points_are_all_the_plain_one_has_codes_too(tmp_path):
+    def plain_in_one(n, N, K, seed):
+        return layouts.gptq(n, N, K, 4, 32, seed=seed, symmetric=".1." in n or n.endswith("0.up_proj"))
+
+    model = fill(Model(tmp_path, layers=1), written(tmp_path, plain_in_one, GPTQ, layers=1))
+    opt = moeopt.optimize(model, torch.randn(5, 64), quantize="checkpoint", verify="off")
+    assert codes(opt.model) and not any("experts" in n for n, _ in opt.model.named_parameters())
 
 
 @pytest.mark.parametrize("in_turn", [False, True])

@@ -77,7 +77,7 @@ def _int32(words):
     return torch.from_numpy(words.astype(np.uint32).view(np.int32).copy())
 
 
-def pack_quantized(name, N, K, bits, group, seed=0, zeros=False, dtype=torch.bfloat16):
+def pack_quantized(name, N, K, bits, group, seed=0, zeros=False, dtype=torch.bfloat16, order=None):
     """compressed-tensors: signed numbers plus 2^(bits - 1), the first in the lowest bits of an int32, along K."""
     rng, offset, each = _rng(seed), 1 << (bits - 1), 32 // bits
     q = rng.integers(-offset, offset, (N, K))
@@ -87,12 +87,14 @@ def pack_quantized(name, N, K, bits, group, seed=0, zeros=False, dtype=torch.bfl
     words = np.zeros((N, -(-K // each)), dtype=np.uint64)
     for k in range(K):
         words[:, k // each] |= (q[:, k] + offset).astype(np.uint64) << np.uint64(bits * (k % each))
-    of_column = np.arange(K) // (group or K)
+    of_column = np.arange(K) // (group or K) if order is None else order
     exact = (q - z[:, of_column]) * scales.double().numpy()[:, of_column]
     tensors = {
         f"{name}.weight_packed": _int32(words), f"{name}.weight_scale": scales,
         f"{name}.weight_shape": torch.tensor([N, K]),
     }  # fmt: skip
+    if order is not None:
+        tensors[f"{name}.weight_g_idx"] = torch.from_numpy(order.astype(np.int32))
     if zeros:
         packed = np.zeros((-(-N // each), G), dtype=np.uint64)
         for n in range(N):

@@ -30,17 +30,31 @@ LAYOUTS = {
     "fp8, blocks of its own": (
         layouts.fp8_block("x", 50, 70, block=(16, 32)), {"weight_block_size": [16, 32]}, "fp8-16x32",
     ),
+    "fp8, blocks as a word": (
+        layouts.fp8_block("x", 192, 70, block=(96, 96)),
+        {**CT, "config_groups": {"g": {"weights": {"block_structure": "96x96"}}}}, "fp8-96x96",
+    ),
     "fp8 rows": (layouts.fp8_rows("x", 20, 33), CT, "fp8-channel"),
     "int4, groups of 32": (layouts.pack_quantized("x", 10, 96, 4, 32), grouped(32), "int4-group32"),
     "int4, groups of 128": (layouts.pack_quantized("x", 9, 256, 4, 128), grouped(128), "int4-group128"),
     "int4, a partial group": (layouts.pack_quantized("x", 9, 200, 4, 128), grouped(128), "int4-group128"),
     "int4, rows, odd": (layouts.pack_quantized("x", 7, 37, 4, None), CT, "int4"),
     "int4, zero points": (layouts.pack_quantized("x", 11, 64, 4, 32, zeros=True), grouped(32), "int4-group32"),
+    "int4, zero points of one packed row": (
+        layouts.pack_quantized("x", 8, 64, 4, 32, zeros=True), grouped(32), "int4-group32",
+    ),
+    "int4, actorder, zero points": (
+        layouts.pack_quantized("x", 11, 64, 4, 32, zeros=True, order=np.arange(64) % 2), grouped(32), "int4-group32",
+    ),
     "int8, rows": (layouts.pack_quantized("x", 10, 50, 8, None), grouped(None, 8), "int8"),
     "int8, groups, zero points": (
         layouts.pack_quantized("x", 10, 64, 8, 32, zeros=True, dtype=torch.float32), grouped(32, 8), "int8-group32",
     ),
     "gptq": (layouts.gptq("x", 16, 64, 4, 32), GPTQ | {"group_size": 32}, "int4-group32"),
+    "gptq, desc_act": (
+        layouts.gptq("x", 16, 64, 4, 32, order=np.arange(64) * 7 % 64 // 32),
+        GPTQ | {"group_size": 32, "desc_act": True}, "int4-group32",
+    ),
     "gptq, symmetric": (layouts.gptq("x", 16, 64, 4, 32, symmetric=True), GPTQ | {"group_size": 32}, "int4-group32"),
     "gptq, rows": (layouts.gptq("x", 16, 64, 4, None), GPTQ | {"group_size": -1}, "int4"),
     "gptq, 8 bits": (layouts.gptq("x", 16, 64, 8, 32), GPTQ | {"group_size": 32, "bits": 8}, "int8-group32"),

@@ -34,7 +34,18 @@ UNREAD = {
     "gptq with bits by module": (
         layouts.gptq("x", 8, 64, 4, 32)[0], GPTQ | {"dynamic": {"+:x": {"bits": 8}}}, "bits or groups of their own"
     ),
-    "desc_act": (layouts.gptq("x", 8, 64, 4, 32, order=np.arange(64) % 2)[0], GPTQ, "x.g_idx groups columns by"),
+    "partial blocks of nobody knows which size": (
+        layouts.fp8_block("x", 192, 70)[0], CT,
+        "x.weight_scale_inv has scales for 2 x 1 blocks of x.weight of 192 x 70, and config.json does not say of which",
+    ),
+    "a scale for each expert of a stack": (
+        {"x": layouts.fp8_block("x", 4, 8)[0]["x.weight"].expand(4, 4, 8), "x_scale": torch.ones(4, 1)}, CT,
+        "x_scale is (4, 1), and the stack x of (4, 4, 8) is read with scales of each expert's rows or blocks",
+    ),
+    "scales with more dimensions than a matrix": (
+        {"x.weight": layouts.fp8_block("x", 256, 128)[0]["x.weight"], "x.weight_scale": torch.ones(2, 1, 1, 1)}, CT,
+        "x.weight_scale is (2, 1, 1, 1); scales of a matrix are read as one, as rows, or as blocks",
+    ),
     "3 bits": (layouts.gptq("x", 8, 64, 4, 32)[0], GPTQ | {"bits": 3}, "of 3 bits"),
     "awq gemv": (layouts.awq("x", 8, 64, 32)[0], AWQ | {"version": "gemv"}, "AWQ of version 'gemv'"),
     "int4 without its scale": (
@@ -135,6 +146,18 @@ DAMAGED = {
     "scales of too few experts": (
         {**layouts.mxfp4("x", 2, 4, 32)[0], "x_scales": torch.zeros(1, 4, 1, dtype=torch.uint8)}, {},
         "x_scales is torch.uint8 (1, 4, 1), and x_blocks",
+    ),
+    "zero points of another format": (
+        layouts.gptq("x", 8, 64, 4, 32, symmetric=True)[0], GPTQ | {"checkpoint_format": "gptq_v2", "sym": True},
+        "config.json says that zero points are all 8 (sym), and those of x.qzeros, read in the format gptq_v2, are not",
+    ),
+    "a column in a group that has no scale": (
+        layouts.gptq("x", 8, 64, 4, 32)[0] | {"x.g_idx": torch.arange(64) // 16}, GPTQ,
+        "x.g_idx has to name one of 2 groups for each of 64 columns, and does not",
+    ),
+    "groups of other columns": (
+        layouts.gptq("x", 8, 64, 4, 32)[0] | {"x.g_idx": torch.arange(32) // 16}, GPTQ,
+        "for each of 64 columns, and does",
     ),
     "a zero point that is two": (
         {**layouts.gptq("x", 8, 64, 4, 32)[0], "x.qzeros": torch.full((2, 1), -1, dtype=torch.int32)}, GPTQ,

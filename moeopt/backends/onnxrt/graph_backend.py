@@ -43,7 +43,7 @@ from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.enclosing import with_router
 from moeopt.pipeline.report_of import report_of
 from moeopt.pipeline.run import run
-from moeopt.quantization.calibration import calibrate
+from moeopt.quantization.calibration import Calibrated, calibrate
 from moeopt.quantization.measure_loss import data_of, measure_loss
 from moeopt.quantization.quantized_again import quantized_again
 from moeopt.quantization.quantized_model import (
@@ -82,7 +82,7 @@ class GraphBackend(Backend):
         data, calibrated = data_of(source, call, options), calibrate(source, call, options)
 
         def make(options: Options, plan: PyObject) -> Made:
-            made = self._of_copy(source, call, options, plan, data, calibrated.rows)
+            made = self._of_copy(source, call, options, plan, data, calibrated)
             self._graph_of(made.built).options = dataclasses.replace(options, calibration=calibrated.calls or None)
             made.certificate.notes += calibrated.notes(data)
             return made
@@ -91,22 +91,22 @@ class GraphBackend(Backend):
 
     def _of_copy(
         self, source: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject, data: list[ArgsKwargs],
-        rows: BankRows,
+        calibrated: Calibrated,
     ) -> Made:  # fmt: skip
         shared: list[str] = []
         twin = shared_copy(source, shared)
         with open_dataclasses(call), wrapped_weights_named(twin):
-            made = self._engine(source, twin, call, options, plan, data, rows)
+            made = self._engine(source, twin, call, options, plan, data, calibrated)
         made.report = dataclasses.replace(made.report, notes=(*made.report.notes, *shared))
         return made
 
     def _engine(
         self, source: nn.Module, twin: nn.Module, call: ArgsKwargs, options: Options, plan: PyObject,
-        data: list[ArgsKwargs], rows: BankRows,
+        data: list[ArgsKwargs], calibrated: Calibrated,
     ) -> Made:  # fmt: skip
-        outcome = self._settled(twin, self._run_impl(twin, call, options, plan, rows))
+        outcome = self._settled(twin, self._run_impl(twin, call, options, plan, calibrated.rows))
         check_codes(outcome, twin, options)
-        products = quantize_products(source, twin, outcome, call, options)
+        products = quantize_products(source, twin, outcome, call, options, calibrated.calls)
         judge = quantized_original(source, twin, products)
         with fewer_collections():
             with declined_blocks_named(outcome.blocks):
