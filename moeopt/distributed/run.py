@@ -20,12 +20,14 @@ from moeopt.distributed.from_directory import DirectoryCall, optimized_directory
 from moeopt.distributed.install import ExpertOp, divide, expert_ops
 from moeopt.distributed.mesh import Ranks, ranks_of
 from moeopt.distributed.optimized import DistributedOptimized
+from moeopt.distributed.own_experts import expert_parameters, leave_to_each_rank
 from moeopt.distributed.placements import placements_of
 from moeopt.distributed.proof import prove
 from moeopt.distributed.samples import sampled
 from moeopt.errors import UsageError
 from moeopt.optimized import Optimized
 from moeopt.options import Options
+from moeopt.pipeline.accept import refuse_divided
 from moeopt.planning.placement import Placement
 from moeopt.report import BlockReport
 from moeopt.rewrite.whole_model import without_original_calls
@@ -113,12 +115,14 @@ def _distributed(
         give_back()  # what comparing weights took, before this rank's own are laid beside it
         samples = sampled(twin, opt._call, ops)
         divided = divide(twin, ops, placed, channel, where.mesh, form, tokens == "replicated")
+        held = expert_parameters(twin, ops)
+        leave_to_each_rank(twin, [*held])
         proofs = prove(channel, divided, samples, tokens == "replicated")
     channel.traffic = BytesSent()
     blocks = tuple(_told(block, ops, placed, channel, form) for block in opt.report.blocks)
     report = dataclasses.replace(opt.report, blocks=blocks, notes=(*opt.report.notes, *notes))
     made = Made(twin, report, proofs.certificate(opt.certificate), opt._source, None)
-    return DistributedOptimized(made, opt._call, channel)
+    return DistributedOptimized(made, opt._call, channel, [*held])
 
 
 @contextlib.contextmanager
@@ -144,6 +148,8 @@ def _check_optimized(opt: PyObject, call: DirectoryCall) -> None:
     if isinstance(opt, DistributedOptimized):
         raise UsageError("this model is distributed already; distribute what moeopt.optimize returned")
     if not isinstance(opt, Optimized):
+        if isinstance(opt, nn.Module):
+            refuse_divided(opt)  # which optimise would refuse, too
         raise UsageError(
             f"moeopt.distribute takes what moeopt.optimize returned, not a {type(opt).__name__}: optimise it first, or "
             "give the directory of a Hugging Face checkpoint"
@@ -153,6 +159,7 @@ def _check_optimized(opt: PyObject, call: DirectoryCall) -> None:
             f"this model is an engine of backend {opt.report.backend!r}, which runs in one process; optimise with "
             "backend='torch' to distribute it"
         )
+    refuse_divided(opt.model)
     if call.given:
         raise UsageError(
             f"{call.given[0]}= is for a directory, and this model is optimised already: give it to moeopt.optimize, or "
