@@ -88,7 +88,7 @@ def _codes_of(bank: PyObject) -> list[str]:
 
 def divide(
     model: nn.Module, ops: list[ExpertOp], placements: Sequence[Placement], channel: Channel, mesh: PyObject,
-    form: DispatchForm, replicated: bool,
+    forms: Sequence[DispatchForm], replicated: bool,
 ) -> list[tuple[ExpertOp, RankExperts]]:  # fmt: skip
     """Drop the experts of other ranks from ``model`` and install what reaches them."""
     rank = channel.rank
@@ -108,7 +108,7 @@ def divide(
             trained = any(tensor_at(op.module, path).requires_grad for path in paths)
             width = out_features(op.bank, spec)
             apart = OwnExperts(op.module, op.weights, homes, rank)
-            dispatch = Dispatch(channel, homes, op.name, number, form, replicated, width, trained, apart)
+            dispatch = Dispatch(channel, homes, op.name, number, forms[number], replicated, width, trained, apart)
             own = homes.experts_of(rank)
             format = op.bank.format if coded else None
             sharded[op.index] = Sharded(dispatch, own, local_refs(refs, op.weights, own), format)

@@ -64,7 +64,8 @@ class OwnExperts:
                     "fully_shard) made the ranks' weights alike. Distribute the model again, and keep the experts out: "
                     "DistributedDataParallel(fast.model) leaves them alone where it wraps fast.model itself; give "
                     "fully_shard ignored_params=set(fast.expert_parameters.values()), FullyShardedDataParallel "
-                    "ignored_states= the same"
+                    "ignored_states= the same. (A checkpoint whose experts are copies of one another is loaded before "
+                    "moeopt.distribute)"
                 )
 
 
@@ -80,9 +81,10 @@ def digest(place: tuple[dict[str, Any], str] | None) -> Tensor:
     row = row.reshape(-1)[:NUMBERS].contiguous()
     if row.numel() < 2:
         return torch.zeros((), dtype=torch.int64)
-    numbers: Tensor = row.view(torch.uint8).to(torch.int64)
-    mixed: Tensor = (numbers * (torch.arange(1, len(numbers) + 1, device=row.device) * 2654435761 % 4294967291)).sum()
-    apart: Tensor = (row != row[0]).any()
+    each: Tensor = row.view(torch.uint8).view(len(row), -1).to(torch.int64)  # floats of 8 bits cannot be compared
+    factors = torch.arange(1, each.numel() + 1, device=row.device) * 2654435761 % 4294967291
+    mixed: Tensor = (each.view(-1) * factors).sum()
+    apart: Tensor = (each != each[0]).any()
     return mixed * apart
 
 

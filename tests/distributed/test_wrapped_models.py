@@ -124,4 +124,5 @@ def test_a_digest_is_of_what_tells_weights_apart():
     a, b = torch.randn(3, 9), torch.randn(3, 9)
     assert digest(({"w": a}, "w")) != digest(({"w": b}, "w")) and digest(({"w": a}, "w")) == digest(({"w": a * 1}, "w"))
     assert not any(digest(({"w": w}, "w")) for w in (torch.zeros(3, 9), a[:, :1], a[:0], None))
-    assert digest(({"w": a.bfloat16().t()}, "w")) and not digest(None)
+    assert all(digest(({"w": a.to(dtype).t()}, "w")) for dtype in (torch.bfloat16, torch.float8_e4m3fn))
+    assert not digest(None)
