@@ -72,7 +72,7 @@ def _uncopyable(model: nn.Module, kept: dict[int, Any]) -> dict[str, Any]:
     memo = kept | {id(m): m for m in model.modules()}
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
-        for name, value in module.__dict__.items():
+        for name, value in [*module.__dict__.items()]:
             if name not in _REGISTRIES:
                 _look(value, f"{path}.{name}" if path else name, memo, found)
     return found
@@ -101,13 +101,13 @@ def _copies(value: PyObject, memo: dict[int, Any]) -> bool:
 
 def _parts(value: PyObject) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
-        yield from ((f"[{key!r}]", part) for key, part in value.items())
+        yield from [(f"[{key!r}]", part) for key, part in value.items()]  # a copy may add to it: modules import others
     elif isinstance(value, (list, tuple)):
         yield from ((f"[{n}]", part) for n, part in enumerate(value))
     elif isinstance(value, functools.partial):
         yield from ((f".args[{n}]", part) for n, part in enumerate(value.args))
     elif not isinstance(value, (torch.Tensor, nn.Module, type)) and hasattr(value, "__dict__"):
-        yield from ((f".{name}", part) for name, part in vars(value).items())
+        yield from [(f".{name}", part) for name, part in vars(value).items()]
 
 
 def _refers(value: PyObject, modules: set[int], depth: int) -> bool:

@@ -119,26 +119,31 @@ class Channel:
             self.group.abort()  # so that the others need not wait for their timeout
         return RankLostError(rank, *self.error[1:])
 
-    def meet(self, phase: str, counts_P: Tensor, facts: Sequence[int]) -> tuple[list[int], list[int]]:
+    def meet(
+        self, phase: str, counts_P: Tensor, facts: Sequence[int], digest: Tensor | None = None
+    ) -> tuple[list[int], list[int], list[int]]:
         """Tell each rank how many rows it will get, and hear the same; all must stand at the same place.
 
         Args:
             counts_P: rows for each rank, int64.
             facts: of this meeting, in the order of ``FACTS`` after the first.
+            digest: a number of this rank alone; None for 0.
 
         Returns:
-            (rows to each rank, rows from each rank).
+            (rows to each rank, rows from each rank, digests of the ranks).
         """
         self._call += 1
-        own = torch.tensor([self._call, *facts], device=counts_P.device)
+        own = torch.tensor([0, self._call, *facts], device=counts_P.device)
+        if digest is not None:
+            own[0] = digest
         told_PF = torch.cat([counts_P.unsqueeze(1), own.expand(self.size, -1)], 1).contiguous()
         heard_PF = torch.empty_like(told_PF)
         with self.step(f"meeting the others before {phase}"):
             self.group.alltoall_base(heard_PF, told_PF, [], []).wait()
             self.traffic.described += told_PF.nbytes // self.size * (self.size - 1)
             heard = heard_PF.tolist()
-        self.compare([tuple(line[1:]) for line in heard], FACTS)
-        return counts_P.tolist(), [line[0] for line in heard]
+        self.compare([tuple(line[2:]) for line in heard], FACTS)
+        return counts_P.tolist(), [line[0] for line in heard], [line[1] for line in heard]
 
     def compare(self, told: Sequence[Sequence[PyObject]], names: Sequence[str]) -> None:
         """Raise unless all ranks told the same; the odd one of them is the one that is lost."""

@@ -25,6 +25,7 @@ from moeopt.distributed.channel import Channel
 from moeopt.distributed.combine import identity_sum, summed, wide_enough
 from moeopt.distributed.exchange import Transfer
 from moeopt.distributed.homes import ExpertHomes
+from moeopt.distributed.own_experts import OwnExperts
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.reference import dtypes
@@ -47,6 +48,7 @@ class Dispatch:
         replicated: whether every rank has the same tokens.
         width: D.
         trained: whether any expert's weights, here or elsewhere, may need gradients.
+        own_experts: what tells whether the ranks still have experts of their own; None where none are divided.
     """
 
     channel: Channel
@@ -57,6 +59,7 @@ class Dispatch:
     replicated: bool
     width: int
     trained: bool
+    own_experts: OwnExperts | None = None
 
     def __call__(
         self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, spec: ExpertsSpec | RowFunction, compute: Compute
@@ -79,7 +82,7 @@ class Dispatch:
         flags = grad + 2 * (grad and x.requires_grad) + 4 * (grad and weights.requires_grad)
         step = ("rows", "ranks", "reduce").index(self.form) + 1 + more
         facts = [self.number, step, kinds[0] * 10 + kinds[1], x.shape[1], weights.shape[1], flags]
-        return Transfer(self.channel, "sending tokens to their experts", counts_P, facts, grad)
+        return Transfer(self.channel, "sending tokens to their experts", counts_P, facts, grad, self.own_experts)
 
     def _per_expert(
         self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, spec: ExpertsSpec | RowFunction, compute: Compute,

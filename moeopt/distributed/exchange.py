@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moeopt.distributed.channel import Channel
+from moeopt.distributed.own_experts import OwnExperts
 from moeopt.value_types import PyObject
 
 Splits = tuple[list[int], list[int]]
@@ -76,11 +77,21 @@ class Transfer:
         facts: of the meeting, see ``channel.FACTS``: block, step, dtypes, width, experts per token, gradients.
         counts_P: rows for each rank.
         grad: whether gradients flow; on every rank alike.
+        experts: of the op, which the ranks must still have each their own of.
+
+    Raises:
+        UsageError: different experts have become the same.
     """
 
-    def __init__(self, channel: Channel, phase: str, counts_P: Tensor, facts: list[int], grad: bool) -> None:
+    def __init__(
+        self, channel: Channel, phase: str, counts_P: Tensor, facts: list[int], grad: bool,
+        experts: OwnExperts | None = None,
+    ) -> None:  # fmt: skip
         self.channel, self.facts, self.grad, self.block = channel, facts, grad, channel.block
-        self.splits: Splits = channel.meet(phase, counts_P, facts)
+        to, of, digests = channel.meet(phase, counts_P, facts, None if experts is None else experts.now())
+        self.splits: Splits = to, of
+        if experts is not None:
+            experts.check(digests, self.block, channel.ranks)
 
     def meet_again(self, phase: str, device: torch.device) -> None:
         """Before gradients are sent."""

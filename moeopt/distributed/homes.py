@@ -5,6 +5,7 @@ Shape legend: T tokens, K chosen per token, E experts, P ranks, C copies of the 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,7 @@ class ExpertHomes:
         """The experts that ``rank`` holds, ascending: expert number i there is the i-th of them."""
         return [e for e, ranks in enumerate(self.ranks) if rank in ranks]
 
-    @property
+    @functools.cached_property
     def copied(self) -> bool:
         """Whether an expert lies on several ranks."""
         return any(len(ranks) > 1 for ranks in self.ranks)

@@ -12,6 +12,7 @@ from moeopt.distributed.channel import Channel
 from moeopt.distributed.dispatch import Dispatch, DispatchForm
 from moeopt.distributed.forward import DistributedForward, RankExperts, Sharded
 from moeopt.distributed.homes import ExpertHomes
+from moeopt.distributed.own_experts import OwnExperts
 from moeopt.distributed.parts import DividedWeight, WholeWeight, vectors_of, weights_of
 from moeopt.distributed.shards import drop, local_refs
 from moeopt.distributed.state import ExpertState
@@ -87,7 +88,7 @@ def _codes_of(bank: PyObject) -> list[str]:
 
 def divide(
     model: nn.Module, ops: list[ExpertOp], placements: Sequence[Placement], channel: Channel, mesh: PyObject,
-    form: DispatchForm, replicated: bool,
+    forms: Sequence[DispatchForm], replicated: bool,
 ) -> list[tuple[ExpertOp, RankExperts]]:  # fmt: skip
     """Drop the experts of other ranks from ``model`` and install what reaches them."""
     rank = channel.rank
@@ -105,7 +106,9 @@ def divide(
             coded = isinstance(op.bank, LiveCodes)
             paths = {part.path for ref in refs for part in (vectors_of(ref) if coded else parts_of(ref))}
             trained = any(tensor_at(op.module, path).requires_grad for path in paths)
-            dispatch = Dispatch(channel, homes, op.name, number, form, replicated, out_features(op.bank, spec), trained)
+            width = out_features(op.bank, spec)
+            apart = OwnExperts(op.module, op.weights, homes, rank)
+            dispatch = Dispatch(channel, homes, op.name, number, forms[number], replicated, width, trained, apart)
             own = homes.experts_of(rank)
             format = op.bank.format if coded else None
             sharded[op.index] = Sharded(dispatch, own, local_refs(refs, op.weights, own), format)

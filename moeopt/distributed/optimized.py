@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from torch import nn
+
 from moeopt.backends.base import Made
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.distributed.channel import NO_COPY, BytesSent, Channel
@@ -21,15 +23,23 @@ class DistributedOptimized(Optimized):
             weights, counts) in bytes, ``exchanges`` in collectives.
     """
 
-    _OWN = Optimized._OWN | {"_channel"}
+    _OWN = Optimized._OWN | {"_channel", "_held"}
     _why_not_verified = (
         "a distributed model is verified when it is made: its certificate says what was shown across the ranks; verify "
         "the optimised model with moeopt.verify before moeopt.distribute"
     )
 
-    def __init__(self, made: Made, call: ArgsKwargs, channel: Channel) -> None:
+    def __init__(self, made: Made, call: ArgsKwargs, channel: Channel, held: list[str]) -> None:
         super().__init__(made, call)
-        self._channel = channel
+        self._channel, self._held = channel, held
+
+    @property
+    def expert_parameters(self) -> dict[str, nn.Parameter]:
+        """By name in ``model``, the Parameters of experts of which this rank has a part, or that it has alone: what
+        other wrappers are to leave alone, as in ``fully_shard(fast.model,
+        ignored_params=set(fast.expert_parameters.values()))``."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        return {name: named[name] for name in self._held if name in named}
 
     @property
     def traffic(self) -> BytesSent:

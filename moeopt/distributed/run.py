@@ -20,12 +20,14 @@ from moeopt.distributed.from_directory import DirectoryCall, optimized_directory
 from moeopt.distributed.install import ExpertOp, divide, expert_ops
 from moeopt.distributed.mesh import Ranks, ranks_of
 from moeopt.distributed.optimized import DistributedOptimized
+from moeopt.distributed.own_experts import expert_parameters, leave_to_each_rank
 from moeopt.distributed.placements import placements_of
 from moeopt.distributed.proof import prove
-from moeopt.distributed.samples import sampled
+from moeopt.distributed.samples import Sample, sampled
 from moeopt.errors import UsageError
 from moeopt.optimized import Optimized
 from moeopt.options import Options
+from moeopt.pipeline.accept import refuse_divided
 from moeopt.planning.placement import Placement
 from moeopt.report import BlockReport
 from moeopt.rewrite.whole_model import without_original_calls
@@ -61,7 +63,8 @@ def distribute(
             on the same tokens ("replicated").
         exact: sum each token's terms in the order of one process: the same bits, and more bytes, wherever the kernel
             gives a row the same bits beside other rows (PyTorch's products in float64 do not: a last bit may differ).
-            Otherwise partial sums travel: the fewest bytes, and sums in another order.
+            Otherwise partial sums travel: the fewest bytes, and sums in another order. Of one expert a token there are
+            none, and the exact form is taken.
         timeout: seconds after which a rank that does not answer is lost, one that comes later to this call included:
             call ``torch.distributed.barrier()`` before it where ranks load or optimise for different times. Ranks that
             read a directory wait for each other, however long that takes, as long as all of them live.
@@ -93,7 +96,6 @@ def _distributed(
     placement: PyObject, tokens: str, exact: bool, timeout: float,
 ) -> DistributedOptimized:  # fmt: skip
     """:func:`distribute` with arguments that were checked; ``path`` is that of a directory."""
-    form: DispatchForm = "rows" if exact else "reduce" if tokens == "replicated" else "ranks"
     with contextlib.ExitStack() as told:
         if path is not None:  # ranks that read for hours see each other
             channel = Channel(where.ranks, where.backend, timeout, where.mesh.device_type)
@@ -112,13 +114,16 @@ def _distributed(
         agree(channel, opt, twin, ops, placed, {"tokens": tokens, "exact": exact, "timeout": timeout})
         give_back()  # what comparing weights took, before this rank's own are laid beside it
         samples = sampled(twin, opt._call, ops)
-        divided = divide(twin, ops, placed, channel, where.mesh, form, tokens == "replicated")
+        forms = [_form(exact, tokens, sample) for sample in samples]
+        divided = divide(twin, ops, placed, channel, where.mesh, forms, tokens == "replicated")
+        held = expert_parameters(twin, ops)
+        leave_to_each_rank(twin, [*held])
         proofs = prove(channel, divided, samples, tokens == "replicated")
     channel.traffic = BytesSent()
-    blocks = tuple(_told(block, ops, placed, channel, form) for block in opt.report.blocks)
+    blocks = tuple(_told(block, ops, placed, channel, forms) for block in opt.report.blocks)
     report = dataclasses.replace(opt.report, blocks=blocks, notes=(*opt.report.notes, *notes))
     made = Made(twin, report, proofs.certificate(opt.certificate), opt._source, None)
-    return DistributedOptimized(made, opt._call, channel)
+    return DistributedOptimized(made, opt._call, channel, [*held])
 
 
 @contextlib.contextmanager
@@ -144,6 +149,8 @@ def _check_optimized(opt: PyObject, call: DirectoryCall) -> None:
     if isinstance(opt, DistributedOptimized):
         raise UsageError("this model is distributed already; distribute what moeopt.optimize returned")
     if not isinstance(opt, Optimized):
+        if isinstance(opt, nn.Module):
+            refuse_divided(opt)  # which optimise would refuse, too
         raise UsageError(
             f"moeopt.distribute takes what moeopt.optimize returned, not a {type(opt).__name__}: optimise it first, or "
             "give the directory of a Hugging Face checkpoint"
@@ -153,6 +160,7 @@ def _check_optimized(opt: PyObject, call: DirectoryCall) -> None:
             f"this model is an engine of backend {opt.report.backend!r}, which runs in one process; optimise with "
             "backend='torch' to distribute it"
         )
+    refuse_divided(opt.model)
     if call.given:
         raise UsageError(
             f"{call.given[0]}= is for a directory, and this model is optimised already: give it to moeopt.optimize, or "
@@ -171,14 +179,26 @@ def _ops_of(model: nn.Module, opt: Optimized, notes: list[str]) -> list[ExpertOp
     return ops
 
 
+def _form(exact: bool, tokens: str, sample: Sample) -> DispatchForm:
+    """The form that gives what is asked for with the fewest bytes, whatever the numbers of tokens and ranks are.
+
+    Where a token chooses one expert, there are no partial sums, and the exact form sends no more than the others.
+    """
+    if exact or sample.ids_TK.shape[1] == 1:
+        return "rows"
+    return "reduce" if tokens == "replicated" else "ranks"
+
+
 def _told(
-    block: BlockReport, ops: list[ExpertOp], placed: list[Placement], channel: Channel, form: DispatchForm
+    block: BlockReport, ops: list[ExpertOp], placed: list[Placement], channel: Channel, forms: list[DispatchForm]
 ) -> BlockReport:  # fmt: skip
     """The block's report with where its experts went."""
-    homes = [p for op, p in zip(ops, placed, strict=True) if (op.name, op.experts) == (block.name, block.experts)]
+    found = zip(ops, placed, forms, strict=True)
+    homes = [(p, form) for op, p, form in found if (op.name, op.experts) == (block.name, block.experts)]
     if block.status != "rewritten" or block.kind != "moe" or not homes:
         return block
-    counts = [sum(rank in ranks for ranks in homes[0]) for rank in range(channel.size)]
+    placement, form = homes[0]
+    counts = [sum(rank in ranks for ranks in placement) for rank in range(channel.size)]
     held = ", ".join(map(str, counts)) if len(counts) <= 8 else f"{min(counts)} to {max(counts)}"
     how = f"experts on {channel.size} ranks ({held}), reached by {form}; here: "
     return dataclasses.replace(block, lowering=how + block.lowering)

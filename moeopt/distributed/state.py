@@ -131,7 +131,7 @@ class ExpertState:
         picked = torch.tensor([where[line] for line in itertools.chain(*sent)], dtype=torch.int64, device=local.device)
         facts = [-1, 2 if back else 1, 0, lines.shape[1:].numel(), 0, 0]
         counts = torch.tensor([len(part) for part in sent], device=local.device)
-        to, of = self.channel.meet("moving experts into the order of a state_dict", counts, facts)
+        to, of, _ = self.channel.meet("moving experts into the order of a state_dict", counts, facts)
         arrived = self.channel.send("moving experts into the order of a state_dict", lines[picked], to, of)
         wanted = held[own] if back else list(range(own * chunk, min((own + 1) * chunk, count)))
         room = shard.room * length if back else len(wanted)

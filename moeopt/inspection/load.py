@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeopt.capture.divided_models import flattened_parameter
 from moeopt.errors import UsageError
 from moeopt.hub_cache import on_this_disk
 from moeopt.inspection.config_file import checked_fields, config_fields
@@ -24,6 +25,7 @@ from moeopt.onnx_in.unroll import unrolled
 from moeopt.onnx_in.whole_file import interpreted
 from moeopt.other_files import directory_hint, file_hint
 from moeopt.published.headers import Stored, absent_files, stored_weights
+from moeopt.rewrite.install import rewritten_forward
 from moeopt.value_types import PyObject
 
 AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM",
@@ -53,6 +55,7 @@ def load(target: PyObject, trust_remote_code: bool = False) -> Loaded:
         CheckpointError: a safetensors header is damaged.
     """
     if isinstance(target, nn.Module):
+        _refuse_parts(target)
         return Loaded(target, type(target).__name__, "model")
     if isinstance(target, torch.export.ExportedProgram):
         return Loaded(target.module(), "ExportedProgram", "model")
@@ -67,6 +70,21 @@ def load(target: PyObject, trust_remote_code: bool = False) -> Loaded:
     if hasattr(target, "to_dict") and hasattr(target, "model_type"):
         return _built(target, f"{target.model_type} config", "config", [])
     raise UsageError(f"a {type(target).__name__} cannot be read: {FORMS}")
+
+
+def _refuse_parts(model: nn.Module) -> None:
+    """``UsageError`` where this process has a part of the model, and what is not here has left no shape."""
+    if name := flattened_parameter(model):
+        raise UsageError(
+            f"{name} of {type(model).__name__} lies in a vector of FSDP, without a shape of its own, so nothing here "
+            "can be counted: give the model as it is before FullyShardedDataParallel, or its config"
+        )
+    forwards = ((path, rewritten_forward(module)) for path, module in model.named_modules())
+    if found := next((path or "the list of experts" for path, f in forwards if f is not None and f.divided), ""):
+        raise UsageError(
+            f"{found} of {type(model).__name__} has a part of its experts here, the others on other ranks: give the "
+            "model that was optimised, as it is before moeopt.distribute, or its config"
+        )
 
 
 def _from_path(path: Path, trust: bool) -> Loaded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from moeopt.capture.divided_models import divided_parameter
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.errors import UsageError
@@ -34,21 +35,25 @@ def as_model(model: PyObject) -> nn.Module:
             f"{scripted or 'model'} is a TorchScript module, which can be neither watched nor copied with shared "
             "weights; give the Python modules, or optimise the submodule with the experts"
         )
-    if part := _sharded(model):
-        raise UsageError(
-            f"{part} of {type(model).__name__} is divided over processes already (a DTensor of its own expert "
-            "or tensor parallelism, FSDP, or moeopt.distribute), and an expert's code is read from whole weights: "
-            "load the model whole (no tp_plan, no device_mesh, no DistributedConfig, before fully_shard), "
-            "optimise it, and divide its experts with moeopt.distribute(optimized, mesh)"
-        )
+    refuse_divided(model)
     return model
 
 
-def _sharded(model: nn.Module) -> str:
+def refuse_divided(model: nn.Module) -> None:
+    """``UsageError`` where this process has a part of the model's weights only."""
+    if part := _divided(model):
+        raise UsageError(
+            f"{part} of {type(model).__name__} is divided over processes already (a DTensor of its own expert "
+            "or tensor parallelism, FSDP, or moeopt.distribute), and an expert's code is read from whole weights: "
+            "load the model whole (no tp_plan, no device_mesh, no DistributedConfig, before fully_shard or "
+            "FullyShardedDataParallel), optimise it, and divide its experts with moeopt.distribute(optimized, mesh)"
+        )
+
+
+def _divided(model: nn.Module) -> str:
     """The name of a Parameter, or of a block's experts, of which this process has a part only; "" where it has all."""
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "device_mesh") or getattr(parameter, "_is_flat_param", False):
-            return name
+    if name := divided_parameter(model):
+        return name
     for path, module in model.named_modules():  # experts that are apart are here whole, or not at all
         forward = rewritten_forward(module)
         if forward is not None and forward.divided:

@@ -42,6 +42,11 @@ def _value_hint(given: PyObject) -> str:
     owner = getattr(given, "__self__", None)
     if isinstance(owner, nn.Module):
         return f"it is a method: give the {type(owner).__name__} itself"
+    if any(base.__module__.startswith("torch.distributed.pipelining") for base in kind.__mro__):
+        return (
+            "it is of a pipeline whose stages are modules already: optimise the module of each stage on what arrives "
+            "there, moeopt.optimize(module, arriving), and make the PipelineStage of what that gives as .model"
+        )
     inner = getattr(given, "model", None)
     if isinstance(inner, nn.Module):
         return f"give its .model, the {type(inner).__name__} in it"

@@ -11,6 +11,7 @@ from typing import Any
 from moeopt.api import Optimized, optimize
 from moeopt.bundle.engine import Engine
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.distributed.optimized import DistributedOptimized
 from moeopt.errors import UsageError
 from moeopt.find.batches import batches
 from moeopt.frontends.onnx_files import from_onnx
@@ -109,6 +110,11 @@ def _refuse_engines(model: PyObject) -> None:
         raise UsageError(
             f"{what}: routing happens inside an engine's graph and cannot be counted there; profile the original "
             "model, moeopt.profile(model, data), whose router makes the same choices"
+        )
+    if isinstance(model, DistributedOptimized):
+        raise UsageError(
+            "this model's experts lie on several ranks, each of which sees its own tokens only: profile what "
+            "moeopt.optimize returned, before moeopt.distribute"
         )
 
 

@@ -124,3 +124,27 @@ def test_a_weight_that_a_hook_computes_at_each_call_stops_no_copy():
     with torch.no_grad():
         model.experts[0][0].weight_g.mul_(2.0)
     assert torch.equal(twin(x), model(x)) and not torch.equal(twin(x), want)
+
+
+class Grows:
+    """As a module does that imports others when a copy is tried."""
+
+    def __init__(self):
+        self.found = {"lock": threading.Lock(), "more": [Joins(self)]}
+
+
+class Joins:
+    def __init__(self, home):
+        self.home = home
+
+    def __deepcopy__(self, memo):
+        self.home.found[f"at {len(self.home.found)}"] = 1
+        raise TypeError("is no value")
+
+
+def test_a_container_that_grows_while_it_is_copied():
+    model = seeded(MoE)
+    model.registry = Grows()
+    notes = []
+    assert torch.equal(shared_copy(model, notes)(rand(3, H)), model(rand(3, H)))
+    assert notes[0].startswith("registry.found['lock'] (lock) cannot be copied"), notes

@@ -164,6 +164,14 @@ def everything_else(rank, size):
         x = tokens(40)[rank * 10 : rank * 10 + 10]
         seen["same"] = differs(d(x), opt(tokens(40))[rank * 10 : rank * 10 + 10])
     seen["traffic"] = dataclasses.asdict(d.traffic)
+    one = optimised(Stacked, top_k=1)
+    with torch.no_grad():
+        for form, arguments in FORMS.items():
+            if not arguments.get("exact", True):
+                dist.barrier()
+                d = moeopt.distribute(one, mesh, timeout=TIMEOUT, **arguments)
+                same = torch.equal(d(tokens(6)), one(tokens(6)))
+                seen["one expert a token", form] = same, " ".join(str(d.report).split())
     return seen
 
 
@@ -209,6 +217,13 @@ def test_what_is_sent_is_counted(four):
         assert traffic["exchanges"] == 2 * 5  # a meeting, ids, tokens, weights, results; in each of two blocks
         assert traffic["rows"] % (16 * 4) == 0 and 0 < traffic["rows"] <= 2 * 2 * 10 * 2 * 4 * 4 * 16 * 4
         assert traffic["described"] > 0
+
+
+@pytest.mark.parametrize("form", ["ranks", "reduce"])
+def test_of_one_expert_a_token_the_exact_form_sends_no_more(four, form):
+    for seen in four:
+        same, report = seen["one expert a token", form]
+        assert same and ", reached by rows; here:" in report
 
 
 def test_without_torch_distributed_it_says_how_to_start():

@@ -52,6 +52,18 @@ def test_float64_tokens_whose_sums_overflow():
     assert torch.equal(agreed_ids(two_ranks(torch.clone), x, ids, torch.ones(40, 2)), ids)
 
 
+@pytest.mark.parametrize("value", [1.0, 1e-25, 1e25])
+def test_tokens_that_differ_by_rounding_are_alike_however_small(value):
+    """In float32 the squares of 1e-25 vanish, and what is far from a norm of nothing is everything."""
+    x = torch.randn(40, 96, generator=torch.Generator().manual_seed(0)) * value
+    ids = torch.zeros(40, 2, dtype=torch.int64)
+
+    def other(told):
+        return torch.cat([told[:2], told[2:] * (1 + 1e-6)])
+
+    assert torch.equal(agreed_ids(two_ranks(other), x, ids, torch.ones(40, 2)), ids)
+
+
 def test_other_tokens_are_told():
     x = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
 

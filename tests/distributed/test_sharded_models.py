@@ -36,3 +36,15 @@ def test_a_language_model_under_fsdp(alone):
     fully_shard(model.model.layers[0], mesh=alone)
     with pytest.raises(moeopt.UsageError, match=WAY_OUT):
         moeopt.optimize(fully_shard(model, mesh=alone), {"input_ids": torch.ones(1, 4, dtype=torch.long)})
+
+
+def test_a_stage_of_a_pipeline(alone):
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    stage = PipelineStage(build(Block), 0, 1, torch.device("cpu"), input_args=(tokens(4),))
+    for given in (stage, ScheduleGPipe(stage, 1)):
+        with pytest.raises(moeopt.UsageError, match=r"optimise the module of each stage .* as \.model"):
+            moeopt.optimize(given, tokens(4))
+    fast = moeopt.optimize(stage.submod, tokens(4), verify="off")
+    again = PipelineStage(fast.model, 0, 1, torch.device("cpu"), input_args=(tokens(4),))
+    assert torch.equal(ScheduleGPipe(again, 1).step(tokens(4)), fast(tokens(4)))
