@@ -253,12 +253,19 @@ struct Work {
   int64_t columns(Stage::Kind kind, const Segment &s) const {
     const moeopt_matrix &w = kind == Stage::HIDDEN ? s.weights->w_in[0] : s.weights->w_out;
     if (plan.k.wide) return COLUMNS64;
-    if (plan.job.round_x) return ROUNDED_COLUMNS;
-    if (w.stride_in == 1 && w.in <= TURNED) return TURNED_COLUMNS;
+    if (w.stride_in == 1 && w.in <= TURNED && !plan.job.round_x) return TURNED_COLUMNS;
     const Rows &rows = kind == Stage::HIDDEN ? s.x : s.hidden;
-    if (!across(w)) return plan.k.tiles && rows.half ? TILE_COLUMNS : rows.by_lane || (kind == Stage::HIDDEN && s.hidden.by_lane) ? LANE_TASK : 16;
-    int64_t block = columns_across(s.count, w.dtype, plan.k.streams);
     const int64_t wide = kind == Stage::HIDDEN ? s.I : plan.c.D, all = (int64_t)plan.segments.size() * wide;
+    if (!across(w)) {
+      if (plan.k.tiles && rows.half) return TILE_COLUMNS;
+      if (rows.by_lane || (kind == Stage::HIDDEN && s.hidden.by_lane)) return LANE_TASK;
+      const int64_t least = plan.job.round_x ? ROUNDED_COLUMNS : LEAST_COLUMNS;
+      if (!plan.job.round_x && !is_float(w.dtype)) return least;
+      int64_t run = RUN_COLUMNS;
+      while (scratch.size() > 1 && run > least && all < TASKS_EACH * run * (int64_t)scratch.size()) run /= 2;
+      return run;
+    }
+    int64_t block = columns_across(s.count, w.dtype, plan.k.streams);
     while (scratch.size() > 1 && block > 256 && all < 2 * block * (int64_t)scratch.size()) block /= 2;  // work for each thread
     if (wide > block && block > 256) {  // shares of a like size: a narrow one is read in short runs
       const int64_t parts = (wide + block - 1) / block;

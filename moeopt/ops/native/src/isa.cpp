@@ -128,7 +128,7 @@ void hidden(const Job &job, const Segment &seg, int64_t first, int64_t end, floa
     }
     for (int64_t m = 0; m < M; m++) {
       char *h = (char *)job.h + seg.h + (m0 + m) * lie.ld * size;
-      alignas(64) float whole[ROUNDED_COLUMNS];  // blocks of this task, which no other writes to
+      alignas(64) float whole[RUN_COLUMNS];  // blocks of this task, which no other writes to
       char *kept_row = (char *)c.kept + (seg.row + m0 + m) * c.kept_step * (s.compute == MOEOPT_F32 ? 4 : 2);
       for (int64_t j = 0; j < n; j += L) {
         V gate, up{};

@@ -83,11 +83,14 @@ struct Kernels {  // one instruction set
 };
 
 
+// Columns of a task on rows of W with contiguous k: gate and up lie apart, so that each task begins two runs of rows anew, and
+// long runs are read sooner. Each thread keeps TASKS_EACH tasks at least. Codes that are widened gain nothing from long runs.
+constexpr int64_t RUN_COLUMNS = 128, LEAST_COLUMNS = 16, TASKS_EACH = 8;
 constexpr int64_t TURNED = 64, TURNED_COLUMNS = 64;  // the longest k of turned.h, and columns of its tasks
 // Of by_lane.h: columns of a task; rows of x, and k, from which it is taken; and rows of one turn, for which W is turned once.
 constexpr int64_t LANE_TASK = 32, LANE_ROWS = 24, LANE_LEAST = 256, LANE_TURN = 128;
 constexpr int64_t COLUMNS64 = 64;  // of a task in float64
-constexpr int64_t ROUNDED_COLUMNS = 32;  // of a task on rows of 8 bits: whole blocks of the rows that the next product reads
+constexpr int64_t ROUNDED_COLUMNS = 32;  // the least of a task on rows of 8 bits: whole blocks of the rows that the next product reads
 
 const Kernels *kernels64_generic();
 const Kernels *kernels64_neon();
