@@ -4,7 +4,7 @@
     sparse_coo_tensor(...) @ rows   the rows that entries name, weighed by the entries, and added up
     x.logsumexp(dims)               with a row of -inf more: of nothing PyTorch takes another way
     local_response_norm(x, size)    the mean of ``size`` shifted squares: a pool refuses no rows
-    gaussian_nll_loss(x, y, var)    without its question whether a variance is below zero, an assertion
+    gaussian_nll_loss(x, y, var)    an index out of range where a variance is below zero, for PyTorch's own question
     cov(x), corrcoef(x)             products of what is left of the rows without their means: PyTorch asks for values
 
 A product with a sparse matrix reads no row that has no entry, so a NaN in such a row stays where it is; one with the
@@ -100,7 +100,9 @@ def _gaussian(
         return None
     if var.dim() < input.dim():
         var = var.unsqueeze(-1)
-    kept = var + (var.clamp(min=eps) - var).detach()  # the gradient passes the limit by, as PyTorch's does
+    below = (var < 0).any().long().reshape(1) * 2
+    var = var + var.new_zeros(2).index_select(0, below)  # of one zero it would be a check of expert ids
+    kept = torch.where(var < eps, var + (eps - var).detach(), var)  # the gradient passes the limit by, as PyTorch's
     loss = 0.5 * (torch.log(kept) + (input - target) ** 2 / kept) + (0.5 * math.log(2 * math.pi) if full else 0.0)
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
@@ -114,8 +116,10 @@ def _covariance(input: Tensor, correction: int = 1, fweights: PyObject = None, a
 
 def _correlation(input: Tensor) -> PyObject:
     products = _covariance(input)
-    if products is None or products.dim() != 2:
+    if products is None:
         return None
+    if products.dim() != 2:
+        return products / products
     deviation = products.diagonal().sqrt()
     return (products / deviation[:, None] / deviation).clamp(-1, 1)
 

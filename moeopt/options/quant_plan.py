@@ -55,7 +55,7 @@ class QuantPlan:
         activations: what products of codes read: ``"float"``, or ``"int8"``, which is faster and another loss: each
             call rounds what they are given, block by block.
         method: how floats become codes: a name of ``METHODS``. ``"search"`` and ``"gptq"`` lose less in the same bytes;
-            ``"gptq"`` reads the rows of ``calibration=`` that reach each expert, and rounds products as ``"search"``.
+            ``"gptq"`` reads the rows of ``calibration=`` that reach each expert and each product.
         costs: of a plan that was searched, what each block alone lost in each format: mean KL, or mean relative
             distance of the outputs of a model without next-token logits.
 

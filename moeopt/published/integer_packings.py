@@ -105,6 +105,7 @@ def gptq(files: TensorFiles, module: str, config: Mapping[str, Any]) -> StoredMa
     K = down * 32 // bits
     width = _width(K, groups, _stated(config), names[1])
     less = 0 if stored == "gptq_v2" else 1
+    sym = config.get("sym") is True and not any(isinstance(own, Mapping) and "sym" in own for own in _overrides(config))
 
     def zeros() -> Tensor:
         points = numbers_of_int32(files.tensor(names[2]), bits)[:, :N]
@@ -114,7 +115,7 @@ def gptq(files: TensorFiles, module: str, config: Mapping[str, Any]) -> StoredMa
                 "reader has it: save the checkpoint in the format gptq_v2"
             )
         middle = 1 << (bits - 1)
-        if config.get("sym") is True and not bool((points + less == middle).all()):
+        if sym and not bool((points + less == middle).all()):
             raise CheckpointError(
                 f"config.json says that zero points are all {middle} (sym), and those of {names[2]}, read in the "
                 f"format {stored}, are not: the format is another one, or the files and config.json are of two versions"

@@ -29,7 +29,7 @@ def _planes(dims: int, images: bool = False) -> Rule:
 
 def _images(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     """Each row is one image, and what else is read is of weights."""
-    others = [graph.known[a] for a in node.all_input_nodes[1:]]
+    others = [graph.known[a] for a in node.args[1:] if isinstance(a, fx.Node)]  # the image itself among them
     if len(held.lead or ()) != 1 or len(held.shape) < 3 or any(o.lead is not None for o in others):
         raise graph.refused(node, "is not known to work on each row by itself")
     if op_name(node) in ("im2col", "col2im") and len(held.shape) != (4 if op_name(node) == "im2col" else 3):

@@ -11,14 +11,15 @@ from tests.toy_moe import seeded
 
 
 class Statistics(nn.Module):
-    def forward(self, x):
-        rows, spread = x.flatten(0, 1), x.abs() + 0.1
+    def forward(self, x, spread):
+        rows = x.flatten(0, 1)
         whole = (
             F.gaussian_nll_loss(x, x * 0.5, spread),
             F.gaussian_nll_loss(x, x * 0.5, spread[..., 0], reduction="sum"),
         )
         parts = F.gaussian_nll_loss(x, x.flip(1), x.abs() * 1e-6, full=True, eps=1e-3, reduction="none")
-        return *whole, parts, rows.t().cov(), torch.cov(rows.t(), correction=0), rows[:, :2].t().corrcoef()
+        alike = rows[:, :2].t().corrcoef(), rows[:, :1].t().corrcoef()
+        return *whole, parts, rows.t().cov(), torch.cov(rows.t(), correction=0), *alike
 
 
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
@@ -27,12 +28,18 @@ def test_statistics_that_ask_for_values(tmp_path, backend):
     if backend == "onnxruntime":
         pytest.importorskip("onnxruntime")
     model = Statistics().eval()
-    moeopt.optimize(model, seeded(2, 4, 6), backend=backend, verify="off").save(tmp_path / "saved")
+    moeopt.optimize(model, (seeded(2, 4, 6), seeded(2, 4, 6).abs()), backend=backend, verify="off").save(
+        tmp_path / "saved"
+    )
     loaded = moeopt.load(tmp_path / "saved")
     for sizes in ((2, 4), (3, 5), (1, 2)):
         x = seeded(*sizes, 6)
-        for got, want in zip(loaded(x), model(x), strict=True):
+        spread = x.abs() + 0.1
+        spread[0, 1, 2] = torch.inf
+        for got, want in zip(loaded(x, spread), model(x, spread), strict=True):
             torch.testing.assert_close(got, want)
+    with pytest.raises((IndexError, moeopt.errors.MoeoptError), match=r"out of (range|data bounds)"):  # as PyTorch's
+        loaded(x, spread.index_fill(2, torch.tensor([4]), -1.0))
 
 
 def test_the_gradient_of_a_variance_below_the_limit_is_pytorchs():

@@ -56,6 +56,10 @@ LAYOUTS = {
         GPTQ | {"group_size": 32, "desc_act": True}, "int4-group32",
     ),
     "gptq, symmetric": (layouts.gptq("x", 16, 64, 4, 32, symmetric=True), GPTQ | {"group_size": 32}, "int4-group32"),
+    "gptq, of a module with zero points of its own": (
+        layouts.gptq("x", 16, 64, 4, 32),
+        GPTQ | {"group_size": 32, "sym": True, "dynamic": {"+:x": {"sym": False}}}, "int4-group32",
+    ),
     "gptq, rows": (layouts.gptq("x", 16, 64, 4, None), GPTQ | {"group_size": -1}, "int4"),
     "gptq, 8 bits": (layouts.gptq("x", 16, 64, 8, 32), GPTQ | {"group_size": 32, "bits": 8}, "int8-group32"),
     "gptq v2": (

@@ -182,6 +182,7 @@ REFUSED = {
     "rows once more": lambda s, x: s.down(s.up(x).repeat(2, 1)[: len(x)]),
     "one matrix for each row": lambda s, x: s.down(torch.bmm(s.up(x).view(-1, 1, HID), s.square(len(x)))[:, 0]),
     "a window of a row's own": lambda s, x: s.down(F.conv1d(s.up(x)[:, None], s.up(x)[:1, None, :1])[:, 0]),
+    "all rows as windows": lambda s, x: s.down(F.conv1d(h := s.up(x)[:, None], h)[:, :, 0].sum(1)[:, None] + s.up(x)),
     "images of all rows": lambda s, x: s.down(F.avg_pool2d(s.up(x).view(1, -1, HID), (3, 1), 1, (1, 0))[0]),
 }
 
@@ -210,6 +211,7 @@ WHY = {
     "rows once more": "repeat repeats rows",
     "one matrix for each row": "bmm multiplies all rows by several matrices at once (a matrix of blocks, or",
     "a window of a row's own": "slice works across rows",
+    "all rows as windows": "convolution is not known to work on each row by itself",
     "images of all rows": "avg_pool2d works across rows",
 }
 

@@ -1,7 +1,7 @@
 """The cross entropy of shares of classes, or with smoothed labels, for which torch's exporter has no form.
 
     shares p       -sum_c  w_c  p_c  l_c                                  l: the log_softmax of C scores a row
-    smoothing s    (1 - s) loss  -  s / C  sum_c  w_c  l_c                of ids: without the rows that are ignored
+    smoothing s    (1 - s) loss  -  s  mean_c  w_c  l_c                   of ids: without the rows that are ignored
 
 A mean is over the rows; of ids over their weights, where they are not ignored.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from moeopt.lower.onnx.graph_calls import call
-from moeopt.value_types import PyObject
+from moeopt.value_types import FxTarget, PyObject
 
 aten = torch.ops.aten
 _NAMES = ("input", "target", "weight", "reduction", "ignore_index", "label_smoothing")
@@ -40,10 +40,9 @@ def write_cross_entropy(graph: fx.Graph, node: PyObject) -> None:
                 graph, aten.nll_loss_nd.default, logs, target, weight, given["reduction"], given["ignore_index"]
             )
         if smoothing:
-            rows = _rows(graph, logs, dim, weight)
+            rows = _rows(graph, logs, dim, weight, aten.mean.dim)  # the number of classes may be known at a call only
             even = _reduced(graph, rows, given["reduction"]) if shares else _of_ids(graph, rows, given)
             even = call(graph, aten.mul.Tensor, even, smoothing)
-            even = call(graph, aten.div.Tensor, even, call(graph, aten.sym_size.int, logs, dim))
             made = call(graph, aten.add.Tensor, call(graph, aten.mul.Tensor, made, 1 - smoothing), even)
     made.meta |= {"val": node.meta["val"], "stack_trace": node.meta.get("stack_trace", "")}
     node.replace_all_uses_with(made)
@@ -51,11 +50,14 @@ def write_cross_entropy(graph: fx.Graph, node: PyObject) -> None:
     made.name = node.name  # the program's signature knows its results by name
 
 
-def _rows(graph: fx.Graph, parts: fx.Node, dim: int, weight: fx.Node | None) -> PyObject:
+def _rows(
+    graph: fx.Graph, parts: fx.Node, dim: int, weight: fx.Node | None, over: FxTarget = aten.sum.dim_IntList
+) -> PyObject:
+    """Minus the sum of each row, or its mean, with the classes' weights."""
     if weight is not None:
         beside = [1] * dim + [-1] + [1] * (parts.meta["val"].dim() - dim - 1)
         parts = call(graph, aten.mul.Tensor, parts, call(graph, aten.reshape.default, weight, beside))
-    return call(graph, aten.neg.default, call(graph, aten.sum.dim_IntList, parts, [dim]))
+    return call(graph, aten.neg.default, call(graph, over, parts, [dim]))
 
 
 def _reduced(graph: fx.Graph, rows: fx.Node, reduction: int) -> PyObject:

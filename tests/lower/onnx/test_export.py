@@ -375,6 +375,19 @@ def test_cross_entropies_of_shares_and_of_smoothed_labels():
         torch.testing.assert_close(got, want)
 
 
+class Smoothed(nn.Module):
+    """Without a loss of ids in the same graph, for which the exporter takes all ops apart and finds numbers."""
+
+    def forward(self, x, shares):
+        return F.cross_entropy(x, shares, x[0].abs(), label_smoothing=0.1)
+
+
+def test_a_smoothed_loss_of_shares_alone():
+    model, x, shares = Smoothed(), torch.randn(4, 6), torch.rand(4, 6).softmax(1)
+    (got,) = session_of(model, x, shares).run({"x": x, "shares": shares})
+    torch.testing.assert_close(got, model(x, shares))
+
+
 class Parts(nn.Module):
     """A source that is larger than its indices, and indices of 32 bits beside others."""
 
