@@ -102,10 +102,15 @@ def expert_parameters(model: nn.Module, ops: Sequence[PyObject]) -> dict[str, An
 
 
 def leave_to_each_rank(model: nn.Module, names: Sequence[str]) -> None:
-    """Tell ``DistributedDataParallel`` of ``model`` that the Parameters ``names`` are no business of other ranks."""
+    """Tell ``DistributedDataParallel`` of ``model`` that the Parameters ``names`` are no business of other ranks.
+
+    What the model's owner has told it stays. Where gradients are summed it calls a Parameter of the model itself ".w".
+    """
     from torch.nn.parallel import DistributedDataParallel
 
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(names))
+    told = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    every = [*told, *names, *(f".{name}" for name in names if "." not in name)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(dict.fromkeys(every)))
 
 
 def _place(

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from moeopt.rewrite.bytecode import fingerprint
 from moeopt.value_types import PyObject
 
-_BOOKKEEPING = frozenset(nn.Module().__dict__)
+_BOOKKEEPING = frozenset(nn.Module().__dict__) | {"_ddp_params_and_buffers_to_ignore"}
 _PLAIN = (bool, int, float, str, type(None), types.FunctionType, types.BuiltinFunctionType, type)
 
 

@@ -45,6 +45,25 @@ ALIKE = {
 }
 
 
+class Told(Stacked):
+    """Its stacks are the model's own, and its owner has told a wrapper of a Parameter before."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = nn.Parameter(torch.ones(1), requires_grad=False)
+        self._ddp_params_and_buffers_to_ignore = ["own"]
+
+
+def trained(mesh: DeviceMesh) -> tuple[bool, list[str]]:
+    """Whether a stack's gradients are those of the model without a wrapper, and what the wrapper was told."""
+    fast, grads = moeopt.distribute(optimised(Told), mesh, timeout=60), []
+    for forward in (fast, DistributedDataParallel(fast.model)):
+        fast.model.zero_grad()
+        forward(tokens(4)).square().sum().backward()
+        grads.append(fast.model.w_in.grad.to_local().clone())
+    return torch.equal(*grads), list(fast.model._ddp_params_and_buffers_to_ignore)
+
+
 def wrapped(rank: int, size: int) -> dict:
     """What each wrapper gives, and what a model under FSDP is told."""
     mesh, found = DeviceMesh("cpu", list(range(size))), {}
@@ -74,6 +93,8 @@ def wrapped(rank: int, size: int) -> dict:
         with pytest.raises(moeopt.UsageError) as refused:
             moeopt.distribute(opt, mesh)
         found["sharded after optimize"] = str(refused.value)
+    dist.barrier()
+    found["trained"] = trained(mesh)
     return found
 
 
@@ -86,6 +107,8 @@ def test_wrappers_that_leave_experts_alone_change_nothing(seen):
     for found in seen:
         assert all(found[name, "Layers"] is True for name in RIGHT), found
         assert found["data parallel", "Stacked"] is True
+        same, told = found["trained"]
+        assert same and told == ["own", "w_in", "w_out", ".w_in", ".w_out"]
 
 
 @pytest.mark.parametrize("name", ALIKE)
