@@ -19,6 +19,10 @@ from moeopt.value_types import OnnxNode, OnnxValue
 MOST_EXITS = 8
 _ROOM = 512
 """Nodes that a walk may look at beside those of its chains, and as often again as these."""
+_SEQUENCES = frozenset(
+    ("SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap", "SplitToSequence")
+)
+"""Operators whose result is several tensors."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,16 @@ def exits(index: GraphIndex, seeds: Iterable[int], room: int) -> list[OnnxValue]
                 if reader not in seen:
                     seen.add(reader)
                     heapq.heappush(todo, reader)
-        if at >= furthest and alive == 1 and len(fresh) == 1:
+        if at >= furthest and alive == 1 and len(fresh) == 1 and is_tensor(fresh[0]):
             found.append(fresh[0])
     return found
+
+
+def is_tensor(value: OnnxValue) -> bool:
+    """Whether a value is one tensor, as far as the graph says, and no sequence of several."""
+    node = value.producer()
+    made = "" if node is None else node.op_type
+    return type(value.type).__name__ not in ("SequenceType", "OptionalType") and made not in _SEQUENCES
 
 
 def region_between(index: GraphIndex, *roots: OnnxValue, exit_: OnnxValue) -> GraphRegion:

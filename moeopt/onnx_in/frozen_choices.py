@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from moeopt.onnx_in.index import MEASURES, GraphIndex
+from moeopt.onnx_in.matrix_shapes import whole_numbers_made
 from moeopt.onnx_in.products import MOVING, WeightProduct, shape_of, weight_products
 from moeopt.value_types import OnnxNode, OnnxValue
 
@@ -84,7 +85,8 @@ def listed_hits(index: GraphIndex, products: Iterable[WeightProduct]) -> OnnxNod
 
 def constant_columns(index: GraphIndex, nodes: Iterable[OnnxNode], experts: int) -> str:
     """What is said where a node takes the scores of so many ``experts`` at constant places; "" where they are all, or
-    none is taken so."""
+    none is taken so. A column that something else takes, as the gate of a shared expert, was no choice.
+    """
     products = weight_products(index)
     for node in nodes:
         axis = node.attributes.get("axis")
@@ -93,6 +95,8 @@ def constant_columns(index: GraphIndex, nodes: Iterable[OnnxNode], experts: int)
             continue
         shape, value = shape_of(node.inputs[1]), node.inputs[0]
         for _ in range(_NEAR):
+            if _takes_others(index, value, node):
+                break
             product = products.get(index.at(value))
             made = value.producer()
             if product is not None:
@@ -110,6 +114,15 @@ def constant_columns(index: GraphIndex, nodes: Iterable[OnnxNode], experts: int)
             if value is None:
                 break
     return ""
+
+
+def _takes_others(index: GraphIndex, scores: OnnxValue, taker: OnnxNode) -> bool:
+    """Whether another node takes columns of ``scores`` that ``taker``, a Gather, leaves."""
+    own = set(whole_numbers_made(taker.inputs[1]) or ())
+    others = [index.nodes[at] for at in index.readers(scores) if index.nodes[at] is not taker]
+    gathers = [n for n in others if n.op_type == "Gather" and index.is_constant(n.inputs[1])]
+    columns = {c for n in gathers for c in whole_numbers_made(n.inputs[1]) or ()}
+    return not columns <= own or any(n.op_type in ("Slice", "Split") for n in others)
 
 
 def _pick_before(index: GraphIndex, product: WeightProduct) -> OnnxNode | None:

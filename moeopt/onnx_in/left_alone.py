@@ -67,6 +67,7 @@ def no_pairs(graph: OnnxGraph, candidates: Sequence[CandidateRegion], told: Coll
     """
     known = {id(node) for candidate in candidates for region in candidate.regions for node in region.nodes}
     known |= {id(product.node) for candidate in candidates for product in candidate.chains.products}
+    told = {*told, *(candidate.chains.experts for candidate in candidates if not candidate.regions)}
     return [
         LeftAlone(
             found.name,

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moeopt.onnx_in.chains import ExpertChains, expert_chains
-from moeopt.onnx_in.cuts import GraphRegion, common_entry, exits, region_between, steps_for
+from moeopt.onnx_in.cuts import GraphRegion, common_entry, exits, is_tensor, region_between, steps_for
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.products import WeightProduct, weight_products
 from moeopt.onnx_in.program import TAKEN
@@ -58,6 +58,8 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
             if len(found) >= _MOST_REGIONS // 2 and index.at(end) > following:
                 break
             region = _rooted(index, chains, end, taken)
+            if found and region is not None and not all(map(is_tensor, region.entries)):
+                continue
             unrouted |= region is not None and not _has_router(region, chains)
             if region is not None and _has_router(region, chains):
                 found.append(replace(region, folds=chains.in_several_shapes))

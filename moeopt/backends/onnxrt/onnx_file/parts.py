@@ -15,7 +15,7 @@ from moeopt.backends.onnxrt.onnx_file.close_choices import nearer_of, with_other
 from moeopt.backends.onnxrt.onnx_file.original import InnerValues
 from moeopt.errors import Declined, MoeoptError
 from moeopt.onnx_in.coded_nodes import ON_ACTIVATIONS, CodedConstants
-from moeopt.onnx_in.cuts import GraphRegion
+from moeopt.onnx_in.cuts import GraphRegion, is_tensor
 from moeopt.onnx_in.feeds import GraphFeeds
 from moeopt.onnx_in.frozen_routing import WAY_OUT, frozen_routing
 from moeopt.onnx_in.interpreter import InterpretedGraph, unread
@@ -86,7 +86,7 @@ def file_parts(
 ) -> FileParts:
     """Each candidate as a part, or why not."""
     found = FileParts()
-    wanted = {v.name for c in candidates for r in c.regions for v in (*r.entries, r.exit)}
+    wanted = {v.name for c in candidates for r in c.regions for v in (*r.entries, r.exit) if is_tensor(v)}
     runs: list[Values] = []
     if wanted:
         say("running the file on the example inputs")
@@ -118,6 +118,12 @@ def _part(codes: CodedConstants, candidate: CandidateRegion, runs: Sequence[Valu
     for product in candidate.chains.products:
         if product.node.op_type in ON_ACTIVATIONS:
             raise Declined(unread(product.node))
+    entries = [v for region in candidate.regions[:1] for v in region.entries]
+    if (several := next((v for v in entries if not is_tensor(v)), None)) is not None:
+        raise Declined(
+            f"its nodes read {several.name!r}, a sequence of tensors, from outside, and moeopt reads single tensors "
+            "there: export the model with Split or Concat in place of sequences"
+        )
     choice = counted_by_data(candidate)
     if choice is not None:
         raise Declined(

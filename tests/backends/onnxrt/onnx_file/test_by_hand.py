@@ -7,7 +7,7 @@ import torch
 from onnx import TensorProto, helper
 
 import moeopt
-from tests.onnx_in.by_hand import E, File, H, I
+from tests.onnx_in.by_hand import E, File, H, I, K
 
 
 def run(model, **feeds):
@@ -125,7 +125,28 @@ def stacked_sequence(file):
     return file.sum(file.node("Mul", joined, file.node("Unsqueeze", table, file.constant([-1]))), 1, 0)
 
 
-@pytest.mark.parametrize("form", [one_hot, scaled_by_ones, sequence, stacked_sequence])
+def sequence_of_weighed_results(file):
+    """All goes through the sequence, which is no value that a block could end with."""
+    table = file.table(*file.router())
+    columns = [file.node("Gather", table, file.constant([e]), axis=1) for e in range(E)]
+    parts = [file.node("Mul", file.expert("x", f"experts.{e}"), column) for e, column in enumerate(columns)]
+    return file.sum(file.node("ConcatFromSequence", file.node("SequenceConstruct", *parts), axis=0, new_axis=1), 0, 0)
+
+
+def gate_among_the_scores(file):
+    """The last of the router's columns is no expert's: something else reads it."""
+    scores = file.node("MatMul", "x", file.weight(H, E + 1, name="gate"))
+    own = file.node("Gather", scores, file.constant([*range(E)]), axis=1)
+    values, ids = file.node("TopK", own, file.constant([K]), results=2, axis=-1)
+    table = file.table(file.node("Softmax", values, axis=-1), ids, own)
+    y = file.weighed("x", table, lambda x, e: file.expert(x, f"experts.{e}"))
+    return file.node("Mul", y, file.node("Sigmoid", file.node("Gather", scores, file.constant([E]), axis=1)))
+
+
+FORMS = [one_hot, scaled_by_ones, sequence, stacked_sequence, sequence_of_weighed_results, gate_among_the_scores]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_forms_that_are_rewritten(form):
     """Constants of a file keep their values: those that change nothing are no reason to decline."""
     file = File()
@@ -160,6 +181,16 @@ def test_scores_at_constant_places_are_told_as_broken():
     said = reason(file.model(total))
     assert said.startswith("the file is broken, unless the others are meant for no expert, which a file does not tell")
     assert "of the 4 experts that its router scores, the node 'Gather_" in said and "takes the same 2 for every" in said
+
+
+def test_rows_from_a_sequence_of_tensors_are_a_reason():
+    file = File()
+    doubled = file.node("Concat", "x", "x", axis=1)
+    several = file.node("SplitToSequence", doubled, file.constant(np.int64(H)), axis=1)
+    rows, scored = (file.node("SequenceAt", several, file.constant(np.int64(n))) for n in (0, 1))
+    table = file.table(*file.router(x=scored))
+    said = reason(file.model(file.weighed(rows, table, lambda x, e: file.expert(x, f"experts.{e}"))))
+    assert said.startswith("its nodes read 'splittosequence_") and "', a sequence of tensors, from outside" in said
 
 
 def test_experts_of_several_widths_are_not_told_as_missing():
