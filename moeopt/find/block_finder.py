@@ -23,6 +23,7 @@ from moeopt.find.block_candidates import (
     numbered_tensors,
 )
 from moeopt.find.module_lists import results_meet, row_sources
+from moeopt.find.normed_pairs import normed_pairs
 from moeopt.find.single_products import single_products
 from moeopt.find.unread_blocks import UnreadBlocks
 from moeopt.recognise.ffn_candidates import FFNCandidate
@@ -111,6 +112,8 @@ class Finder:
         )  # fmt: skip
         for search in searches:
             places += search(places)
+        known = {w for p in places if p.kind == "moe" for w in p.weights}
+        places += [p for p in normed_pairs(unread) if known.isdisjoint(p.weights)]
         places += single_products(unread, places)
         parts = {w for p in places if p.kind == "moe" and not p.candidates for w in p.weights}
         return [p for p in places if p.kind == "moe" or parts.isdisjoint(p.weights)]

@@ -125,10 +125,10 @@ def program_of(
     numbers: dict[str, SizeValue] = {}
     held: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
-    biases = _biases(steps)
+    weights = _weights_of_one(steps)
     for value, tensor in constants.items():
         name = names.get(value, value)
-        if is_number(tensor) and not (name in biases and tensor.dim() == 1):
+        if is_number(tensor) and not (name in weights and tensor.dim() > 0):
             numbers[name] = SizeValue(_meant(tensor), tensor.dtype, tensor.clone())
             continue
         held[name] = _attribute(name, tensors)
@@ -154,12 +154,14 @@ def _meant(tensor: Tensor) -> PyObject:
     return _ROUNDED.get(found, found) if tensor.dtype == torch.float32 and isinstance(found, float) else found
 
 
-def _biases(steps: Sequence[NodeStep]) -> set[str]:
-    """What is added to products: of experts that give one number each, a bias is one number too, and a weight."""
+def _weights_of_one(steps: Sequence[NodeStep]) -> set[str]:
+    """What is added to products, and slopes of a ``PRelu``: of experts that give one number each, or have one slope
+    each, these are one number too, and weights."""
     products = {name for step in steps if step.op_type in ("MatMul", "Gemm", "Einsum") for name in step.outputs}
     of_products = {name for step in steps if step.op_type in ("Gemm", "Conv") for name in step.inputs[2:3]}
     sums = [set(step.inputs) for step in steps if step.op_type == "Add" and not products.isdisjoint(step.inputs)]
-    return of_products.union(*sums) - products
+    slopes = {name for step in steps if step.op_type == "PRelu" for name in step.inputs[1:2]}
+    return of_products.union(slopes, *sums) - products
 
 
 def is_number(tensor: Tensor) -> bool:

@@ -137,6 +137,15 @@ def _agrees(spec: ExpertsSpec, rows: tuple[torch.Tensor, ...], want: torch.Tenso
     return bool((near | ~want.isfinite()).all())  # far out, exp(x) by hand is infinite where the activation is not
 
 
+def learned_numbers(tape: Tape, candidate: FFNCandidate) -> tuple[float, ...]:
+    """The one-element Parameters and buffers that the function reads: a slope, a scale that each expert has its own
+    value of, though its calls are those of the others."""
+    operands = (a for node in candidate.mid for a in node.all_input_nodes)
+    return tuple(
+        float(tape.value(a)) for a in operands if a.op == "get_attr" and a.meta.get("shape") in ((), (1,), (1, 1))
+    )
+
+
 def _constants(tape: Tape, candidate: FFNCandidate) -> list[float]:
     """Python scalars and one-element tensors among the operands of the nodes between."""
     found: dict[float, None] = {}

@@ -12,7 +12,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_refs import ExpertRef
 from moeopt.obstacles import Rank
 from moeopt.recognise.combine import Labels
-from moeopt.recognise.expert_function import fit_function
+from moeopt.recognise.expert_function import fit_function, learned_numbers
 from moeopt.recognise.expert_refs import expert_ref
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.ffn_groups import source_of
@@ -55,11 +55,12 @@ def label_chain(
         factors = row_factors(tape, candidate, out)
         if factors and (weights := row_weights(tape, candidate, out, factors)) is not None:
             labels.hidden[out] = weights
-        if candidate.signature not in specs:
-            specs[candidate.signature] = fit_function(
+        function = candidate.signature, learned_numbers(tape, candidate)
+        if function not in specs:
+            specs[function] = fit_function(
                 tape, candidate, out, label, assume, factors if out in labels.hidden else None
             )
-        ordered = roles[::-1] if specs[candidate.signature][1] else roles
+        ordered = roles[::-1] if specs[function][1] else roles
         _enter_rows(ordered, out, label, token, labels, keys, experts)
 
 

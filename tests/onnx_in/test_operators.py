@@ -56,6 +56,11 @@ def both(model: onnx.ModelProto, inputs):
         ("SimplifiedLayerNormalization", [HALF], [ROW.astype("float16")], {}),
         ("LayerNormalization", [X], [ROW, ROW], {"axis": 1}),
         ("LayerNormalization", [X], [ROW, ROW], {"axis": -1}),
+        ("BatchNormalization", [X], [*X[0, :, :3].T, X[0, :, 0] ** 2], {"epsilon": 1e-3}),
+        ("BatchNormalization", [X[0]], [*X[1, :3], X[0, 0] ** 2], {}),
+        ("InstanceNormalization", [X], [X[0, :, 0], X[0, :, 1]], {"epsilon": 1e-3}),
+        ("GroupNormalization", [X], [X[0, :, 0], X[0, :, 1]], {"num_groups": 2}),
+        ("PRelu", [X], [np.float32([0.3])], {}),
         ("Flatten", [X], [], {"axis": -1}),
         ("Flatten", [X], [], {"axis": -3}),
         ("Flatten", [X], [], {"axis": 3}),
@@ -84,6 +89,12 @@ def test_top_k_of_equal_scores_takes_the_first(x, attributes):
     [
         ("ArgMax", [], {"select_last_index": 1}, "the node 'the_ArgMax' .* takes the last of equal values"),
         ("EyeLike", [], {"k": 1}, "the node 'the_EyeLike' .* makes another diagonal than the main one"),
+        (
+            "BatchNormalization",
+            [X[0, :, 0]] * 4,
+            {"training_mode": 1},
+            "the node 'the_BatchNormalization' .* is in training mode, in which its rows depend on one another",
+        ),
         ("Pad", [[0, 1, 0, 0, 0, 2]], {"mode": "reflect"}, "the node 'the_Pad' .* pads otherwise than with a constant"),
     ],
 )

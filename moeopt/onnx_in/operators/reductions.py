@@ -119,6 +119,31 @@ def _rms_norm(call: NodeCall) -> Tensor:
     return scaled.to(x.dtype) * call.tensor(1)
 
 
+def _batch_norm(call: NodeCall) -> Tensor:
+    if call.outputs > 1 or call.attribute("training_mode", 0):
+        raise Declined(f"{call.node} is in training mode, in which its rows depend on one another")
+    weight, bias, mean, variance = (call.tensor(number) for number in range(1, 5))
+    return F.batch_norm(call.tensor(0), mean, variance, weight, bias, eps=call.attribute("epsilon", 1e-5))
+
+
+def _instance_norm(call: NodeCall) -> Tensor:
+    """Written out: torch's own form takes the channels of all samples for the features of one."""
+    x = call.tensor(0)
+    wide, dims = _in_float(x), list(range(2, x.dim()))
+    variance, mean = torch.var_mean(wide, dims, correction=0, keepdim=True)
+    scaled = (wide - mean) * torch.rsqrt(variance + call.attribute("epsilon", 1e-5))
+    weight, bias = (call.tensor(number).view(-1, *(1 for _ in dims)) for number in (1, 2))
+    return scaled.to(x.dtype) * weight + bias
+
+
+def _group_norm(call: NodeCall) -> Tensor:
+    x, groups = call.tensor(0), call.attribute("num_groups")
+    weight, bias = call.tensor(1), call.tensor(2)
+    if call.opset < 21:  # one number for each group
+        weight, bias = (one.repeat_interleave(x.shape[1] // groups) for one in (weight, bias))
+    return F.group_norm(x, groups, weight, bias, call.attribute("epsilon", 1e-5))
+
+
 def _logsumexp(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
     return torch.logsumexp(x, axes, keepdim)
 
@@ -143,5 +168,6 @@ REDUCTIONS: dict[str, Callable[[NodeCall], PyObject]] = {
     "GlobalAveragePool": _over_places(_mean), "GlobalMaxPool": _over_places(_extreme(torch.amax, -torch.inf)),
     "ArgMax": _arg(torch.argmax), "ArgMin": _arg(torch.argmin), "TopK": _top_k,
     "Softmax": _softmax(F.softmax), "LogSoftmax": _softmax(F.log_softmax), "CumSum": _cumsum,
+    "BatchNormalization": _batch_norm, "InstanceNormalization": _instance_norm, "GroupNormalization": _group_norm,
     "LayerNormalization": _layer_norm, "RMSNormalization": _rms_norm, "SimplifiedLayerNormalization": _rms_norm,
 }  # fmt: skip

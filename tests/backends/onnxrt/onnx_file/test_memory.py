@@ -94,7 +94,7 @@ def layers(path, count, experts, hidden, inner):
     return str(path)
 
 
-SIZES = {"small": (4, 16, 512, 384), "2 GB": (8, 32, 1024, 1024)}
+SIZES = {"small": (3, 16, 512, 384), "2 GB": (8, 32, 1024, 1024)}
 
 
 @pytest.mark.parametrize("size", ["small", pytest.param("2 GB", marks=pytest.mark.nightly)])
