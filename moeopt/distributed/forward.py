@@ -104,7 +104,7 @@ class DistributedForward(RewrittenForward):
         self.sharded = dict(sharded)
         super().__init__(module, program)
 
-    def _bank(self, index: int, refs: PyObject, spec: PyObject) -> PyObject:
+    def _bank(self, index: int, refs: PyObject, spec: PyObject) -> tuple[PyObject, PyObject]:
         if index not in self.sharded:
             return super()._bank(index, refs, spec)
         dispatch, own, local, format = self.sharded[index]
@@ -113,7 +113,7 @@ class DistributedForward(RewrittenForward):
             held = LocalCodes(self.module, index, [r for r in local if isinstance(r, ExpertRef)], spec, format)
         elif own:
             held = live_bank(self.module, list(local), spec, place=LocalPlace)
-        return RankExperts(dispatch, held, own)
+        return RankExperts(dispatch, held, own), spec
 
     def _fall_back(self, refusal: str, args: PyObject, kwargs: PyObject, results: KeptResults) -> PyObject:
         name = next(iter(self.sharded.values())).dispatch.block

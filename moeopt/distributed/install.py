@@ -50,7 +50,7 @@ class ExpertOp:
     @property
     def spec(self) -> PyObject:
         """Their function."""
-        return self.forward.banks[self.index][1]
+        return self.forward.program.block.weights[self.index].spec
 
     @property
     def experts(self) -> int:

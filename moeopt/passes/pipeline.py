@@ -9,6 +9,7 @@ from moeopt.passes.fuse_dense_ffn import FuseDenseFFN
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.passes.merge_shared_expert import MergeSharedExpert
 from moeopt.passes.quantize_experts import QuantizeExperts
+from moeopt.passes.read_codes import ReadCodes
 from moeopt.passes.shrink_router_softmax import ShrinkRouterSoftmax
 from moeopt.passes.split_dense_ffn import SplitDenseFFN
 
@@ -20,5 +21,6 @@ PIPELINE: tuple[Pass, ...] = (
     MergeSharedExpert(),  # before a factor on the routed sum alone is folded away
     FoldExpertScale(),  # after copies are gone that would stand between the sum and its factor
     ShrinkRouterSoftmax(),  # after the experts are one op: nothing else looks at routers
+    ReadCodes(),  # after every pass that moves an expert: the function stays, what reads its weights changes
     QuantizeExperts(),  # last: another function from here on; off unless quantize= gives it a plan
 )

@@ -17,7 +17,7 @@ from moeopt.pipeline.block import Rewrite
 from moeopt.pipeline.dense import DenseResult as DenseResult
 from moeopt.pipeline.dense import function_of
 from moeopt.pipeline.describe import dense_reason, describe_router, read_router
-from moeopt.pipeline.lowering_text import lowering_text
+from moeopt.pipeline.lowering_text import ON_CODES, lowering_text
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
 from moeopt.report import BlockReport
@@ -118,22 +118,31 @@ def _report_rewritten(
     outcome: PipelineResult, seconds: float,
 ) -> BlockReport:  # fmt: skip
     router = read_router(model, attempt.path, outcome.calls, found, inside)
+    coded = rewrite.program.block.coded.get(_number(rewrite, found))
+    lowering = ON_CODES if coded is not None else lowering_text(model.get_submodule(attempt.path), found)
     return BlockReport(
         name, "moe", "rewritten", "", len(found.experts), describe_router(found, router),
-        lowering_text(model.get_submodule(attempt.path), found) + _in_codes(rewrite, found),
+        lowering + _in_codes(rewrite, found),
         rewrite.check.distance_rewritten if rewrite.check.passed is not None else None,
-        found.source, seconds=seconds, top_k=found.routing.per_token, spec=str(found.spec),
+        found.source, seconds=seconds, top_k=found.routing.per_token,
+        spec=str(found.spec if coded is None else coded.spec),
         router_spec=router.encode(),
     )  # fmt: skip
 
 
 def _in_codes(rewrite: Rewrite, found: Recognition) -> str:
     """The format of quantised experts, to stand behind a lowering."""
-    number = next(n for n, one in enumerate(rewrite.found) if one is found)
-    format = rewrite.program.block.formats.get(number)
+    number, block = _number(rewrite, found), rewrite.program.block
+    if (coded := block.coded.get(number)) is not None:
+        return f", weights in {' and '.join(dict.fromkeys(str(m.format) for m in coded.matrices))}, read where they are"
+    format = block.formats.get(number)
     if isinstance(format, BankFormat):  # codes of a checkpoint
         format = format.w_out.format
     return "" if format is None else f", weights in {format}"
+
+
+def _number(rewrite: Rewrite, found: Recognition) -> int:
+    return next(n for n, one in enumerate(rewrite.found) if one is found)
 
 
 def _report_dense(

@@ -12,6 +12,7 @@ from moeopt.passes.base import Pass
 from moeopt.passes.manager import PassManager, check_names
 from moeopt.passes.pipeline import PIPELINE
 from moeopt.passes.quantize_experts import BankRows, QuantizeExperts
+from moeopt.passes.read_codes import ReadCodes
 from moeopt.published.experts import PublishedExperts
 from moeopt.published.file_codes import FileExperts
 
@@ -30,7 +31,10 @@ def pass_manager(
     """
     plan = options.quantize
     published = _codes_for(model) if model is not None and plan is not None and plan.takes_checkpoint else None
-    passes = with_plan(PIPELINE if options.passes is None else options.passes, plan, published, rows)
+    chosen = PIPELINE if options.passes is None else options.passes
+    if runtime is not None:
+        chosen = tuple([ReadCodes(any_format=True) if isinstance(one, ReadCodes) else one for one in chosen])
+    passes = with_plan(chosen, plan, published, rows)
     check_names(options.skip_passes, (*passes, *PIPELINE), "skip_passes")
     if not isinstance(options.print_passes, bool):
         check_names(options.print_passes, (*passes, *PIPELINE), "print_passes")

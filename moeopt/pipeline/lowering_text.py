@@ -9,6 +9,9 @@ from moeopt.ops.kernels.cuda import describe_path
 from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.live_weights import LiveExpertWeights
 
+ON_CODES = "moeopt::quantized_experts (grouped, one op)"
+"""Of experts that are codes in the user's module."""
+
 
 def lowering_text(block: nn.Module, found: Recognition) -> str:
     """``moeopt::experts`` with the kernel that takes these weights; on a GPU with why no better one does.

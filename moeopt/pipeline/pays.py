@@ -6,6 +6,8 @@ counted on the recorded call that reached every expert: small calls, and rows of
 either, the counts decide. Where it has fewer calls and more rows, or the other way round, this machine is asked which
 of the two differences takes longer (``ops.measured``: milliseconds, once, remembered). Where it may not be asked the
 calls decide: such experts see few rows each, and a call costs the same for one row as for many.
+
+Experts that are codes which the kernel in C++ reads have a grouped kernel (``passes/read_codes``) and are not counted.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from moeopt.capture.replay import ancestors
 from moeopt.errors import Declined
 from moeopt.ir.row_function import GETITEM, RowBody, RowFunction, Value
 from moeopt.ops.measured import Way, fastest
+from moeopt.passes.read_codes import why_no_kernel
+from moeopt.recognise.coded_function import coded_function
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing_by_sum import NO_ONE_TENSOR, ONE_TENSOR, SumOfCodes
 
@@ -42,10 +46,16 @@ def check_pays(recognitions: list[Recognition]) -> None:
     for one in recognitions:
         if kept := _dispatch_stays(one):  # a module around this one may hold the routing
             raise Declined(kept, one.source or None)
-        if isinstance(one.spec, RowFunction) and (reason := _reason(one, one.spec)):
+        if isinstance(one.spec, RowFunction) and not _in_kernel(one.spec) and (reason := _reason(one, one.spec)):
             error = WouldNotPay(reason, one.source or None)
             error.found = recognitions
             raise error
+
+
+def _in_kernel(spec: RowFunction) -> bool:
+    """Whether the kernel in C++ reads the codes that ``spec`` makes floats of: the block's own code makes them anew."""
+    coded = coded_function(spec)
+    return coded is not None and not why_no_kernel(coded)
 
 
 def _dispatch_stays(recognition: Recognition) -> str:

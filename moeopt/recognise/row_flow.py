@@ -136,7 +136,8 @@ class Branch:
     """One expert on some rows: from ``start``, a rows tensor, to ``end``, through the calls ``inside``.
 
     ``beside``: further tensors with one row for each row of ``start``: a condition, a product that all experts share.
-    ``axis``: the dimension of ``start`` that holds the features.
+    ``same``: further calls that pick the rows that ``start`` picks. ``axis``: the dimension of ``start`` that holds the
+    features.
     """
 
     start: fx.Node
@@ -144,6 +145,7 @@ class Branch:
     inside: set[fx.Node]
     readers: list[fx.Node] = field(default_factory=list)
     beside: tuple[fx.Node, ...] = ()
+    same: tuple[fx.Node, ...] = ()
 
     @property
     def axis(self) -> int:
@@ -222,16 +224,32 @@ def branch_of(
     inside: set[fx.Node], live_ins: dict[fx.Node, None], end: fx.Node | None = None, most_extra: int = 0
 ) -> Branch | None:
     """The branch of the calls ``inside``, of which one live-in holds the rows; at most ``most_extra`` more."""
-    if not 1 <= len(live_ins) <= 1 + most_extra:
+    picked: dict[object, list[fx.Node]] = defaultdict(list)
+    for n in sorted(live_ins, key=lambda n: n.meta["index"]):
+        picked[_picks(n)].append(n)
+    if not 1 <= len(picked) <= 1 + most_extra:
         return None
-    start, *beside = sorted(live_ins, key=lambda n: n.meta["index"])
+    (start, *same), *others = picked.values()
+    if same and others:
+        return None
+    beside = [nodes[0] for nodes in others]
+    if any(len(nodes) > 1 for nodes in others):
+        return None
     end = end or max(inside, key=lambda n: n.meta["index"])
-    if any(len(n.meta.get("shape") or ()) < 2 for n in (*live_ins, end)):
+    if any(len(n.meta.get("shape") or ()) < 2 for n in (start, *beside, end)):
         return None
     if beside and not all(_same_rows(start, other) for other in beside):
         return None
-    readers = sorted((n for n in inside if start in n.all_input_nodes), key=lambda n: n.meta["index"])
-    return Branch(start, end, inside, readers, tuple(beside))
+    starts = {start, *same}
+    readers = sorted((n for n in inside if starts & set(n.all_input_nodes)), key=lambda n: n.meta["index"])
+    return Branch(start, end, inside, readers, tuple(beside), tuple(same))
+
+
+def _picks(node: fx.Node) -> object:
+    """What tells the rows that ``node`` picks, so that ``x[t]`` written twice is the same; else the node itself."""
+    if op_name(node) not in ("index", "index_select") or node.kwargs:
+        return node
+    return node.target, str(node.args)
 
 
 def _same_rows(one: fx.Node, other: fx.Node) -> bool:

@@ -80,7 +80,7 @@ def recognize_functions(tape: Tape, known: list[Recognition] | None = None, *, i
 def _readings(flow: Flow, branches: list[Branch]) -> Iterator[list[Branch]]:
     """The branches as they are; then from further back, where what leads to them serves single experts."""
     yield branches
-    wider = [branch_of(*with_private_calls(flow, b.inside, {b.start: None}), b.end) for b in branches]
+    wider = [branch_of(*with_private_calls(flow, b.inside, dict.fromkeys((b.start, *b.same))), b.end) for b in branches]
     found = [b for b in wider if b is not None]
     if len(found) == len(branches) and any(a.start is not b.start for a, b in zip(found, branches, strict=True)):
         yield found
@@ -150,7 +150,9 @@ def _graphs(tape: Tape, branches: list[Branch]) -> list[RowGraphReader | None]:
 
 
 def _graph(tape: Tape, branch: Branch) -> RowGraphReader:
-    return RowGraphReader(tape, branch.start, branch.end, branch.inside, beside=branch.beside, axis=branch.axis)
+    return RowGraphReader(
+        tape, branch.start, branch.end, branch.inside, beside=branch.beside, axis=branch.axis, same=branch.same
+    )
 
 
 def _experts(slots: list[tuple[PartRef, ...]], known: list[Recognition] | None, source: str | None) -> list[SlotRefs]:

@@ -42,6 +42,7 @@ class RowGraphReader(RowGraphWriter):
 
     Args:
         axis: the dimension of ``start`` in which the features stand.
+        same: calls that give what ``start`` gives.
 
     Attributes:
         text: see :mod:`moeopt.ir.row_function`.
@@ -54,7 +55,7 @@ class RowGraphReader(RowGraphWriter):
 
     def __init__(
         self, tape: Tape, start: fx.Node, end: fx.Node, cone: set[fx.Node], values: bool = True,
-        beside: tuple[fx.Node, ...] = (), axis: int = LAST,
+        beside: tuple[fx.Node, ...] = (), axis: int = LAST, same: tuple[fx.Node, ...] = (),
     ) -> None:  # fmt: skip
         super().__init__(tape, cone, values)
         self._dtypes: list[tuple[torch.dtype, tuple[int, ...]]] = []
@@ -63,7 +64,7 @@ class RowGraphReader(RowGraphWriter):
         self.lead = shape[:-1]
         if not self.lead or math.prod(self.lead) == 0:
             raise Declined("no token reached one of its experts", start.meta.get("source"))
-        for node in (start, *beside):
+        for node in (start, *same, *beside):
             self.known[node] = HeldSlots(0, self.lead, rows_last(tuple(node.meta["shape"]), axis), axis=axis)
         order = self._order(end)
         for node in order:  # slots come first, so their numbers are known only now

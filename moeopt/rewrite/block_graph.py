@@ -29,6 +29,7 @@ from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.ir.bank_format import BankFormat
+from moeopt.ir.coded_function import CodedFunction
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.ir.weight_format import WeightFormat
 from moeopt.ir.weight_refs import ExpertRef
@@ -108,6 +109,7 @@ class BlockGraph:
             turned that number into constants.
         formats: by the number of a bank of weights, what it is quantised to; a bank that is not there keeps its floats.
         codes: by the number of a bank, codes that are not rounded from its floats but given, until they are stored.
+        coded: by the number of a bank, how a function of a row that makes floats of codes is the op on these codes.
         captured: the block's own code; None once there is a graph.
         root: the user's module while passes run, for those that look at weights; None afterwards.
         made: the graph that passes change, empty while the block is its own code.
@@ -125,6 +127,7 @@ class BlockGraph:
     per_token: list[int | None] = field(default_factory=list)
     formats: dict[int, WeightFormat | BankFormat] = field(default_factory=dict)
     codes: dict[int, GivenCodes] = field(default_factory=dict)
+    coded: dict[int, CodedFunction] = field(default_factory=dict)
     captured: Captured | None = None
     root: nn.Module | None = None
     made: fx.Graph = field(default_factory=fx.Graph, repr=False)
@@ -166,6 +169,7 @@ class BlockGraph:
             self, weights=list(self.weights), routers=list(self.routers), constants=list(self.constants),
             frozen=dict(self.frozen),
             per_token=list(self.per_token), formats=dict(self.formats), codes=dict(self.codes),
+            coded=dict(self.coded),
         )  # fmt: skip
         if self.captured is None:
             twin.set_graph(self.made)

@@ -29,7 +29,7 @@ from moeopt.rewrite.block_graph import BlockGraph, Slot, compiled
 from moeopt.rewrite.block_program import BlockProgram
 from moeopt.rewrite.call_guard import OPAQUE, TENSOR, CallGuard, bind, by_position
 from moeopt.rewrite.kept_effects import replayed_results
-from moeopt.rewrite.live_bank import watched_bank
+from moeopt.rewrite.live_bank import watched_bank, with_gradients
 from moeopt.rewrite.live_codes import LiveCodes, dequantized
 from moeopt.rewrite.module_copies import REFERENCES, keep_in_copies, shallow_copy_of
 from moeopt.rewrite.original_calls import LOOK, OriginalCalls
@@ -95,7 +95,7 @@ class RewrittenForward:
         self._know_usual()
         if watch.gone:
             raise Stale(watch.gone)
-        self.banks = [(self._bank(b, refs, spec), spec) for b, (refs, spec) in enumerate(block.weights)]
+        self.banks = [self._bank(b, refs, spec) for b, (refs, spec) in enumerate(block.weights)]
 
     def _know_usual(self) -> None:
         """Make anew what knows the usual call; it knows none of a block that writes to its arguments."""
@@ -103,16 +103,16 @@ class RewrittenForward:
         self._usual = None if self.program.block.mutations else usual_call(guard, self.program.signature)
         self._usual_of = guard.changes
 
-    def _bank(self, index: int, refs: PyObject, spec: PyObject) -> PyObject:
-        """The live weights of the op number ``index``, or their codes."""
+    def _bank(self, index: int, refs: PyObject, spec: PyObject) -> tuple[PyObject, PyObject]:
+        """The live weights of the op number ``index``, or their codes, and its function."""
         block = self.program.block
         if index in block.formats:
-            return LiveCodes(self.module, index, refs, spec, block.formats[index], block.codes.get(index))
-        return watched_bank(self.module, refs, spec, self.watch, index)
+            return LiveCodes(self.module, index, refs, spec, block.formats[index], block.codes.get(index)), spec
+        return watched_bank(self.module, refs, spec, self.watch, index, block.coded.get(index))
 
     def experts(self, index: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """The op on the live weights number ``index``: what a ``moeopt::experts`` node of the graph calls."""
-        bank, spec = self.banks[index]
+        bank, spec = with_gradients(*self.banks[index])
         if not torch.compiler.is_compiling():
             known, chosen = self.program.block.per_token[index], weights.shape[-1]
             if ids.shape[-1] != chosen:  # ids that name every expert come of the program: as many as were verified

@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 from torch import nn
 
+from moeopt.ir.coded_function import CodedFunction
 from moeopt.ir.row_function import RowFunction
 from moeopt.rewrite.live_slots import LiveSlots
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place
 from moeopt.rewrite.module_guard import Watch
 from moeopt.rewrite.refused_call import Stale
 from moeopt.rewrite.same_layout import Arm
+from moeopt.rewrite.slot_codes import SlotCodes
 from moeopt.value_types import PyObject
 
 
@@ -26,11 +28,25 @@ def live_bank(
     return LiveExpertWeights(module, refs, (spec.w_in_layout, spec.w_out_layout), check, place, arm)
 
 
-def watched_bank(module: nn.Module, refs: PyObject, spec: PyObject, watch: Watch, bank: int) -> PyObject:
-    """:func:`live_bank` of the bank number ``bank``: an expert that is not as it was verified is :class:`Stale`."""
+def watched_bank(
+    module: nn.Module, refs: PyObject, spec: PyObject, watch: Watch, bank: int, coded: CodedFunction | None = None
+) -> tuple[PyObject, PyObject]:
+    """:func:`live_bank` of the bank number ``bank``, and its function: an expert that is not as it was verified is
+    :class:`Stale`.
+
+    Args:
+        coded: how ``spec``, a function of a row that makes floats of codes, is the op on these codes.
+    """
 
     def check(expert: int) -> None:
         if reason := watch.expert((bank, expert)):
             raise Stale(reason)
 
-    return live_bank(module, refs, spec, check, arm=functools.partial(watch.arm, bank))
+    if coded is not None:
+        return SlotCodes(module, refs, spec, coded, check), coded.spec
+    return live_bank(module, refs, spec, check, arm=functools.partial(watch.arm, bank)), spec
+
+
+def with_gradients(bank: PyObject, spec: PyObject) -> tuple[PyObject, PyObject]:
+    """The same, or what computes the same with gradients of scales, where a call wants some."""
+    return (bank.live, bank.function) if isinstance(bank, SlotCodes) and bank.trained else (bank, spec)

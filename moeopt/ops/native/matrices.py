@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moeopt.ir.weight_format import WeightFormat
 from moeopt.ops.quantized_weight import QuantizedWeight
 from moeopt.ops.rounded_rows import ROW_BLOCK
 from moeopt.ops.unfit import Unfit
@@ -42,6 +43,11 @@ def matrix(w: KernelWeight | None, layout: str, rounds: bool = False) -> tuple[i
     return w.data_ptr(), FLOATS[w.dtype], out, into, so, si, *_NO_SCALES
 
 
+def reads_codes(format: WeightFormat) -> bool:
+    """Whether the kernel reads codes of ``format`` beside rows of floats, where they and their scales lie in rows."""
+    return (format.codes, format.symmetric, format.packing) in CODES and format.block[0] == 1
+
+
 def _codes(w: QuantizedWeight, rounds: bool) -> tuple[int, ...]:
     format, (N, K) = w.format, w.shape
     zeros = w.zeros if rounds and format.codes == "uint4" else None
@@ -53,7 +59,8 @@ def _codes(w: QuantizedWeight, rounds: bool) -> tuple[int, ...]:
         if t is not None:
             plain(t)
     narrow = w.scales.dtype in FLOATS and w.scales.dtype is not torch.float64
-    if not narrow or w.codes.stride(1) != 1 or w.scales.stride(1) != 1:
+    apart = w.scales.shape[1] > 1 and w.scales.stride(1) != 1
+    if not narrow or w.codes.stride(1) != 1 or apart:
         raise Unfit(f"codes of strides {w.codes.stride()} and scales of {w.scales.dtype} {w.scales.stride()}")
     dtype, per_byte = CODES[kind], 2 if format.packed else 1
     block = min(format.block[1] or K, K)

@@ -1,0 +1,153 @@
+"""Experts whose own code makes floats of codes, as codes: views of the module's own codes and scales, read live.
+
+Nothing is copied or held twice: the module keeps its buffers, and what is written to them shows at the next call.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeopt.ir.bank_format import MatrixFormat
+from moeopt.ir.coded_function import CodedFunction, CodedMatrix, SlotPart
+from moeopt.ir.row_function import RowFunction
+from moeopt.ir.weight_refs import SlotRefs
+from moeopt.ops.expert_weights import Biases, how_they_lie
+from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
+from moeopt.rewrite.live_slots import LiveSlots
+from moeopt.rewrite.live_weights import Place
+from moeopt.rewrite.same_layout import Remembered
+
+_PLAIN = {Tensor, nn.Parameter}
+
+
+class SlotCodes(QuantizedExpertWeights):
+    """A bank of codes over the slots of a row function.
+
+    Args:
+        module: the block.
+        experts: what each expert has in its slots.
+        row: the function as it was recognised.
+        coded: the same as the grouped op has it.
+        check: called with the number of each expert at each call; may raise :class:`~.refused_call.Stale`.
+
+    Attributes:
+        live, function: what computes the same with gradients of scales.
+    """
+
+    def __init__(
+        self, module: nn.Module, experts: list[SlotRefs], row: RowFunction, coded: CodedFunction,
+        check: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        self.live, self.function, self.coded = LiveSlots(module, experts, check), row, coded
+        self.experts, self._check, self.num_experts = experts, check, len(experts)
+        self.layouts, self.dtype, self.format = ("oi", "oi"), torch.float32, coded.bank_format(len(experts))
+        self._places = [Place(module, path) for path in sorted({p.path for ref in experts for p in ref.slots})]
+        scales = sorted({ref.slots[s].path for ref in experts for s in coded.scale_slots})
+        self._scales = [Place(module, path) for path in scales]
+        self._known: tuple[Any, QuantizedExpertWeights, dict[Any, Any], bool] | None = None
+        self._handed: dict[Any, SlotCodes] = {(self.layouts, self.dtype): self}
+
+    def slots(self, e: int) -> list[Tensor]:
+        """What expert ``e`` has in the slots of ``function``: this is a ``SlotBank`` too."""
+        return self.live.slots(e)
+
+    @property
+    def trained(self) -> bool:
+        """Whether a scale wants a gradient, which the grouped op has none for."""
+        return torch.is_grad_enabled() and any(place.read().requires_grad for place in self._scales)
+
+    @property
+    def w_in_q(self) -> tuple[QuantizedMatrices, ...]:  # type: ignore[override]  # read live
+        """As the base class has it."""
+        return self.now().w_in_q
+
+    @property
+    def w_out_q(self) -> QuantizedMatrices:  # type: ignore[override]
+        """As the base class has it."""
+        return self.now().w_out_q
+
+    @property
+    def b_in_l(self) -> tuple[Biases | None, ...]:  # type: ignore[override]
+        """As the base class has it."""
+        return self.now().b_in_l
+
+    @property
+    def b_out_l(self) -> Biases | None:  # type: ignore[override]
+        """As the base class has it."""
+        return self.now().b_out_l
+
+    @property
+    def norm_l(self) -> Biases | None:  # type: ignore[override]
+        """No norm is recognised after W_out."""
+        return None
+
+    @property
+    def out_features(self) -> int:
+        """As the base class has it; told by the format, so that an exporter sees no reads of weights."""
+        return self.format.w_out.shape[0]
+
+    def handed_out(self, layouts: tuple[str, str], dtype: torch.dtype) -> QuantizedExpertWeights:
+        """As the base class has it, and live."""
+        other = self._handed.get((layouts, dtype))
+        if other is None:
+            other = copy.copy(self)
+            other.layouts, other.dtype, other._known = layouts, dtype, None
+            self._handed[layouts, dtype] = other
+        return other
+
+    def of_one_call(self) -> QuantizedExpertWeights:
+        """The bank read once for a call, where each read copies; else this bank itself."""
+        found, _, copied = self._look()
+        return found.handed_out(self.layouts, self.dtype) if copied else self
+
+    def remembered(self, rows: int) -> Remembered | None:
+        """As ``LiveCodes.remembered``: what a kernel keeps of the present addresses, and the tensors to keep alive."""
+        del rows
+        _, table, copied = self._look()
+        tensors = tuple([place.read() for place in self._places])
+        return None if copied or not _PLAIN.issuperset(map(type, tensors)) else (table, tensors)
+
+    def now(self) -> QuantizedExpertWeights:
+        """The bank as it is now, for one call."""
+        return self._look()[0]
+
+    def _look(self) -> tuple[QuantizedExpertWeights, dict[Any, Any], bool]:
+        """The bank, a kernel's table of it, and whether a part of it is a copy."""
+        if torch.compiler.is_compiling():
+            return self._made(), {}, True
+        for e in range(self.num_experts):
+            self._check(e)
+        tensors = [place.read() for place in self._places]
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if recorded or not _PLAIN.issuperset(map(type, tensors)):
+            return self._made(), {}, True  # a view made without gradients passes none on
+        lie = how_they_lie(tensors)
+        known = self._known  # read once: another thread may replace the attribute
+        if known is None or known[0] != lie:
+            made = self._made()
+            held = {t.untyped_storage().data_ptr() for t in tensors}
+            copied = any(t.untyped_storage().data_ptr() not in held for t in made.tensors().values())
+            known = lie, made, {}, copied
+            self._known = None if copied else known
+        return known[1:]
+
+    def _made(self) -> QuantizedExpertWeights:
+        slots = [self.live.slots(e) for e in range(self.num_experts)]
+
+        def matrices(one: CodedMatrix) -> QuantizedMatrices:
+            parts = [[part.read(held[part.slot]) for held in slots] for part in one.parts]
+            return QuantizedMatrices(MatrixFormat(one.format, one.shape), self.num_experts, parts)
+
+        def vectors(part: SlotPart | None) -> list[Tensor] | None:
+            return None if part is None else [part.read(held[part.slot]) for held in slots]
+
+        b_in = [vectors(b) for b in self.coded.b_in] if any(b is not None for b in self.coded.b_in) else None
+        return QuantizedExpertWeights(
+            [matrices(w) for w in self.coded.w_in], matrices(self.coded.w_out), b_in, vectors(self.coded.b_out),
+            format=self.format,
+        )  # fmt: skip

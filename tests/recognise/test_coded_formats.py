@@ -1,0 +1,406 @@
+"""Experts that a module holds as codes, in the spellings that people use: read into a format, and run on the codes."""
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import moeopt
+from moeopt.ops.native import dispatch
+from moeopt.ops.native.library import library
+from moeopt.rewrite.install import rewritten_forward
+from moeopt.rewrite.slot_codes import SlotCodes
+
+H, I, E, K = 32, 64, 4, 2
+NATIVE = pytest.mark.skipif(library() is None, reason="no kernel in C++ here")
+
+
+def int8(out, into, g):
+    return torch.randint(-127, 128, (out, into), generator=g, dtype=torch.int8)
+
+
+def nibbles(out, into, g):
+    return torch.randint(0, 256, (out, into // 2), generator=g, dtype=torch.uint8)
+
+
+def scale(*shape, g, dtype=torch.float32):
+    return (torch.rand(shape, generator=g) / 300 + 1e-4).to(dtype)
+
+
+def low_first(q):
+    return torch.stack([q & 15, q >> 4], -1).flatten(-2)
+
+
+class Channel:
+    """int8, a scale for each row of the weight; how ``make`` fills the buffers, and ``floats`` reads them."""
+
+    format, kernel = "int8 (int8, one float32 scale per channel)", True
+
+    @staticmethod
+    def make(out, into, g):
+        return {"q": int8(out, into, g), "s": scale(out, 1, g=g)}
+
+    @staticmethod
+    def floats(w, x):
+        return w.q.float() * w.s
+
+
+class VectorInHalf(Channel):
+    """A vector of float16 scales, and a cast to the dtype of the input."""
+
+    format = "int8 (int8, one float16 scale per channel)"
+
+    @staticmethod
+    def make(out, into, g):
+        return {"q": int8(out, into, g), "s": scale(out, g=g, dtype=torch.float16)}
+
+    @staticmethod
+    def floats(w, x):
+        return w.q.to(x.dtype).mul(w.s.unsqueeze(-1))
+
+
+class Tensorwise(Channel):
+    """One scale for all."""
+
+    @staticmethod
+    def make(out, into, g):
+        return {"q": int8(out, into, g), "s": scale(1, g=g)[0]}
+
+
+class BlocksOfRows(Channel):
+    """A scale for each 16 inputs, by a view."""
+
+    format = "int8-block16 (int8, one bfloat16 scale per 1 x 16)"
+
+    @staticmethod
+    def make(out, into, g):
+        return {"q": int8(out, into, g), "s": scale(out, into // 16, g=g, dtype=torch.bfloat16)}
+
+    @staticmethod
+    def floats(w, x):
+        rows = w.q.shape[0]
+        return (w.q.view(rows, -1, 16).float() * w.s.float().unsqueeze(-1)).reshape(rows, -1)
+
+
+class Repeated(BlocksOfRows):
+    """The same by ``repeat_interleave``."""
+
+    @staticmethod
+    def floats(w, x):
+        return w.q * w.s.float().repeat_interleave(16, dim=1)
+
+
+class LowFirst(Channel):
+    """Two codes a byte about 8."""
+
+    format = "int4-block16 (uint4, one float32 scale per 1 x 16)"
+
+    @staticmethod
+    def make(out, into, g):
+        return {"q": nibbles(out, into, g), "s": scale(out, into // 16, 1, g=g)}
+
+    @staticmethod
+    def floats(w, x):
+        return ((low_first(w.q).to(torch.int8) - 8).unflatten(-1, (-1, 16)) * w.s).flatten(-2)
+
+
+class HighFirst(LowFirst):
+    format, kernel = LowFirst.format, False
+
+    @staticmethod
+    def floats(w, x):
+        q = torch.stack([w.q >> 4, w.q & 15], -1).flatten(-2)
+        return ((q.float() - 8).unflatten(-1, (-1, 16)) * w.s).flatten(-2)
+
+
+class ZeroPoints(LowFirst):
+    """Zero points as a buffer."""
+
+    format, kernel = "int4-asymmetric16 (uint4, one float32 scale per 1 x 16, zero points)", False
+
+    @staticmethod
+    def make(out, into, g):
+        zeros = torch.randint(0, 16, (out, into // 16, 1), generator=g, dtype=torch.uint8)
+        return LowFirst.make(out, into, g) | {"z": zeros}
+
+    @staticmethod
+    def floats(w, x):
+        return ((low_first(w.q).unflatten(-1, (-1, 16)).to(x.dtype) - w.z.to(x.dtype)) * w.s).flatten(-2)
+
+
+class ZeroPointsOfRows(Channel):
+    """Unsigned codes, a zero point in 32 bits for each row."""
+
+    format, kernel = "uint8-asymmetric (uint8, one float32 scale per channel, zero points)", False
+
+    @staticmethod
+    def make(out, into, g):
+        q = torch.randint(0, 256, (out, into), generator=g, dtype=torch.uint8)
+        return {"q": q, "s": scale(out, 1, g=g), "z": torch.randint(99, 150, (out, 1), generator=g, dtype=torch.int32)}
+
+    @staticmethod
+    def floats(w, x):
+        return (w.q.float() - w.z) * w.s
+
+
+class Unsigned(Channel):
+    """Unsigned codes about 128."""
+
+    format, kernel = "uint8 (uint8, one float32 scale per channel)", False
+
+    @staticmethod
+    def make(out, into, g):
+        q = torch.randint(0, 256, (out, into), generator=g, dtype=torch.uint8)
+        return {"q": q, "s": scale(out, 1, g=g)}
+
+    @staticmethod
+    def floats(w, x):
+        return (w.q.to(torch.float32) - 128) * w.s
+
+
+class InOut(Channel):
+    """Stored (in, out), as ``x @ w`` takes it."""
+
+    kernel = False
+
+    @staticmethod
+    def make(out, into, g):
+        return {"q": int8(into, out, g), "s": scale(1, out, g=g)}
+
+    @staticmethod
+    def floats(w, x):
+        return (w.q.float() * w.s).t()
+
+
+SPELLINGS = (
+    Channel, VectorInHalf, Tensorwise, BlocksOfRows, Repeated, LowFirst, HighFirst, ZeroPoints, ZeroPointsOfRows,
+    Unsigned, InOut,
+)  # fmt: skip
+
+
+class CodedLinear(nn.Module):
+    def __init__(self, how, out, into, g, bias):
+        super().__init__()
+        self.how = how
+        for name, tensor in how.make(out, into, g).items():
+            self.register_buffer(name, tensor)
+        self.bias = nn.Parameter(torch.randn(out, generator=g)) if bias else None
+
+    def forward(self, x):
+        return F.linear(x, self.how.floats(self, x), self.bias)
+
+
+class Listed(nn.Module):
+    """A ModuleList of experts with gate, up and down."""
+
+    def __init__(self, how, bias=False):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.gate = nn.Linear(H, E, bias=False)
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({n: CodedLinear(how, *size, g, bias) for n, size in sizes.items()})
+            for sizes in [{"gate": (I, H), "up": (I, H), "down": (H, I)}] * E
+        )
+
+    def forward(self, x):
+        w, ids = self.gate(x).softmax(-1).topk(K, -1)
+        out = torch.zeros_like(x)
+        for e, one in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            y = one["down"](F.silu(one["gate"](x[t])) * one["up"](x[t]))
+            out = out.index_add(0, t, y * w[t, k, None])
+        return out
+
+    def floats(self, e, x):
+        one = self.experts[e]
+        return [layer.how.floats(layer, x) for layer in (one["gate"], one["up"], one["down"])]
+
+
+class _At:
+    """One expert of stacked buffers."""
+
+    def __init__(self, bank, name, e):
+        self.held = {part: getattr(bank, f"{name}_{part}")[e] for part in bank.parts}
+
+    def __getattr__(self, part):
+        return self.held[part]
+
+
+class Stacked(nn.Module):
+    """Buffers whose first dimension is the expert, gate over up."""
+
+    def __init__(self, how):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.gate, self.how = nn.Linear(H, E, bias=False), how
+        for name, size in (("up", (2 * I, H)), ("down", (H, I))):
+            made = [how.make(*size, g) for _ in range(E)]
+            self.parts = list(made[0])
+            for part in self.parts:
+                self.register_buffer(f"{name}_{part}", torch.stack([one[part] for one in made]))
+
+    def floats(self, e, x):
+        return [self.how.floats(_At(self, name, e), x) for name in ("up", "down")]
+
+    def forward(self, x):
+        w, ids = self.gate(x).softmax(-1).topk(K, -1)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            t, k = torch.where(ids == e)
+            up, down = self.floats(e, x)
+            g, u = (x[t] @ up.t()).chunk(2, -1)
+            out = out.index_add(0, t, ((F.silu(g) * u) @ down.t()) * w[t, k, None])
+        return out
+
+
+@pytest.fixture
+def on_codes(monkeypatch):
+    """How often the kernel in C++ answered a call on codes."""
+    answered = []
+    for name in ("call", "again"):
+        own = getattr(dispatch, name)
+
+        def counted(*args, own=own):
+            found = own(*args)
+            answered.extend([1] if found is not None else [])
+            return found
+
+        monkeypatch.setattr(dispatch, name, counted)
+    return answered
+
+
+def bank_of(opt):
+    ((bank, _),) = rewritten_forward(opt.model).banks
+    assert isinstance(bank, SlotCodes)
+    return bank
+
+
+@NATIVE
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("form", [Listed, Stacked])
+@pytest.mark.parametrize("how", SPELLINGS, ids=lambda c: c.__name__)
+def test_read_into_a_format(how, form, on_codes, monkeypatch):
+    if not how.kernel:
+        monkeypatch.setattr("moeopt.pipeline.block.check_pays", lambda found: None)
+        monkeypatch.setattr("moeopt.passes.read_codes.why_no_kernel", lambda coded: "")
+    torch.manual_seed(0)
+    model, x = form(how).eval(), torch.randn(9, H)
+    opt = moeopt.optimize(model, x, verify="fast")
+    (block,) = opt.report.blocks
+    assert (block.status, block.reason, block.experts) == ("rewritten", "", E)
+    assert f"weights in {how.format}, read where they are" in block.lowering
+    bank, on_codes[:] = bank_of(opt), []
+    with torch.no_grad():
+        for e in range(E):  # the same bits as the module's own floats
+            for got, want in zip((*bank.w_in(e), bank.w_out(e)), model.floats(e, x), strict=True):
+                assert torch.equal(got, want)
+        torch.testing.assert_close(opt(x), model(x), rtol=1e-4, atol=1e-5)
+        assert bool(on_codes) == how.kernel
+        for name, buffer in model.named_buffers():  # codes that are written to are read anew
+            if name.endswith("q"):
+                buffer.copy_(buffer.flip(0))
+        torch.testing.assert_close(opt(x), model(x), rtol=1e-4, atol=1e-5)
+    held = {t.untyped_storage().data_ptr() for t in opt.model.buffers()}
+    copies = [t for name, t in bank.tensors().items() if t.untyped_storage().data_ptr() not in held]
+    assert all(t.numel() < I for t in copies) and not opt.model.state_dict().keys() - model.state_dict().keys()
+
+
+@NATIVE
+@pytest.mark.parametrize(("how", "why"), [(HighFirst, "4-bit codes about 8, low nibble first"), (InOut, "(in, out)")])
+def test_what_the_kernel_does_not_read_stays_a_function_of_a_row(how, why, monkeypatch):
+    monkeypatch.setattr("moeopt.pipeline.block.check_pays", lambda found: None)
+    torch.manual_seed(0)
+    opt = moeopt.optimize(Listed(how).eval(), torch.randn(9, H), verify="fast")
+    assert opt.report.blocks[0].lowering == "moeopt::row_function (expert by expert, one op)"
+    (record,) = [r for r in opt.report.passes if r.name == "read_codes"]
+    assert not record.fired and why in record.reason
+
+
+def test_an_engine_has_products_for_zero_points(tmp_path):
+    torch.manual_seed(0)
+    model, x = Stacked(ZeroPoints).eval(), torch.randn(9, H)
+    opt = moeopt.optimize(model, x, backend="onnxruntime", verify="fast")
+    assert [(b.status, b.reason) for b in opt.report.blocks] == [("rewritten", "")]
+    opt.save(tmp_path / "b")
+    graph = onnx.load(tmp_path / "b/model.onnx", load_external_data=False).graph
+    assert [n.op_type for n in graph.node].count("MatMulNBits") == 2 * E
+    with torch.no_grad():
+        torch.testing.assert_close(opt(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@NATIVE
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_small_blocks_pay_with_biases_and_in_bundles(backend, on_codes, tmp_path):
+    torch.manual_seed(0)
+    model, x = Listed(LowFirst, bias=True).eval(), torch.randn(9, H)
+    opt = moeopt.optimize(model, x, backend=backend, verify="fast")
+    assert [(b.status, b.reason) for b in opt.report.blocks] == [("rewritten", "")]
+    opt.save(tmp_path / "b")
+    loaded, on_codes[:] = moeopt.load(tmp_path / "b"), []
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-5)
+    assert on_codes or backend != "torch"
+
+
+@NATIVE
+def test_gradients_of_biases_rows_and_scales():
+    torch.manual_seed(0)
+    model, x = Listed(Channel, bias=True).eval(), torch.randn(9, H)
+    opt = moeopt.optimize(model, x, verify="fast")
+    wanted = [model.experts[0]["up"].bias, model.gate.weight]
+    for with_scales in (False, True):
+        if with_scales:  # the op on codes has none for scales: the function of a row has
+            scales = model.experts[0]["down"].s.requires_grad_()
+            wanted.append(scales)
+        given = [x.clone().requires_grad_() for _ in range(2)]
+        got, want = (
+            torch.autograd.grad(f(one).square().sum(), [one, *wanted])
+            for f, one in zip((opt, model), given, strict=True)
+        )
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+class Clamped(Channel):
+    """Scales that are kept above a number: another function of the buffers than any format's."""
+
+    @staticmethod
+    def floats(w, x):
+        return w.q.float() * w.s.clamp_min(1e-6)
+
+
+class Wrapped(ZeroPointsOfRows):
+    """The zero point is taken off in 8 bits, where it goes around."""
+
+    @staticmethod
+    def floats(w, x):
+        return (w.q - w.z.to(torch.uint8)).float() * w.s
+
+
+class Halves(LowFirst):
+    """The low nibbles are the first half of a row."""
+
+    @staticmethod
+    def floats(w, x):
+        return ((torch.cat([w.q & 15, w.q >> 4], -1).float() - 8).unflatten(-1, (-1, 16)) * w.s).flatten(-2)
+
+
+class Rounded(Channel):
+    """Rounded to bfloat16 before the product with the scale, and after."""
+
+    @staticmethod
+    def floats(w, x):
+        return (w.q.bfloat16() * w.s.bfloat16()).float()
+
+
+@pytest.mark.parametrize("how", [Clamped, Wrapped, Halves, Rounded], ids=lambda c: c.__name__)
+def test_what_no_format_says_to_the_bit_stays_a_function_of_a_row(how, monkeypatch):
+    monkeypatch.setattr("moeopt.pipeline.block.check_pays", lambda found: None)
+    torch.manual_seed(0)
+    model, x = Listed(how).eval(), torch.randn(9, H)
+    opt = moeopt.optimize(model, x, verify="fast")
+    (block,) = opt.report.blocks
+    assert block.status == "rewritten" and block.lowering == "moeopt::row_function (expert by expert, one op)"
+    with torch.no_grad():
+        torch.testing.assert_close(opt(x), model(x), rtol=1e-4, atol=1e-5)
