@@ -20,7 +20,7 @@ from torch import fx
 
 from moeopt.capture.op_kinds import CHOICES_AMONG, GATES, WEIGH, is_factory, is_pointwise, moves_rows, op_name
 from moeopt.capture.replay import ancestors, descendants
-from moeopt.capture.tape import Tape
+from moeopt.capture.tape import Call, Tape
 from moeopt.find.block_candidates import BlockCandidate, numbered_tensors
 from moeopt.find.module_lists import gate_width
 from moeopt.find.unread_blocks import UnreadBlocks, calls_of_blocks
@@ -51,7 +51,7 @@ class _Use(NamedTuple):
 def own_vectors(unread: UnreadBlocks, places: list[BlockCandidate]) -> Iterator[BlockCandidate]:
     """The mixtures of such experts in the run of ``unread``, outside the calls of ``places``."""
     taken = calls_of_blocks(places)
-    uses = [u for u in _uses(unread) if u.node.meta["call"] not in taken]
+    uses = _uses(unread, [p.call for p in places if p.kind == "moe"])
     homes: dict[int, list[list[_Use]]] = {}
     for own in _alike(unread, uses):
         around = _around(unread.tape, own)
@@ -73,8 +73,11 @@ def own_vectors(unread: UnreadBlocks, places: list[BlockCandidate]) -> Iterator[
         yield place
 
 
-def _uses(unread: UnreadBlocks) -> list[_Use]:
-    """Every call on values computed from the input with a named tensor of several elements, in order."""
+def _uses(unread: UnreadBlocks, blocks: list[Call]) -> list[_Use]:
+    """Every call on values computed from the input with a named tensor of several elements, outside of ``blocks``."""
+    known = bytearray(len(unread.tape.nodes) + 1)
+    for block in blocks:
+        known[block.first : block.last] = b"\1" * (min(block.last, len(known)) - block.first)
     found: list[_Use] = []
     of_input, picked = set[fx.Node](), dict[fx.Node, fx.Node]()
     for node in unread.tape.nodes:
@@ -82,6 +85,8 @@ def _uses(unread: UnreadBlocks) -> list[_Use]:
         if node.op != "placeholder" and of_input.isdisjoint(inputs):
             continue
         of_input.add(node)
+        if known[node.meta["index"]]:
+            continue
         rows = next((a for a in inputs if a in picked), None)
         if op_name(node) in _PICKS and len(inputs) > 1 and inputs[0] in of_input and inputs[-1] in of_input:
             picked[node] = _origin(inputs[-1])
