@@ -10,6 +10,8 @@
     neurons   y = (f(x W1) * mask) W2      groups of neurons, all computed, and masked (``find.neuron_groups``)
     trees     n = 2 n + 1 + (x . W1[n] > 0)  single neurons, one after another (``find.walked_neurons``)
     parts     y = sum(gate_k * f(x W)[k])  parts of one product, or heads of an attention (``find.gated_parts``)
+    own       y[rows] += f(x[rows]) * v_e  all matrices are shared, or there is none (``find.own_vectors``)
+    kinds     y[rows] += f_e(x[rows])      modules of one list that are not alike (``find.mixed_kinds``)
 
 Projections of an attention are experts so (SwitchHead), and kernels of a convolution. What every token passes is no
 mixture: something must choose, or weigh.
@@ -29,9 +31,11 @@ from moeopt.find.compared_products import compared_products
 from moeopt.find.gated_parts import gated_parts
 from moeopt.find.gated_products import gated_products
 from moeopt.find.light_sites import leaf_of
+from moeopt.find.mixed_kinds import mixed_kinds
 from moeopt.find.mixed_vectors import mixed_vectors
 from moeopt.find.module_lists import alike_lists, made_by
 from moeopt.find.neuron_groups import neuron_groups
+from moeopt.find.own_vectors import own_vectors
 from moeopt.find.unread_blocks import UnreadBlocks, calls_of_blocks, weights_of
 from moeopt.find.walked_neurons import walked_neurons
 from moeopt.recognise.gemm_sites import weight_and_operand
@@ -51,6 +55,8 @@ def single_products(unread: UnreadBlocks, places: list[BlockCandidate]) -> list[
     for search in (neuron_groups, mixed_vectors, walked_neurons, gated_parts):  # parts of what reads as a dense FFN
         known = {weight for p in (*places, *found) if p.kind == "moe" for weight in p.weights}
         found += [p for p in search(unread) if known.isdisjoint(p.weights)]
+    for last in (own_vectors, mixed_kinds):
+        found += list(last(unread, [*places, *found]))
     return found
 
 

@@ -13,6 +13,7 @@ Experts that are codes which the kernel in C++ reads have a grouped kernel (``pa
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -135,14 +136,26 @@ def words(body: RowBody) -> str:
     if body.tensors > 1:
         inside = sum(op is torch.ops.aten.slice.Tensor for op, _, _ in body.nodes)
         others = [f"rows of {body.tensors} tensors", *(n for n in others if n != "slice" or inside > body.tensors)]
-    sums = [n for n in body.nodes if n[0] != GETITEM and n[0]._schema.name == "aten::add"]
+    sums = _calls_of(body, "add")
     if any(Value(0) in args for _, args, _ in sums):
         others.append("the row itself added")
-    if sums and sums[-1] is body.nodes[-1] and isinstance(sums[-1][1][1], (int, float)):
+    if sums and sums[-1] is body.nodes[-1] and type(sums[-1][1][1]) in (int, float):
         others.append("a number added")
-    if not products and others:
-        return ", ".join(others)
+    vectors = {Value(1 + at) for at, (_, shape) in enumerate(body.slots) if len(shape) == 1 and shape[0] > 1}
+    for name, does in (("mul", "multiplied"), ("add", "added")):
+        if any(not vectors.isdisjoint(_slots_of(args)) for _, args, _ in _calls_of(body, name)):
+            others.append(f"a vector {does}")
+    if not products:
+        return ", ".join(others) or "element-wise functions of the row"
     return what + (f" with {', '.join(others)}" if others else "")
+
+
+def _calls_of(body: RowBody, name: str) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    return [n for n in body.nodes if n[0] != GETITEM and n[0]._schema.name == f"aten::{name}"]
+
+
+def _slots_of(args: tuple[Any, ...]) -> set[Value]:
+    return {a for a in args if isinstance(a, Value)}
 
 
 _USUAL = ("mm", "addmm", "linear", "relu", "gelu", "silu", "mul", "add")

@@ -12,6 +12,7 @@ from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.obstacles import Rank
+from moeopt.recognise.decline_reasons import Unnamed
 from moeopt.recognise.expert_function import OtherFunction
 from moeopt.recognise.experts import recognize as recognize_matrices
 from moeopt.recognise.experts_hit import ExpertsNotHit
@@ -63,8 +64,16 @@ def recognize(
         if (err.rank > reason.rank and progress >= 0) or further:
             err.others = reason.others
             raise
-        raise reason from None
+        raise _with_a_name(reason, err.refused) from None  # type: ignore[attr-defined]
     for recognition in found:
         recognition.unmatched_reason = recognition.unmatched_reason or reason.reason
         recognition.kept_from_grouped = reason.reason if isinstance(reason, UnreachedLimit) else ""
     return found
+
+
+def _with_a_name(reason: Declined, refused: Declined | None) -> Declined:
+    """``reason``; or where it names nothing, the call of an expert that was refused as a function of a row."""
+    if not isinstance(reason, Unnamed) or refused is None:
+        return reason
+    refused.rank, refused.others = reason.rank, reason.others
+    return refused

@@ -20,6 +20,10 @@ from moeopt.recognise.product_of_all import one_product_of_all
 from moeopt.recognise.weights_for_rows import mixed_kernels, mixed_matrices, picked_matrices
 
 
+class Unnamed(Declined):
+    """No experts were found, and nothing in the block says why."""
+
+
 def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
     """The reason for a block in which no experts stand side by side."""
     alike: dict[object, list[FFNCandidate]] = {}
@@ -48,7 +52,7 @@ def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
     for look in (_computed_at_each_call, _one_of_many, one_product_of_all, between_products, picked_matrices):
         if (reason := look(tape)) is not None:
             return reason
-    return Declined(
+    return Unnamed(
         "between its experts' matmuls stands something that is not element-wise on each token's row (it mixes rows, "
         "depends on the whole batch, or weighs the hidden neurons), which the op does not carry",
         rank=Rank.READING,

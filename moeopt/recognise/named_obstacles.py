@@ -18,6 +18,7 @@ from moeopt.capture.tape import Call, Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
+from moeopt.recognise.attention_inside import attends
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.recurrences import recurrence
 from moeopt.recognise.router_steers import CHOICES
@@ -31,11 +32,6 @@ from moeopt.recognise.weights_for_rows import mixed_kernels, single_neurons
 
 _REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
 _ATTENTION = ("scaled_dot_product", "_scaled_dot_product", "_softmax", "softmax")
-_ATTENDS = (
-    "between its experts' matmuls stands attention or a softmax: the experts are projections around it (a mixture "
-    "inside attention), or mix their tokens by it; only functions of each token's own row are grouped, so this block "
-    "stays as it is"
-)
 _NORMS = ("native_layer_norm", "_fused_rms_norm", "native_group_norm", "rsqrt")
 
 
@@ -64,8 +60,9 @@ def _neighbours(tape: Tape) -> Declined | None:
 
 
 def _attention(tape: Tape) -> Declined | None:
-    inside = attends_inside(tape, alike_children(tape.root))
-    return None if inside is None else Declined(_ATTENDS, inside.meta.get("source", ""))
+    experts = alike_children(tape.root)
+    inside = attends_inside(tape, experts)
+    return None if inside is None else attends(tape, inside, experts, inside.meta.get("source", ""))
 
 
 def _unequal_experts(tape: Tape) -> Declined | None:
@@ -214,15 +211,15 @@ def between_products(tape: Tape) -> Declined | None:
             return found
     sites = _expert_products(tape)
     if (mixed := multiplied_with_each_other(tape, sites)) is not None:
-        return Declined(_ATTENDS, mixed.meta.get("source", ""))
+        return attends(tape, mixed, alike_children(tape.root), mixed.meta.get("source", ""))
     if len(sites) < 2:
         return None
     between = (set(descendants(tape, sites)) & ancestors(sites)) - set(sites)
     odd = sorted((n for n in between if not _plain(n)), key=lambda n: n.meta["index"])
     line = odd[0].meta.get("source", "") if odd else sites[0].meta.get("source", "")
     names = [op_name(n) for n in odd]
-    if any(n.startswith(_ATTENTION) for n in names):
-        return Declined(_ATTENDS, line)
+    if (attention := next((n for n in odd if op_name(n).startswith(_ATTENTION)), None)) is not None:
+        return attends(tape, attention, alike_children(tape.root), line)
     batch = next((n for n in odd if "batch_norm" in op_name(n)), None)
     if batch is not None and True in batch.args:
         return Declined(

@@ -15,7 +15,8 @@ from functools import reduce
 from torch import fx, nn
 
 from moeopt.capture.op_kinds import is_pointwise, moves_rows, op_name
-from moeopt.capture.tape import Tape
+from moeopt.capture.tape import Call, Tape
+from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
 
@@ -28,6 +29,13 @@ _ADDS = ("add", "sub", "sum")
 def recurrence(tape: Tape, experts: Collection[nn.Module]) -> Declined | None:
     """The reason for ``experts``, modules of lists whose Parameters have the same shapes, where one is recurrent."""
     recurrent = next((c for c in tape.calls if isinstance(c.module, nn.RNNBase)), None)
+    if recurrent is not None and _within_rows(tape, recurrent, experts):
+        return Declined(
+            f"its experts are recurrent ({type(recurrent.module).__name__} at {recurrent.path}): each token's row is a "
+            "sequence of its own there, whose places are computed one after another, which is none of the calls that "
+            "the op makes on all rows of an expert at once; this block stays as it is",
+            rank=Rank.FORBIDS,
+        )
     if recurrent is not None:
         return Declined(
             f"its experts are recurrent ({type(recurrent.module).__name__} at {recurrent.path}), so a token's result "
@@ -45,6 +53,21 @@ def recurrence(tape: Tape, experts: Collection[nn.Module]) -> Declined | None:
                 rank=Rank.FORBIDS,
             )
     return None
+
+
+def _within_rows(tape: Tape, recurrent: Call, experts: Collection[nn.Module]) -> bool:
+    """Whether each sequence that a layer reads is made of one row of what its expert was given."""
+    read = next(iter(leaves_of(fx.Node, recurrent.args)), None)
+    batch = 0 if recurrent.module.batch_first else 1
+    shape = read.meta["shape"] if read is not None else ()
+    return len(shape) == 3 and shape[batch] == rows_given(tape, recurrent.index, experts)
+
+
+def rows_given(tape: Tape, index: int, experts: Collection[nn.Module]) -> int:
+    """How many rows of one vector each the expert around the call at ``index`` was given; -1 where it reads others."""
+    around = next((c for i in tape.stack(index) if (c := tape.calls[i]).module in experts), None)
+    given = [] if around is None else leaves_of(fx.Node, around.args)
+    return given[0].meta["shape"][0] if given and len(given[0].meta["shape"]) == 2 else -1
 
 
 def _loop(nodes: list[fx.Node]) -> fx.Node | None:

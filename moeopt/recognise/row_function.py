@@ -52,6 +52,7 @@ def recognize_functions(tape: Tape, known: list[Recognition] | None = None, *, i
     """
     flow = Flow(tape)
     found: list[Recognition] = []
+    refused: Declined | None = None  # by a call of whole experts: the largest and latest set
     nearest, far = Declined("no values on its tape are computed alike from Parameters of their own"), -1
     for tries, branches in enumerate(parallel_values(flow)):
         if tries == MOST_TRIES:
@@ -66,14 +67,15 @@ def recognize_functions(tape: Tape, known: list[Recognition] | None = None, *, i
             except ExpertsNotHit:
                 raise
             except Declined as err:
+                refused = err.with_traceback(None) if not tries and not progress[0] and err.where else refused
                 if progress[0] > far:
                     nearest, far = err.with_traceback(None), progress[0]
     if not found:
-        nearest.progress = far  # type: ignore[attr-defined]
+        nearest.progress, nearest.refused = far, refused  # type: ignore[attr-defined]
         try:
             raise nearest
         finally:
-            del nearest
+            del nearest, refused
     return sorted(found, key=lambda r: r.combine.node.meta["index"])
 
 

@@ -20,6 +20,7 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.row_function import CODES, GETITEM, PLACES, Value, write_body
 from moeopt.ir.weight_refs import PartRef
+from moeopt.recognise.row_graph_blocks import block_rule
 from moeopt.recognise.row_graph_channels import LAST, channel_rule, rows_last
 from moeopt.recognise.row_graph_rules import RULES
 from moeopt.recognise.row_graph_writer import HeldSlots, RowGraphWriter
@@ -78,7 +79,12 @@ class RowGraphReader(RowGraphWriter):
         for node in order:
             self.known[node] = self._enter(node)
         result = self.known[end]
-        if result.lead is None or len(result.features) != 1 or math.prod(result.lead) != math.prod(self.lead):
+        if (
+            result.lead is None
+            or result.front
+            or len(result.features) != 1
+            or math.prod(result.lead) != math.prod(self.lead)
+        ):
             raise Declined("an expert's output is not one vector for each of its rows", end.meta.get("source"))
         self.out_features, self.out_axis = result.features[0], result.axis
         self.text = write_body(
@@ -130,7 +136,7 @@ class RowGraphReader(RowGraphWriter):
         if not any(h.lead is not None for h in inputs):
             return self._of_weights(node)
         name = op_name(node)
-        if (turned := channel_rule(self, node)) is not None:
+        if (turned := block_rule(self, node) or channel_rule(self, node)) is not None:
             return turned()
         if name in _SAME:
             return inputs[0]
@@ -167,6 +173,8 @@ class RowGraphReader(RowGraphWriter):
             return self.add(node, aten.linear.default, None, *given)
         if name == "getitem":
             return self.add(node, GETITEM, None, *self.words(node.args))
+        if name in ("view", "_unsafe_view", "_reshape_alias"):  # here a weight may lie otherwise than on the tape
+            return self.add(node, aten.reshape.default, None, *self.words(node.args[:2]))
         return self.add(node, node.target, None, *self.words(node.args), **self.kwargs(node))
 
     def _only_broadcasts(self, expand: fx.Node) -> bool:

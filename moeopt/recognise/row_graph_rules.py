@@ -22,7 +22,18 @@ _REDUCTIONS = (
     "sum", "mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "logsumexp", "linalg_vector_norm", "prod",
     "norm",
 )  # fmt: skip
-_ALONG = ("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "glu", "flip")
+_ALONG = (
+    "softmax",
+    "_softmax",
+    "_safe_softmax",
+    "log_softmax",
+    "_log_softmax",
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+    "glu",
+    "flip",
+)
 _NORMS = ("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
 _BATCH_NORMS = ("_native_batch_norm_legit_no_training", "native_batch_norm", "_batch_norm_no_update")
 
@@ -48,12 +59,16 @@ def _product(graph: RowGraphWriter, node: fx.Node, _: HeldSlots) -> HeldSlots:
 
 
 def _view(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
-    rows, shape = math.prod(held.lead or ()), tuple(node.meta["shape"])
-    for split in range(1, len(shape) + 1):
-        if math.prod(shape[:split]) == rows and math.prod(shape[split:]) == math.prod(held.features):
-            if shape[split:] == held.features:
-                return HeldSlots(held.number, shape[:split], shape)
-            return graph.add(node, aten.reshape.default, shape[:split], held.number, [-1, *shape[split:]])
+    """Features cut or joined within each row; the parts of a row may count as rows of their own for a while."""
+    shape, every = tuple(node.meta["shape"]), math.prod(graph.lead)
+    counts = [math.prod(shape[:split]) for split in range(1, len(shape) + 1)]
+    whole = [c for c in (every, math.prod(held.lead or ())) if c in counts]
+    parts = [c for c in counts if c > every and c % every == 0]
+    for count in [*whole, *parts][:1]:
+        split = counts.index(count) + 1
+        if shape[split:] == held.features:
+            return HeldSlots(held.number, shape[:split], shape)
+        return graph.add(node, aten.reshape.default, shape[:split], held.number, [-1, *shape[split:]])
     raise graph.refused(node, "joins features of different rows")
 
 
@@ -132,7 +147,7 @@ def _batch_norm(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSl
 
 
 def _group_norm(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
-    if len(held.lead or ()) != 1 or node.args[3] != held.shape[0]:
+    if len(held.lead or ()) != 1 or node.args[3] != held.shape[0] or held.lead != (math.prod(graph.lead),):
         raise graph.refused(node, "works across rows")
     args = list(graph.words(node.args))
     args[3] = RowCount()

@@ -22,7 +22,8 @@ class HeldSlots:
     """A value of the graph. ``lead``: L leading sizes on the tape, None for a value made of weights alone.
 
     ``shape``: on the tape for rows, features last, in the graph for weights. ``items``: of several results, those
-    known. ``axis``: the dimension on the tape in which the features stand; -1 where they are the last.
+    known. ``axis``: the dimension on the tape in which the features stand; -1 where they are the last. ``front``: how
+    many of the features' dimensions stand before the rows on the tape (``shape`` has the rows first).
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class HeldSlots:
         axis: int = -1,
     ) -> None:  # fmt: skip
         self.number, self.lead, self.shape, self.items = Value(number), lead, shape, items
-        self.axis = axis
+        self.axis, self.front = axis, 0
 
     @property
     def features(self) -> tuple[int, ...]:
@@ -44,6 +45,7 @@ class RowGraphWriter:
         slots: the weights of this expert, in the order of the graph's slots.
         nodes: (op, args, kwargs) of each call, operands as ``Value`` numbers.
         known: what each node of the tape is in the graph.
+        lead: the leading sizes of the rows themselves.
     """
 
     def __init__(self, tape: Tape, cone: set[fx.Node], values: bool) -> None:
@@ -52,6 +54,7 @@ class RowGraphWriter:
         self.slots: list[PartRef] = []
         self.nodes: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
         self.known: dict[fx.Node, HeldSlots] = {}
+        self.lead: tuple[int, ...] = ()
 
     def as_linear(self, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
         """(rows, W, bias) where ``node`` is x W^T with W as it is stored: one call instead of two, as in the module."""

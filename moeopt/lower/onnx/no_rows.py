@@ -54,6 +54,8 @@ def around_no_rows(graph: fx.Graph, may_be_none: Symbols = free_unbacked_symbols
         elif node.target is aten.native_group_norm.default and _chosen(node.all_input_nodes[0], [0], may_be_none):
             if (normed := _as_group_norm(graph, node)) is not None:
                 _with_a_first_row_more(graph, normed, may_be_none)
+            else:
+                _with_statistics_of_a_row_more(graph, node)
         elif node.target is aten.instance_norm.default:
             _refuse_no_rows(graph, node, may_be_none)
             _with_places(graph, node)
@@ -147,6 +149,22 @@ def _as_group_norm(graph: fx.Graph, node: PyObject) -> fx.Node | None:
             graph.erase_node(part)
     graph.erase_node(node)
     return normed
+
+
+def _with_statistics_of_a_row_more(graph: fx.Graph, node: PyObject) -> None:
+    x, weight, bias, _, *rest = node.args
+    with graph.inserting_before(node):
+        size = call(graph, aten.sym_size.int, x, 0)
+        more = call(graph, operator.add, size, 1)
+        made = graph.call_function(node.target, (_row_more(graph, x, 0), weight, bias, more, *rest), node.kwargs)
+        made.meta |= node.meta | {"val": tuple(_longer(value, 0) for value in node.meta["val"])}
+    for part in list(node.users):
+        with graph.inserting_before(part):
+            longer = graph.call_function(operator.getitem, (made, part.args[1]))
+            longer.meta |= part.meta | {"val": made.meta["val"][part.args[1]]}
+            kept = graph.call_function(aten.slice.Tensor, (longer, 0, 0, size))
+        _replace(graph, part, kept)
+    graph.erase_node(node)
 
 
 def _as_likelihood(graph: fx.Graph, node: PyObject, may_be_none: Symbols) -> None:

@@ -1,0 +1,30 @@
+"""Why experts that attend are left alone: among tokens, or among the parts of one row."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import fx, nn
+
+from moeopt.capture.op_kinds import op_name
+from moeopt.capture.tape import Tape
+from moeopt.errors import Declined
+from moeopt.recognise.recurrences import rows_given
+
+_ATTENDS = (
+    "between its experts' matmuls stands attention or a softmax: the experts are projections around it (a mixture "
+    "inside attention), or mix their tokens by it; only functions of each token's own row are grouped, so this block "
+    "stays as it is"
+)
+_AMONG_PARTS = (
+    "its experts attend (scaled_dot_product_attention) among parts of each token's own row, by a kernel that the op "
+    "does not call; as products and a softmax, (q @ k.transpose(-2, -1) * scale).softmax(-1) @ v, it carries the same"
+)
+
+
+def attends(tape: Tape, node: fx.Node, experts: Collection[nn.Module], line: str) -> Declined:
+    """The reason for the call ``node``, at ``line``, in which rows or their parts meet in one of the ``experts``."""
+    shape = node.all_input_nodes[0].meta["shape"]
+    whole = "scaled_dot_product" in op_name(node) and len(shape) > 2
+    inside = whole and shape[0] == rows_given(tape, node.meta["call"], experts)
+    return Declined(_AMONG_PARTS if inside else _ATTENDS, line)

@@ -1,0 +1,117 @@
+"""Rules for products of blocks of each row's features: a block-diagonal matrix, as of Monarch and butterfly layers.
+
+    z (M, B, K)  ->  z (B, M, K)  ->  bmm with W (B, K, N)  ->  (B, M, N)  ->  (M, B, N)
+
+On the tape the rows stand behind the blocks for as long as the products take. In the graph they stay in front, and only
+the product itself turns them.
+
+Legend: M rows, B blocks of features, K and N features of one block. ``front`` dimensions stand before the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from moeopt.capture.op_kinds import is_pointwise, op_name
+from moeopt.recognise.row_graph_writer import HeldSlots, RowGraphWriter
+
+aten = torch.ops.aten
+_VIEWS = ("view", "reshape", "_unsafe_view", "_reshape_alias", "unsqueeze", "squeeze")
+_COPIES = ("clone", "detach", "alias", "contiguous", "lift_fresh_copy")
+
+
+def block_rule(graph: RowGraphWriter, node: fx.Node) -> Callable[[], HeldSlots] | None:
+    """What enters ``node``, a call that puts rows behind blocks of their features, or reads such; None for others."""
+    held = [h for a in node.all_input_nodes if (h := graph.known.get(a)) is not None and h.lead is not None]
+    name, rows = op_name(node), held[0]
+    behind = any(h.front for h in held)
+    if name in ("permute", "transpose", "t") and len(rows.lead or ()) == 1 and len(rows.features) > 1:
+        order = _order(node, len(rows.shape))
+        if behind or order[0] != 0:
+            return lambda: _turn(graph, rows, order)
+    if name == "bmm" and not behind and rows.lead is not None and len(rows.lead) == 2 and rows.lead[0] == 1:
+        return lambda: _one_block(graph, node)
+    if not behind:
+        return None
+    if name in _VIEWS:
+        return lambda: _view(graph, node, rows)
+    if name in _COPIES:
+        return lambda: rows
+    if name == "bmm":
+        return lambda: _blocks(graph, node)
+    if is_pointwise(node) and name != "glu":
+        return lambda: _pointwise(graph, node, held)
+    raise graph.refused(node, "is not known to work on each row by itself where blocks of features stand before rows")
+
+
+def _order(node: fx.Node, rank: int) -> list[int]:
+    given, order = list[Any](node.args), list(range(rank))
+    if op_name(node) == "permute":
+        return [int(d) % rank for d in given[1]]
+    a, b = (0, 1) if op_name(node) == "t" else (int(given[1]) % rank, int(given[2]) % rank)
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _as(rows: HeldSlots, number: int, features: tuple[int, ...], front: int) -> HeldSlots:
+    """A value with the rows of ``rows``, behind ``front`` dimensions of its features."""
+    made = HeldSlots(number, rows.lead, (*(rows.lead or ()), *features))
+    made.front = front
+    return made
+
+
+def _turn(graph: RowGraphWriter, rows: HeldSlots, order: list[int]) -> HeldSlots:
+    at = [d + 1 if d < rows.front else d for d in range(len(order))]  # of a dimension on the tape, in the graph
+    front = order.index(rows.front)
+    turned = [0, *(at[d] for d in order if d != rows.front)]
+    number: int = rows.number
+    if turned != list(range(len(order))):
+        graph.nodes.append((aten.permute.default, (rows.number, turned), {}))
+        number = len(graph.slots) + len(graph.nodes)
+    return _as(rows, number, tuple(rows.shape[d] for d in turned[1:]), front)
+
+
+def _view(graph: RowGraphWriter, node: fx.Node, rows: HeldSlots) -> HeldSlots:
+    """The dimensions before the rows, and those behind them, cut or joined among themselves."""
+    shape, before = tuple(node.meta["shape"]), math.prod(rows.features[: rows.front])
+    behind, (count,) = math.prod(rows.features[rows.front :]), rows.lead or (0,)
+    for front, size in enumerate(shape):
+        if size == count and math.prod(shape[:front]) == before and math.prod(shape[front + 1 :]) == behind:
+            features = (*shape[:front], *shape[front + 1 :])
+            made = graph.add(node, aten.reshape.default, rows.lead, rows.number, [-1, *features])
+            return _as(rows, made.number, features, front)
+    raise graph.refused(node, "joins features of different rows")
+
+
+def _blocks(graph: RowGraphWriter, node: fx.Node) -> HeldSlots:
+    left, right = (graph.known[a] for a in node.all_input_nodes)
+    if left.lead is None or right.lead is not None or left.front != 1 or len(left.features) != 2:
+        raise graph.refused(node, "multiplies rows with one another, or from the right")
+    blocks, _, out = right.shape
+    first = graph.add(node, aten.permute.default, None, left.number, [1, 0, 2])
+    product = graph.add(node, aten.bmm.default, None, first.number, right.number)
+    made = graph.add(node, aten.permute.default, None, product.number, [1, 0, 2])
+    return _as(left, made.number, (blocks, out), 1)
+
+
+def _one_block(graph: RowGraphWriter, node: fx.Node) -> HeldSlots:
+    """One matrix for all features, written as a product of one block (an einsum over several dimensions)."""
+    left, right = (graph.known[a] for a in node.all_input_nodes)
+    if left.lead is None or right.lead is not None or len(left.features) != 1 or len(right.shape) != 3:
+        raise graph.refused(node, "multiplies rows with one another, or from the right")
+    matrix = graph.add(node, aten.reshape.default, None, right.number, list(right.shape[1:]))
+    return graph.add(node, aten.mm.default, left.lead, left.number, matrix.number)
+
+
+def _pointwise(graph: RowGraphWriter, node: fx.Node, held: list[HeldSlots]) -> HeldSlots:
+    """Rows that lie alike, and single numbers."""
+    weights = [graph.known[a] for a in node.all_input_nodes if graph.known[a].lead is None]
+    if len({(h.front, h.shape) for h in held}) > 1 or any(math.prod(w.shape) != 1 for w in weights):
+        raise graph.refused(node, "meets rows that lie differently")
+    made = graph.add(node, node.target, None, *graph.words(node.args), **graph.kwargs(node))
+    return _as(held[0], made.number, held[0].features, held[0].front)
