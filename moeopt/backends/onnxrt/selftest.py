@@ -237,6 +237,8 @@ def splice(model: OnnxModel, record: Mapping[str, Any], site: ExpertsNode, lower
         if not graph.initializers[name].uses():
             graph.initializers.pop(name)
     for value in builder.initializers:
+        while value.name in graph.initializers:  # a damaged graph keeps the old one, which no node of the block reads
+            value.name = f"{value.name}/again"
         graph.register_initializer(value)
     graph.opset_imports.update(builder.domains)
 

@@ -73,6 +73,21 @@ def test_a_wrong_block_falls_back(onnx_bundle):
     assert certificate.passed and engine.notes[0] in certificate.notes
 
 
+def test_names_that_the_graph_has_already_are_left_to_it(onnx_bundle):
+    """A damaged node reads no weights any more: they stay in the graph, under the names that the new nodes' have."""
+    count_from_the_end(onnx_bundle)
+
+    def change(proto):
+        taken = {i.name for i in proto.graph.initializer}
+        for name in ("layers.0/const", *(f"layers.0/const_{n}" for n in range(1, 9))):
+            if name not in taken:
+                proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([7]), name))
+
+    edit_graph(onnx_bundle, change)
+    with pytest.warns(EngineFallbackWarning):
+        right(moeopt.load(onnx_bundle))
+
+
 def test_a_block_that_does_not_run_falls_back(onnx_bundle, monkeypatch):
     """Only the cut-out with the saved lowering refuses to load, as a kernel that this machine lacks would."""
     original = selftest.session_of
