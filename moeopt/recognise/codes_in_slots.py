@@ -4,8 +4,9 @@
 
 The calls are made with numbers in the slots that tell where they stand: the digits of each code's place as codes, with
 scales of one, show which code a weight is made of; codes of one and the places of scales as scales show the blocks.
-What that says must then give the same bits as the calls on random codes and on scales of every size and sign, so that
-a clamp, another table of codes or another rounding is seen.
+What that says must then give the same bits as the calls on random codes and on scales of every size and sign, of one
+sign alone, on zeros and on numbers that are none, so that a clamp, another table of codes, another rounding or a scale
+that is replaced is seen.
 
 Shape legend: N out, K in; B a block.
 """
@@ -134,7 +135,7 @@ def _read(probe: _SlotProbe) -> CodedMatrix | None:
     held = SlotPart(probe.scale, scales, format.scale_shape(probe.shape), format.scale_dtype)
     codes = SlotPart(probe.code, places, format.code_shape(probe.shape), format.code_dtype)
     matrix = CodedMatrix(format, probe.shape, codes, held, zeros)
-    return matrix if all(_same_bits(probe, matrix, seed) for seed in range(3)) else None
+    return matrix if all(_same_bits(probe, matrix, *tried) for tried in _trials(probe)) else None
 
 
 def _name(guess: _Guess, block: tuple[int | None, int | None], symmetric: bool) -> str:
@@ -245,18 +246,39 @@ def _region(places: Tensor, shape: tuple[int, ...], block: tuple[int, int]) -> P
     return part if torch.equal(part.read(every), starts) else None
 
 
-def _same_bits(probe: _SlotProbe, matrix: CodedMatrix, seed: int) -> bool:
-    """Whether the calls give the bits of the format: random codes, and scales from the least to the largest."""
-    rng = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 256, (probe.bytes,), generator=rng, dtype=torch.uint8)
-    if probe.guess.codes == "e4m3":  # 127 and 255 are no numbers
-        codes = codes.clamp(max=254).where(codes != 127, 0).view(torch.float8_e4m3fn)
+def _trials(probe: _SlotProbe) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
+    """Codes and scales on which the calls and the format must agree, and what makes zero points for them."""
     dtype, shape = probe.slots[probe.scale]
-    info = torch.finfo(dtype)
-    low, high = (-2.0, 2.0) if seed == 0 else (torch.tensor(v).log2().item() for v in (info.tiny, info.max / 512))
-    exponent = torch.rand(shape, generator=rng) * (high - low) + low
-    sign = torch.randint(0, 2, shape, generator=rng) * 2 - 1
-    scales = (torch.exp2(exponent.double()) * sign).to(dtype)
+    info, count = torch.finfo(dtype), torch.Size(shape).numel()
+    odd = torch.tensor([0.0, info.tiny / 4, -info.tiny / 4, info.max, -info.max, *map(float, ("inf", "-inf", "nan"))])
+    scales = [torch.zeros(shape, dtype=dtype)]  # all of them: a maximum of zero is a case of its own
+    # a few of the odd numbers at a time where there are fewer scales than these
+    scales += [odd[torch.arange(n, n + count) % len(odd)].to(dtype).reshape(shape) for n in range(0, len(odd), count)]
+    for seed in range(3 + len(scales)):
+        rng = torch.Generator().manual_seed(seed)
+        codes = torch.randint(0, 256, (probe.bytes,), generator=rng, dtype=torch.uint8)
+        if seed >= 3 and probe.guess.codes != "e4m3":  # the codes about zero: only of these is the largest scale seen
+            step = (codes % 3).to(torch.int16) - 1
+            middle = {"uint8": 128, "uint4": 8}.get(probe.guess.codes, 0)
+            codes = (middle + step).to(torch.uint8) * (17 if probe.guess.packed else 1)
+        if probe.guess.codes == "e4m3":
+            if seed < 3:  # 127 and 255 are no numbers
+                codes = codes.clamp(max=254).where(codes != 127, 0)
+            codes = codes.view(torch.float8_e4m3fn)
+        if seed < 3:
+            low, high = (
+                (-2.0, 2.0) if seed == 0 else (torch.tensor(v).log2().item() for v in (info.tiny, info.max / 512))
+            )
+            exponent = torch.rand(shape, generator=rng) * (high - low) + low
+            # of both signs, of each alone: what a maximum or a sum of the scales decides is seen too
+            sign = torch.randint(0, 2, shape, generator=rng) * 2 - 1 if seed == 0 else 2 * seed - 3
+            yield codes, (torch.exp2(exponent.double()) * sign).to(dtype), rng
+        else:
+            yield codes, scales[seed - 3], rng
+
+
+def _same_bits(probe: _SlotProbe, matrix: CodedMatrix, codes: Tensor, scales: Tensor, rng: torch.Generator) -> bool:
+    """Whether the calls give the bits of the format."""
     zeros = None
     if probe.zero is not None and matrix.zeros is not None:
         kind, size = probe.slots[probe.zero]
@@ -267,4 +289,5 @@ def _same_bits(probe: _SlotProbe, matrix: CodedMatrix, seed: int) -> bool:
     given |= {probe.scale: scales} | ({} if probe.zero is None or zeros is None else {probe.zero: zeros})
     held = [part.read(given[part.slot]) for part in matrix.parts]
     weight = QuantizedWeight(held[0], held[1], held[2] if len(held) > 2 else None, matrix.format, matrix.shape)
-    return torch.equal(weight.dequantize(want.dtype), want)
+    got = weight.dequantize(want.dtype)
+    return bool(((got == want) | (got.isnan() & want.isnan())).all())

@@ -42,9 +42,10 @@ def watched_bank(
         if reason := watch.expert((bank, expert)):
             raise Stale(reason)
 
+    arm = functools.partial(watch.arm, bank)
     if coded is not None:
-        return SlotCodes(module, refs, spec, coded, check), coded.spec
-    return live_bank(module, refs, spec, check, arm=functools.partial(watch.arm, bank)), spec
+        return SlotCodes(module, refs, spec, coded, check, arm), coded.spec
+    return live_bank(module, refs, spec, check, arm=arm), spec
 
 
 def with_gradients(bank: PyObject, spec: PyObject) -> tuple[PyObject, PyObject]:

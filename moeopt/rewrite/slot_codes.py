@@ -16,13 +16,14 @@ from moeopt.ir.bank_format import MatrixFormat
 from moeopt.ir.coded_function import CodedFunction, CodedMatrix, SlotPart
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.weight_refs import SlotRefs
-from moeopt.ops.expert_weights import Biases, how_they_lie
+from moeopt.ops.expert_weights import Biases
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
 from moeopt.rewrite.live_slots import LiveSlots
 from moeopt.rewrite.live_weights import Place
-from moeopt.rewrite.same_layout import Remembered
+from moeopt.rewrite.same_layout import Arm, Remembered, SameLayout
 
-_PLAIN = {Tensor, nn.Parameter}
+_BANK = "the bank of these addresses"
+"""Where a table that a kernel fills has the bank: it is gone with the addresses."""
 
 
 class SlotCodes(QuantizedExpertWeights):
@@ -34,6 +35,7 @@ class SlotCodes(QuantizedExpertWeights):
         row: the function as it was recognised.
         coded: the same as the grouped op has it.
         check: called with the number of each expert at each call; may raise :class:`~.refused_call.Stale`.
+        arm: adds what ``check`` asks of all experts to a guard.
 
     Attributes:
         live, function: what computes the same with gradients of scales.
@@ -41,15 +43,15 @@ class SlotCodes(QuantizedExpertWeights):
 
     def __init__(
         self, module: nn.Module, experts: list[SlotRefs], row: RowFunction, coded: CodedFunction,
-        check: Callable[[int], None],
+        check: Callable[[int], None], arm: Arm | None = None,
     ) -> None:  # fmt: skip
         self.live, self.function, self.coded = LiveSlots(module, experts, check), row, coded
-        self.experts, self._check, self.num_experts = experts, check, len(experts)
+        self.experts, self.num_experts = experts, len(experts)
         self.layouts, self.dtype, self.format = ("oi", "oi"), torch.float32, coded.bank_format(len(experts))
         self._places = [Place(module, path) for path in sorted({p.path for ref in experts for p in ref.slots})]
         scales = sorted({ref.slots[s].path for ref in experts for s in coded.scale_slots})
         self._scales = [Place(module, path) for path in scales]
-        self._known: tuple[Any, QuantizedExpertWeights, dict[Any, Any], bool] | None = None
+        self._lay, self._views = SameLayout(self._places, len(experts), check, arm), False
         self._handed: dict[Any, SlotCodes] = {(self.layouts, self.dtype): self}
 
     def slots(self, e: int) -> list[Tensor]:
@@ -96,45 +98,42 @@ class SlotCodes(QuantizedExpertWeights):
         other = self._handed.get((layouts, dtype))
         if other is None:
             other = copy.copy(self)
-            other.layouts, other.dtype, other._known = layouts, dtype, None
+            other.layouts, other.dtype = layouts, dtype
             self._handed[layouts, dtype] = other
         return other
 
     def of_one_call(self) -> QuantizedExpertWeights:
         """The bank read once for a call, where each read copies; else this bank itself."""
-        found, _, copied = self._look()
-        return found.handed_out(self.layouts, self.dtype) if copied else self
+        if self._views and not torch.is_grad_enabled():  # else it is looked at now: a look asks each expert
+            return self
+        found, known = self._look()
+        return found.handed_out(self.layouts, self.dtype) if known is None else self
 
     def remembered(self, rows: int) -> Remembered | None:
         """As ``LiveCodes.remembered``: what a kernel keeps of the present addresses, and the tensors to keep alive."""
         del rows
-        _, table, copied = self._look()
-        tensors = tuple([place.read() for place in self._places])
-        return None if copied or not _PLAIN.issuperset(map(type, tensors)) else (table, tensors)
+        return self._look()[1]
 
     def now(self) -> QuantizedExpertWeights:
         """The bank as it is now, for one call."""
         return self._look()[0]
 
-    def _look(self) -> tuple[QuantizedExpertWeights, dict[Any, Any], bool]:
-        """The bank, a kernel's table of it, and whether a part of it is a copy."""
-        if torch.compiler.is_compiling():
-            return self._made(), {}, True
-        for e in range(self.num_experts):
-            self._check(e)
-        tensors = [place.read() for place in self._places]
-        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        if recorded or not _PLAIN.issuperset(map(type, tensors)):
-            return self._made(), {}, True  # a view made without gradients passes none on
-        lie = how_they_lie(tensors)
-        known = self._known  # read once: another thread may replace the attribute
-        if known is None or known[0] != lie:
-            made = self._made()
-            held = {t.untyped_storage().data_ptr() for t in tensors}
-            copied = any(t.untyped_storage().data_ptr() not in held for t in made.tensors().values())
-            known = lie, made, {}, copied
-            self._known = None if copied else known
-        return known[1:]
+    def _look(self) -> tuple[QuantizedExpertWeights, Remembered | None]:
+        """The bank, and what a kernel remembers of it; None where a part of the bank is a copy, for this call only."""
+        looked = None if torch.compiler.is_compiling() else self._lay.look()
+        if looked is None:
+            return self._made(), None
+        table, tensors = looked
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return self._made(), None  # a view made without gradients passes none on
+        bank: QuantizedExpertWeights | None = table.get(_BANK)
+        if bank is None:
+            bank, held = self._made(), {t.untyped_storage().data_ptr() for t in tensors}
+            self._views = all(t.untyped_storage().data_ptr() in held for t in bank.tensors().values())
+            if not self._views:
+                return bank, None
+            table[_BANK] = bank
+        return bank, looked
 
     def _made(self) -> QuantizedExpertWeights:
         slots = [self.live.slots(e) for e in range(self.num_experts)]

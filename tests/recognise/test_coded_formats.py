@@ -1,5 +1,7 @@
 """Experts that a module holds as codes, in the spellings that people use: read into a format, and run on the codes."""
 
+import copy
+
 import onnx
 import pytest
 import torch
@@ -9,7 +11,10 @@ from torch import nn
 import moeopt
 from moeopt.ops.native import dispatch
 from moeopt.ops.native.library import library
+from moeopt.recognise.codes_in_slots import read_codes
 from moeopt.rewrite.install import rewritten_forward
+from moeopt.rewrite.module_guard import Watch
+from moeopt.rewrite.same_layout import SameLayout
 from moeopt.rewrite.slot_codes import SlotCodes
 
 H, I, E, K = 32, 64, 4, 2
@@ -404,3 +409,64 @@ def test_what_no_format_says_to_the_bit_stays_a_function_of_a_row(how, monkeypat
     assert block.status == "rewritten" and block.lowering == "moeopt::row_function (expert by expert, one op)"
     with torch.no_grad():
         torch.testing.assert_close(opt(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+SCALES = {  # another function of the scales than any format's, on few of them only
+    "no numbers": torch.nan_to_num,
+    "infinities": lambda s: torch.nan_to_num(s, nan=torch.nan),
+    "zeros": lambda s: s.masked_fill(s == 0, 1.0),
+    "below the least": lambda s: s.masked_fill(s.abs() < torch.finfo(s.dtype).tiny, 0.0),
+    "the largest": lambda s: s.clamp(-torch.finfo(s.dtype).max / 2, torch.finfo(s.dtype).max / 2),
+    "none above zero": lambda s: s * (s.max() > 0),
+    "none below zero": lambda s: s * (s.min() < 0),
+    "all zeros": lambda s: s + (s == 0).all(),
+}
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (1,)], ids=["channel", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scales_that_some_code_replaces_are_of_no_format(dtype, shape):
+    slots = {0: (torch.int8, (8, 16)), 1: (dtype, shape)}
+
+    def read(scales):
+        return read_codes(lambda held: held[0].to(dtype) * scales(held[1]), slots, (8, 16))
+
+    assert read(lambda s: s) is not None
+    assert [words for words, scales in SCALES.items() if read(scales) is not None] == []
+
+
+CHANGES = {
+    "in place": lambda m, name, t: t.mul_(-1),
+    "at an index": lambda m, name, t: t.__setitem__(slice(0, 3), 1),
+    "its memory": lambda m, name, t: setattr(t, "data", t.flip(0)),
+    "another": lambda m, name, t: setattr(m, name, t.roll(1, 0)),
+    "in the table": lambda m, name, t: m._buffers.update({name: t.flip(0)}),
+    "turned": lambda m, name, t: setattr(m, name, t.t().contiguous().t()),
+    "one for all": lambda m, name, t: setattr(m, name, t[:1].clone().expand(t.shape)),
+    "assigned": lambda m, name, t: m.load_state_dict({**m.state_dict(), name: t.flip(0)}, assign=True),
+}
+
+
+@NATIVE
+@pytest.mark.filterwarnings("error")
+def test_codes_and_scales_are_read_where_they_are_now_and_looked_at_once(monkeypatch):
+    torch.manual_seed(0)
+    model, x = Listed(Channel).eval(), torch.randn(9, H)
+    opt, looks = moeopt.optimize(copy.deepcopy(model), x, verify="off", inplace=True), []
+    for cls, name in ((SameLayout, "look"), (Watch, "expert")):
+        own = getattr(cls, name)
+        monkeypatch.setattr(cls, name, lambda *args, own=own, name=name: (looks.append(name), own(*args))[1])
+    rewritten_forward(opt.model).original_calls = None
+    with torch.no_grad():
+        for words, change in CHANGES.items():
+            for name in ("q", "s"):
+                for layer in (opt.model.experts[1]["down"], model.experts[1]["down"]):
+                    change(layer, name, getattr(layer, name))
+                for _ in range(2):
+                    looks.clear()
+                    torch.testing.assert_close(opt(x), model(x), rtol=1e-4, atol=1e-5, msg=f"{name}: {words}")
+                # and no expert by itself, as nothing changed since; codes that do not lie in rows are in no kernel
+                assert looks == ["look"] or (words == "turned" and name == "q"), (name, words)
+                if words == "turned":
+                    for layer in (opt.model.experts[1]["down"], model.experts[1]["down"]):
+                        setattr(layer, name, getattr(layer, name).contiguous())
