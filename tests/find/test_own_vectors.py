@@ -241,3 +241,21 @@ class LearnedMix(Norms):
 @pytest.mark.parametrize("form", [Depth, Branches, Heads, OwnScores, LearnedMix])
 def test_vectors_of_layers_and_heads_and_mixes_without_a_router_are_no_experts(form):
     assert [place for place in discover(form().eval(), (X,), {}) if place.kind == "moe"] == []
+
+
+class AlikeBesideOthers(OfKinds):
+    """Two of four are alike, and are found as experts by themselves."""
+
+    def __init__(self):
+        super().__init__()
+        first, *_, last = kinds()
+        self.experts = nn.ModuleList([first, nn.Linear(D, D), nn.Linear(D, D), last])
+
+
+def test_ids_that_other_modules_serve_are_not_said_to_be_served_by_none():
+    entries = [b for b in moeopt.explain(made(AlikeBesideOthers), X).blocks if b.kind == "moe"]
+    assert [b.reason for b in entries] == [
+        "its experts are of different kinds (the rows of the ids 0, 3 go to other calls than those of its alike "
+        "experts), and the op runs one function on all of them; give all the same layers, or route to each group of "
+        "alike experts by a block of its own"
+    ]
