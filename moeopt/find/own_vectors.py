@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -144,28 +144,45 @@ def _are_weighed(tape: Tape, own: list[_Use]) -> bool:
     """Whether a gate as wide as there are vectors weighs the result of each, or all of them joined."""
     reach = {use.node: 1 << at for at, use in enumerate(own)}
     width, every, weighed = len({(u.path, u.part) for u in own}), (1 << len(own)) - 1, 0
-    for node in (*reach, *descendants(tape, [*reach])):
+    later = descendants(tape, [*reach])
+    behind = {*reach, *later}
+    for node in (*reach, *later):
         parts = [reach[a] for a in node.all_input_nodes if reach.get(a)]
         here = reach.get(node, 0)
         for part in parts:
             here |= part
         others = [a for a in node.all_input_nodes if not reach.get(a)]
-        weighs = op_name(node) in (*WEIGH, "where") and any(_made_by_gate(a, width) for a in others)
+        weighs = op_name(node) in (*WEIGH, "where") and any(_made_by_gate(a, width, behind) for a in others)
         if weighs and here == every:
-            return True
+            return _share_matrices(tape, own)
         joined = here.bit_count() > 1
         weighed |= here if weighs and not joined else 0
         keeps = not joined or (here == every and (op_name(node) in ("cat", "stack") or moves_rows(node)))
         reach[node] = here if keeps and not weighs else 0
-    return weighed == every
+    return weighed == every and _share_matrices(tape, own)
 
 
-def _made_by_gate(weight: fx.Node, width: int) -> bool:
-    """Whether ``weight`` is moved from a softmax over, or a choice among, ``width`` things."""
+def _share_matrices(tape: Tape, own: list[_Use]) -> bool:
+    """Whether the same matrices stand before each use: norms and biases of layers, heads and branches that have their
+    own are vectors of these, and a softmax as wide as they are many by chance weighs places or layers."""
+    scales = {use.path for use in own if is_pointwise(use.node)}
+
+    def matrices(nodes: Collection[fx.Node]) -> set[str]:
+        read = (n for n in nodes if n.op == "get_attr" and sum(s > 1 for s in n.meta.get("shape") or ()) > 1)
+        return {str(n.target) for n in read} - scales
+
+    ends = [(nodes, matrices(nodes)) for nodes in (ancestors([own[0].node]), ancestors([own[-1].node]))]
+    (first, known), (_, last) = ends
+    return known == last and all(matrices(ancestors([use.node], first)) <= known for use in own[1:-1])
+
+
+def _made_by_gate(weight: fx.Node, width: int, behind: Collection[fx.Node]) -> bool:
+    """Whether ``weight`` is moved from a softmax over, or a choice among, ``width`` things, that was computed from the
+    input and from nothing ``behind`` the vectors: scores of their own results are an attention among them."""
     queue = [weight]
     for node in queue:  # it grows
         if op_name(node) in (*GATES, *CHOICES_AMONG) and gate_width(node) == width:
-            return True
+            return node not in behind and any(n.op == "placeholder" for n in ancestors([node]))
         moved = moves_rows(node) or is_pointwise(node) or op_name(node) in ("sum", "any", *CHOICES_AMONG)
         if moved and len(queue) < _NEAR:
             queue.extend(a for a in node.all_input_nodes if a not in queue)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
-from moeopt.capture.op_kinds import op_name
+from moeopt.capture.op_kinds import is_factory, op_name
 from moeopt.capture.replay import replay
 from moeopt.capture.tape import Tape
 from moeopt.capture.tree import tree_leaves
@@ -138,12 +139,11 @@ def _agrees(spec: ExpertsSpec, rows: tuple[torch.Tensor, ...], want: torch.Tenso
 
 
 def learned_numbers(tape: Tape, candidate: FFNCandidate) -> tuple[float, ...]:
-    """The one-element Parameters and buffers that the function reads: a slope, a scale that each expert has its own
-    value of, though its calls are those of the others."""
-    operands = (a for node in candidate.mid for a in node.all_input_nodes)
-    return tuple(
-        float(tape.value(a)) for a in operands if a.op == "get_attr" and a.meta.get("shape") in ((), (1,), (1, 1))
-    )
+    """The one-element Parameters, buffers and tensors made at the call that the function reads: a slope, a scale that
+    each expert has its own value of, though its calls are those of the others."""
+    operands = (a for node in candidate.mid for a in node.all_input_nodes if a.op == "get_attr" or is_factory(a))
+    one = (a for a in operands if a.meta.get("shape") is not None and math.prod(a.meta["shape"]) == 1)
+    return tuple(tape.value(a).item() for a in one)
 
 
 def _constants(tape: Tape, candidate: FFNCandidate) -> list[float]:

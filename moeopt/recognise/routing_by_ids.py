@@ -125,12 +125,35 @@ def unserved_ids(tape: Tape, before: list[fx.Node], table: Table) -> Declined | 
             named = {name: tuple((ids == name).any(1).tolist()) for name in names}
             if seen <= set(named.values()):
                 left = ", ".join(str(name) for name, rows in named.items() if rows not in seen)
+                elsewhere = {rows for rows in named.values() if rows not in seen} & _picked(tape, tokens)
+                if elsewhere:
+                    return Declined(
+                        f"its experts are of different kinds (the rows of the ids {left} go to other calls than those "
+                        "of its alike experts), and the op runs one function on all of them; give all the same layers, "
+                        "or route to each group of alike experts by a block of its own",
+                        node.meta.get("source", ""),
+                    )
                 return Declined(
                     f"its router chooses ids that no expert serves ({left}), whose tokens get nothing for them, and "
                     "the op needs an expert for each id: give these ids experts too, with weights of zero",
                     node.meta.get("source", ""),
                 )
     return None
+
+
+def _picked(tape: Tape, tokens: int) -> set[tuple[bool, ...]]:
+    """Which of the ``tokens`` each lookup of rows picks from a tensor of all of them."""
+    found = set()
+    for node in tape.nodes:
+        given = node.all_input_nodes
+        if op_name(node) not in ("index", "index_select", "masked_select") or len(given) != 2:
+            continue
+        rows, place = given[0].meta["shape"], tape.value(given[1])
+        if rows[:1] == (tokens,) and place.dim() == 1 and place.dtype in (*INTEGERS, torch.bool):
+            picked = torch.zeros(tokens, dtype=torch.bool)
+            picked[place] = True
+            found.add(tuple(picked.tolist()))
+    return found
 
 
 def _as_many_as_chosen(tape: Tape) -> set[fx.Node]:

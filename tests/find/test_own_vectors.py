@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import moeopt
+from moeopt.find.discover import discover
 
 D, H, N = 16, 24, 4
 
@@ -181,3 +182,80 @@ def test_experts_of_different_kinds_are_one_entry():
     (entry,) = moeopt.explain(made(OfKinds), X).blocks
     assert (entry.kind, entry.experts) == ("moe", N)
     assert entry.reason.startswith("its experts are of different kinds (Sequential, Identity, Linear and 1 more), and")
+
+
+class Depth(Block):
+    """Norms of layers, one behind another, whose results a gate weighs: each layer has a matrix of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(N))
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(N))
+
+    def forward(self, x):
+        score, done = self.gate(x).softmax(-1), []
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = F.relu(layer(x))
+            done.append(norm(x) * score[..., len(done), None])
+        return sum(done)
+
+
+class Branches(Depth):
+    """The same layers side by side, chosen by attention (a selective kernel)."""
+
+    def forward(self, x):
+        done = torch.stack([n(F.relu(m(x))) for m, n in zip(self.layers, self.norms, strict=True)], -2)
+        return (self.gate(x).softmax(-1)[..., None] * done).sum(-2)
+
+
+class Heads(Block):
+    """Biases of heads, in a sequence of as many places as there are heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.v = (nn.ModuleList(nn.Linear(D, 4) for _ in range(N)) for _ in range(2))
+        self.o = nn.ModuleList(nn.Linear(4, D) for _ in range(N))
+
+    def forward(self, x):
+        x = x[:, :N]
+        score = [(q(x) @ q(x).transpose(-1, -2)).softmax(-1) for q in self.q]
+        return sum(o(s @ v(x)) for s, v, o in zip(score, self.v, self.o, strict=True))
+
+
+class OwnScores(Norms):
+    """Attention among the results themselves."""
+
+    def forward(self, x):
+        done = torch.stack([norm(x) for norm in self.norms], -2)
+        return ((done * x[..., None, :]).sum(-1).softmax(-1)[..., None] * done).sum(-2)
+
+
+class LearnedMix(Norms):
+    """No router: the same weights for every row."""
+
+    def forward(self, x):
+        score = self.table[:, 0].softmax(-1)
+        return sum(score[n] * norm(x) for n, norm in enumerate(self.norms))
+
+
+@pytest.mark.parametrize("form", [Depth, Branches, Heads, OwnScores, LearnedMix])
+def test_vectors_of_layers_and_heads_and_mixes_without_a_router_are_no_experts(form):
+    assert [place for place in discover(form().eval(), (X,), {}) if place.kind == "moe"] == []
+
+
+class AlikeBesideOthers(OfKinds):
+    """Two of four are alike, and are found as experts by themselves."""
+
+    def __init__(self):
+        super().__init__()
+        first, *_, last = kinds()
+        self.experts = nn.ModuleList([first, nn.Linear(D, D), nn.Linear(D, D), last])
+
+
+def test_ids_that_other_modules_serve_are_not_said_to_be_served_by_none():
+    entries = [b for b in moeopt.explain(made(AlikeBesideOthers), X).blocks if b.kind == "moe"]
+    assert [b.reason for b in entries] == [
+        "its experts are of different kinds (the rows of the ids 0, 3 go to other calls than those of its alike "
+        "experts), and the op runs one function on all of them; give all the same layers, or route to each group of "
+        "alike experts by a block of its own"
+    ]

@@ -14,7 +14,9 @@ BETWEEN = {
     "layer norm": ("LayerNormalization(a{e}, scale{e}, shift{e})", ("scale", "shift")),
     "batch norm": ("BatchNormalization(a{e}, scale{e}, shift{e}, shift{e}, scale{e})", ("scale", "shift")),
     "one slope": ("PRelu(a{e}, slope{e})", ("slope",)),
+    "a number": ("PRelu(a{e}, slope{e})", ("slope",)),
 }
+SIZES = {"one slope": 1, "a number": ()}
 
 
 def block(kind):
@@ -27,7 +29,7 @@ def block(kind):
         text += f"    p{e} = Mul(d{e}, w{e})\n"
         text += f"    s{e} = Add({f's{e - 1}' if e > 1 else 'p0'}, p{e})\n" if e else ""
         constants |= {f"up{e}": draw.normal(size=(8, 12)), f"down{e}": draw.normal(size=(12, 8))}
-        constants |= {f"{name}{e}": draw.uniform(0.2, 2, size=1 if name == "slope" else 12) for name in held}
+        constants |= {f"{name}{e}": draw.uniform(0.2, 2, size=SIZES.get(kind, 12)) for name in held}
     return model(f"{text}    y = Identity(s{E - 1})\n", **constants)
 
 
@@ -42,3 +44,11 @@ def test_they_are_rewritten_and_the_module_of_the_file_has_an_entry(kind, tmp_pa
     told = moeopt.explain(moeopt.from_onnx(path), x)
     assert [(b.kind, b.experts) for b in told.blocks] == [("moe", E)]
     assert all(b.status == "rewritten" or "would not pay here" in b.reason for b in told.blocks)
+
+
+def test_numbers_of_each_expert_are_not_those_of_the_first():
+    """A slope without dimensions is a number of the graph, which the call makes a tensor of."""
+    found = moeopt.optimize(block("a number"), verify="off")
+    (entry,) = found.report.blocks
+    assert entry.status == "declined"
+    assert "its experts do not all compute the same function (plain leaky_relu(" in entry.reason
