@@ -227,14 +227,12 @@ def branch_of(
     picked: dict[object, list[fx.Node]] = defaultdict(list)
     for n in sorted(live_ins, key=lambda n: n.meta["index"]):
         picked[_picks(n)].append(n)
+    if len(picked) > 1:  # beside other rows, each is a tensor of its own
+        picked = {n: [n] for nodes in picked.values() for n in nodes}
     if not 1 <= len(picked) <= 1 + most_extra:
         return None
-    (start, *same), *others = picked.values()
-    if same and others:
-        return None
-    beside = [nodes[0] for nodes in others]
-    if any(len(nodes) > 1 for nodes in others):
-        return None
+    start, *beside = sorted((nodes[0] for nodes in picked.values()), key=lambda n: n.meta["index"])
+    same = [n for n in live_ins if n is not start and n not in beside]
     end = end or max(inside, key=lambda n: n.meta["index"])
     if any(len(n.meta.get("shape") or ()) < 2 for n in (start, *beside, end)):
         return None

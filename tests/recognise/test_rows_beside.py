@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import moeopt
+from tests.zoo import scales_and_sharing
 
 D, C, N = 16, 5, 4
 
@@ -103,3 +104,11 @@ def test_rows_of_other_tokens_are_no_row_of_the_token():
     call = tuple(t[:1].repeat(2, 1, 1) if t.dim() == 3 else t for t in calls((2, 9))[0])
     (block,) = [b for b in moeopt.explain(model, call).blocks if b.kind == "moe"]
     assert block.status == "declined" and "which are not rows of the same tokens" in block.reason
+
+
+def test_rows_that_are_picked_twice_beside_others():
+    """Of one tensor the same rows by two calls, and of two others: all of them are rows of one token."""
+    torch.manual_seed(0)
+    model = scales_and_sharing.adapters_on_picked_rows().eval()
+    (block,) = [b for b in moeopt.explain(model, torch.randn(2, 9, scales_and_sharing.D)).blocks if b.kind == "moe"]
+    assert (block.status, block.experts) == ("rewritten", 4)
