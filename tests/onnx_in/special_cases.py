@@ -170,6 +170,13 @@ for x in (
     add("SimplifiedLayerNormalization", x, held=[weight])
     add("RMSNormalization", x, held=[weight], opset=23)
     add("LayerNormalization", x.astype("float16"), held=[weight.astype("float16")])
+scale, mean = np.linspace(0.5, 1.5, 20).astype("float32"), np.linspace(-1, 1, 20).astype("float32")
+for x in (FINITE.reshape(2, 12, 20), np.zeros((2, 12, 20), "float32"), FINITE.reshape(2, 12, 20) * np.float32(1e-30)):
+    x = x.transpose(0, 2, 1).copy()
+    add("BatchNormalization", x, held=[scale, mean, mean, scale])
+    add("InstanceNormalization", x, held=[scale, mean])
+    add("GroupNormalization", x, held=[scale, mean], num_groups=4, opset=21)
+add("BatchNormalization", NO_NAN, held=[scale, mean, mean, scale])
 DRAWN = np.random.default_rng(0).standard_normal((20, 6)).astype("float32")
 HOLED = np.where(DRAWN > 1, np.float32(INF), np.where(DRAWN < -1, np.float32(NAN), DRAWN))
 for w in (np.zeros((20, 6), "float32"), np.ones((20, 6), "float32"), DRAWN, HOLED):
