@@ -10,7 +10,6 @@ Shape legend: E experts, N out, K in.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -24,10 +23,11 @@ from moeopt.ir.bank_format import BankFormat, MatrixFormat
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_format import WeightFormat
 from moeopt.ir.weight_refs import ExpertRef, tensor_at
-from moeopt.ops.expert_weights import Biases, how_they_lie
+from moeopt.ops.expert_weights import how_they_lie
 from moeopt.ops.quantize import quantize
-from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices, from_tensors
+from moeopt.ops.quantized_bank import QuantizedExpertWeights, from_tensors
 from moeopt.rewrite.block_graph import GivenCodes
+from moeopt.rewrite.codes_at_calls import CodesReadAtCalls
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place
 from moeopt.rewrite.replaced_floats import floats_of, places_of
 from moeopt.rewrite.same_layout import Remembered
@@ -40,7 +40,7 @@ PREFIX = "moeopt_experts"
 _PLAIN = {Tensor, nn.Parameter}
 
 
-class LiveCodes(QuantizedExpertWeights):
+class LiveCodes(CodesReadAtCalls):
     """One bank of quantised experts of ``module``; codes, scales and biases are looked up at each read.
 
     Args:
@@ -68,7 +68,7 @@ class LiveCodes(QuantizedExpertWeights):
         self._biases = _Biases(module, experts, place)
         self._bank: tuple[tuple[int, ...], QuantizedExpertWeights] | None = None
         self._known: tuple[Any, dict[Any, Any]] | None = None
-        self._handed: dict[Any, LiveCodes] = {(self.layouts, self.dtype): self}
+        self.handed = {(self.layouts, self.dtype): self}
         stored = all(name in module._buffers for name in self.names)
         self.held: dict[str, Any] = module._buffers
         if not stored and given is not None:
@@ -91,44 +91,15 @@ class LiveCodes(QuantizedExpertWeights):
             found |= {f"{self.prefix}{words}_{n}": part for n, part in zip(matrix.parts, parts, strict=True)}
         return found
 
-    @property
-    def w_in_q(self) -> tuple[QuantizedMatrices, ...]:  # type: ignore[override]  # read live
+    def forget(self) -> None:
         """As the base class has it."""
-        return self.now().w_in_q
-
-    @property
-    def w_out_q(self) -> QuantizedMatrices:  # type: ignore[override]
-        """As the base class has it."""
-        return self.now().w_out_q
-
-    @property
-    def b_in_l(self) -> tuple[Biases | None, ...]:  # type: ignore[override]
-        """As the base class has it."""
-        return self.now().b_in_l
-
-    @property
-    def b_out_l(self) -> Biases | None:  # type: ignore[override]
-        """As the base class has it."""
-        return self.now().b_out_l
-
-    @property
-    def norm_l(self) -> Biases | None:  # type: ignore[override]
-        """No norm is recognised after W_out."""
-        return None
-
-    def handed_out(self, layouts: tuple[str, str], dtype: torch.dtype) -> QuantizedExpertWeights:
-        """As the base class has it; read live as well, since torch.export asks while tensors have no values."""
-        other = self._handed.get((layouts, dtype))
-        if other is None:
-            other = copy.copy(self)
-            other.layouts, other.dtype, other._bank, other._known = layouts, dtype, None, None
-            self._handed[layouts, dtype] = other
-        return other
+        self._bank, self._known = None, None
 
     def read(self, activations: str) -> None:
         """Set ``BankFormat.activations``: the format in which later products read their rows."""
-        for one in self._handed.values():  # this bank too
-            one.format, one._bank, one._known = dataclasses.replace(self.format, activations=activations), None, None
+        for one in self.handed.values():  # this bank too
+            one.format = dataclasses.replace(self.format, activations=activations)
+            one.forget()
 
     def remembered(self, rows: int) -> Remembered | None:
         """A dict in which a kernel caches what it derives from the present addresses, and the tensors to keep alive.
@@ -162,7 +133,8 @@ class LiveCodes(QuantizedExpertWeights):
             return self._checked(tensors)
         known = self._bank  # read once: another thread may replace the attribute
         if known is None or known[0] != key:
-            for other in list(self._handed.values()):  # they would keep codes on the former device alive
+            for other in list(self.handed.values()):  # they would keep codes on the former device alive
+                assert isinstance(other, LiveCodes), "copies of this bank"
                 other._bank = None
             known = self._bank = key, self._checked(tensors)
         return known[1]

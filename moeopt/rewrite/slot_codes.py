@@ -5,9 +5,7 @@ Nothing is copied or held twice: the module keeps its buffers, and what is writt
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +14,8 @@ from moeopt.ir.bank_format import MatrixFormat
 from moeopt.ir.coded_function import CodedFunction, CodedMatrix, SlotPart
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.weight_refs import SlotRefs
-from moeopt.ops.expert_weights import Biases
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
+from moeopt.rewrite.codes_at_calls import CodesReadAtCalls
 from moeopt.rewrite.live_slots import LiveSlots
 from moeopt.rewrite.live_weights import Place
 from moeopt.rewrite.same_layout import Arm, Remembered, SameLayout
@@ -26,7 +24,7 @@ _BANK = "the bank of these addresses"
 """Where a table that a kernel fills has the bank: it is gone with the addresses."""
 
 
-class SlotCodes(QuantizedExpertWeights):
+class SlotCodes(CodesReadAtCalls):
     """A bank of codes over the slots of a row function.
 
     Args:
@@ -52,7 +50,7 @@ class SlotCodes(QuantizedExpertWeights):
         scales = sorted({ref.slots[s].path for ref in experts for s in coded.scale_slots})
         self._scales = [Place(module, path) for path in scales]
         self._lay, self._views = SameLayout(self._places, len(experts), check, arm), False
-        self._handed: dict[Any, SlotCodes] = {(self.layouts, self.dtype): self}
+        self.handed = {(self.layouts, self.dtype): self}
 
     def slots(self, e: int) -> list[Tensor]:
         """What expert ``e`` has in the slots of ``function``: this is a ``SlotBank`` too."""
@@ -64,43 +62,9 @@ class SlotCodes(QuantizedExpertWeights):
         return torch.is_grad_enabled() and any(place.read().requires_grad for place in self._scales)
 
     @property
-    def w_in_q(self) -> tuple[QuantizedMatrices, ...]:  # type: ignore[override]  # read live
-        """As the base class has it."""
-        return self.now().w_in_q
-
-    @property
-    def w_out_q(self) -> QuantizedMatrices:  # type: ignore[override]
-        """As the base class has it."""
-        return self.now().w_out_q
-
-    @property
-    def b_in_l(self) -> tuple[Biases | None, ...]:  # type: ignore[override]
-        """As the base class has it."""
-        return self.now().b_in_l
-
-    @property
-    def b_out_l(self) -> Biases | None:  # type: ignore[override]
-        """As the base class has it."""
-        return self.now().b_out_l
-
-    @property
-    def norm_l(self) -> Biases | None:  # type: ignore[override]
-        """No norm is recognised after W_out."""
-        return None
-
-    @property
     def out_features(self) -> int:
         """As the base class has it; told by the format, so that an exporter sees no reads of weights."""
         return self.format.w_out.shape[0]
-
-    def handed_out(self, layouts: tuple[str, str], dtype: torch.dtype) -> QuantizedExpertWeights:
-        """As the base class has it, and live."""
-        other = self._handed.get((layouts, dtype))
-        if other is None:
-            other = copy.copy(self)
-            other.layouts, other.dtype = layouts, dtype
-            self._handed[layouts, dtype] = other
-        return other
 
     def of_one_call(self) -> QuantizedExpertWeights:
         """The bank read once for a call, where each read copies; else this bank itself."""

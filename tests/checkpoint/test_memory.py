@@ -21,23 +21,14 @@ from moeopt.ir.weight_format import INT4_BLOCK32  # noqa: E402
 from moeopt.ops import quantize  # noqa: E402
 from tests.checkpoint.families import write  # noqa: E402
 
-CHILD = """
-import json, sys, threading, time
+CHILD = (
+    children.WATCHES_MEMORY
+    + """
+import json, sys
 import moeopt, torch, transformers
 import transformers.models.qwen3_moe.modeling_qwen3_moe
 from moeopt.checkpoint.stream import streamed
 from moeopt.options import Options
-
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-peak = [0]
-
-def watch():
-    while True:
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.002)
 
 fields = {"verify": "fast", **json.loads(sys.argv[5])}
 moeopt.optimize(sys.argv[3], **{**fields, "verify": "off"})  # every library is imported and has its buffers
@@ -54,6 +45,7 @@ time.sleep(0.01)
 found = {"peak": peak[0] - before, "left": anonymous() - before, "passed": made.certificate.passed}
 print(json.dumps({**found, "notes": made.report.notes}))
 """
+)
 LAYERS = dict(hidden_size=512, moe_intermediate_size=1024, num_experts=16, intermediate_size=256)
 LAYER = 16 * 3 * 512 * 1024 * 4
 """Bytes of one layer's experts."""

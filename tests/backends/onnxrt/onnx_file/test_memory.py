@@ -15,8 +15,10 @@ from tests import children
 if not Path("/proc/self/status").exists():
     pytest.skip("this system does not tell what memory is a process's own", allow_module_level=True)
 
-CHILD = """
-import json, sys, threading, time
+CHILD = (
+    children.WATCHES_MEMORY
+    + """
+import json, sys
 import moeopt
 from moeopt.backends.onnxrt import backend, measured_sites, native_choice, plan
 from moeopt.verification import float64_decompositions
@@ -27,17 +29,6 @@ if sys.argv[3] == "small":  # what is large is so for models of gigabytes
     backend.MOST_PACKED = plan.PACKED = plan.HELD = 1 << 20
     float64_decompositions.AT_ONCE = 1 << 19
 
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
-
-peak = [0]
-
-def watch():
-    while True:
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.002)
-
 moeopt.optimize(sys.argv[2], verify="fast")  # libraries have their buffers
 before = anonymous()
 threading.Thread(target=watch, daemon=True).start()
@@ -46,6 +37,7 @@ time.sleep(0.01)
 statuses = [block.status for block in made.report.blocks]
 print(json.dumps({"peak": peak[0] - before, "statuses": statuses, "passed": made.certificate.passed}))
 """
+)
 
 
 def layers(path, count, experts, hidden, inner):
