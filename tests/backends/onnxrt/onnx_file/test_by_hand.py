@@ -217,10 +217,6 @@ ALONE = {
     ),
     "Einsum": lambda file, x: file.node("Einsum", x, file.weight(6, H), equation="th,oh->to"),
 }
-READ_AS_MODULES = {
-    "MatMul": "an expert's bmm multiplies all rows by several matrices at once",
-    "Einsum": "in a file, blocks are cut out around",
-}
 
 
 @pytest.mark.parametrize("operators", ALONE)
@@ -230,14 +226,7 @@ def test_experts_that_are_no_two_products_have_an_entry(operators):
     (block,) = optimized(model).report.blocks
     assert (block.kind, block.status, block.experts) == ("moe", "declined", E)
     alone = f"each of its 4 experts has {operators} with constants of its own, and no two products"
-    assert block.reason.startswith(READ_AS_MODULES.get(operators, alone))
-    if operators == "Einsum":  # as the reason says
-        assert "moeopt.optimize(moeopt.from_onnx(path), inputs, backend='onnxruntime')" in block.reason
-        with torch.no_grad():
-            (again,) = moeopt.optimize(
-                moeopt.from_onnx(model), (torch.randn(5, H),), backend="onnxruntime"
-            ).report.blocks
-        assert again.status == "rewritten"
+    assert block.reason.startswith(alone)
 
 
 def test_branches_that_no_router_weighs_have_no_entry():
