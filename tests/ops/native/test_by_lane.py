@@ -40,6 +40,8 @@ def same(one, other):
 
 # k of one chunk and of several, whole vectors and not, odd numbers of pairs; rows below, at and above a turn's
 SIZES = [
+    Sizes(T=13, K=1, E=1, H=256, I=290, D=33),
+    Sizes(T=25, K=1, E=1, H=258, I=256, D=40),
     Sizes(T=29, K=1, E=1, H=256, I=256, D=33),
     Sizes(T=60, K=2, E=3, H=300, I=271, D=70),
     Sizes(T=150, K=1, E=1, H=257, I=1100, D=16),
@@ -56,7 +58,7 @@ def test_the_bits_of_dot_products(lanes, sizes, dtypes):
     x, w = (getattr(torch, name) for name in dtypes)
     for seed, rows in enumerate(("gate|up", "separate", "interleaved", "interleaved_up", "plain", "up|gate")):
         spec = ExpertsSpec(rows=rows, weight_on=("output", "input")[seed % 2], up_offset=1.0, gate_max=0.7)
-        args = random_block(spec, sizes, x, w, seed=5 * seed, strange_ids=True, stacked=seed % 2 == 0)
+        args = random_block(spec, sizes, x, w, seed=5 * seed, strange_ids=sizes.T > 25, stacked=seed % 2 == 0)
         one, other = both(lanes, args, threads=1 + seed % 3)
         assert same(one, other), (spec, sizes)
 

@@ -44,9 +44,11 @@ inline void store_by_lane(void *row, bool half, int64_t K, int64_t i, V v) {
 #if defined(__AVX512F__)
 
 constexpr int LANE_COLUMNS = NV_MANY * L;                    // of a tile and of a task
-constexpr int64_t LANE_PANEL = LANE_COLUMNS * DOT_CHUNK;     // a chunk of so many rows of W
-constexpr int LANE_SHARE = 8;  // rows of x of one tile, at least: of LANE_ROWS or more, in even shares of NX_OUTER at most
-static_assert(LANE_ROWS == 2 * NX_OUTER, "25 rows are 9, 8 and 8; every other number has no smaller share");
+// Of a chunk of W what one lane sums is one run; runs begin two cache lines apart from a power of two, which would be one set.
+constexpr int64_t lane_run(int64_t each) { return (each + 1) * LANE_COLUMNS; }
+constexpr int64_t LANE_PANEL = DOT_LANES * lane_run(DOT_CHUNK / DOT_LANES);
+constexpr int LANE_SHARE = 6;  // rows of x of one tile, at least: of LANE_ROWS or more, in even shares of NX_OUTER at most
+static_assert(LANE_ROWS == NX_OUTER + 1, "two tiles or more, and 13 rows are 7 and 6; no other number has a smaller share");
 static_assert(LANE_COLUMNS == LANE_TASK && 2 * DOT_CHUNK == PAIR_CHUNK, "a chunk has as many pairs as numbers");
 constexpr int TREE[DOT_LANES] = {0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15};  // lanes as `sum4` adds them up
 
@@ -78,9 +80,9 @@ struct LanePairs {  // of bfloat16
 };
 #endif
 
-// 16 rows of W to columns: unit k of row c goes to to[k * LANE_COLUMNS + c]
+// 16 rows of W to columns: unit k of row c goes to to[k * run + c]
 template <class Kind>
-inline void turn_to_lanes(const typename Kind::T *const *rows, int64_t k, int64_t n, uint32_t *to) {
+inline void turn_to_lanes(const typename Kind::T *const *rows, int64_t k, int64_t n, uint32_t *to, int64_t run) {
   __m512i r[4][4];
   UNROLL for (int i = 0; i < 4; i++)
     UNROLL for (int j = 0; j < 4; j++) r[i][j] = Kind::some(rows[4 * i + j] + k, n);
@@ -88,7 +90,7 @@ inline void turn_to_lanes(const typename Kind::T *const *rows, int64_t k, int64_
   UNROLL for (int j = 0; j < 4; j++) {
     __m512i c[4] = {r[0][j], r[1][j], r[2][j], r[3][j]};
     turn4_parts(c);
-    UNROLL for (int q = 0; q < 4; q++) _mm512_storeu_si512(to + (4 * q + j) * LANE_COLUMNS, c[q]);
+    UNROLL for (int q = 0; q < 4; q++) _mm512_storeu_si512(to + (4 * q + j) * run, c[q]);
   }
 }
 
@@ -98,12 +100,12 @@ void lane_tile(const uint32_t *panel, const uint32_t *x, int64_t ldx, int64_t ea
   V waiting[4][NX][NV_MANY];  // sums of one, two, four and eight lanes that wait for as many others
   Fetch ahead = fetch;
   for (int p = 0; p < DOT_LANES; p++) {
-    const uint32_t *w = panel + TREE[p] * LANE_COLUMNS, *xl = x + TREE[p] * each;
+    const uint32_t *w = panel + TREE[p] * lane_run(each), *xl = x + TREE[p] * each;
     V sums[NX][NV_MANY];
     UNROLL for (int i = 0; i < NX; i++)
       UNROLL for (int j = 0; j < NV_MANY; j++) sums[i][j] = V{};
-    for (int64_t q = 0; q < each; q++, w += DOT_LANES * LANE_COLUMNS) {
-      ahead.some<2>();
+    for (int64_t q = 0; q < each; q++, w += LANE_COLUMNS) {
+      ahead.some<1>();  // two tiles fetch all that comes: at two lines a step memory falls behind, and stops the processor
       V a[NV_MANY];
       UNROLL for (int j = 0; j < NV_MANY; j++) a[j] = load((const float *)w + j * L);
       UNROLL for (int i = 0; i < NX; i++)
@@ -135,7 +137,7 @@ void lane_product(const View &v, int64_t first, int64_t n, const uint32_t *x, in
       for (int64_t q = 0; q < each; q++)
         for (int c = 0; c < LANE_COLUMNS; c += DOT_LANES)
           turn_to_lanes<Kind>(rows + c, from + q * DOT_LANES * Kind::unit, K - from - q * DOT_LANES * Kind::unit,
-                              turned + q * DOT_LANES * LANE_COLUMNS + c);
+                              turned + q * LANE_COLUMNS + c, lane_run(each));
       const bool more = to_come < K;
       const int64_t next = more ? smaller(order.chunk * Kind::unit, K - to_come) : smaller(order.chunk * Kind::unit, K);
       Fetch fetch((const char *)(more ? rows[0] + to_come : rows[0] + LANE_COLUMNS * v.so), next * (int64_t)sizeof(T), v.so * (int64_t)sizeof(T),

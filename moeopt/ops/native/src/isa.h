@@ -88,7 +88,7 @@ struct Kernels {  // one instruction set
 constexpr int64_t RUN_COLUMNS = 128, LEAST_COLUMNS = 16, TASKS_EACH = 8;
 constexpr int64_t TURNED = 64, TURNED_COLUMNS = 64;  // the longest k of turned.h, and columns of its tasks
 // Of by_lane.h: columns of a task; rows of x, and k, from which it is taken; and rows of one turn, for which W is turned once.
-constexpr int64_t LANE_TASK = 32, LANE_ROWS = 24, LANE_LEAST = 256, LANE_TURN = 128;
+constexpr int64_t LANE_TASK = 32, LANE_ROWS = 13, LANE_LEAST = 256, LANE_TURN = 128;
 constexpr int64_t COLUMNS64 = 64;  // of a task in float64
 constexpr int64_t ROUNDED_COLUMNS = 32;  // the least of a task on rows of 8 bits: whole blocks of the rows that the next product reads
 
