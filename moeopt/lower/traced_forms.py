@@ -1,6 +1,6 @@
 """Calls that ``torch.export`` cannot trace, some where data decide their size, and what computes the same in a graph.
 
-    bincount(ids, minlength=n)      ones added up at the ids in n places; an id of n or more is an error there
+    bincount(ids, minlength=n)      ones, or weights, added up at the ids in n places; an id of n or more is an error
     sparse_coo_tensor(...) @ rows   the rows that entries name, weighed by the entries, and added up
     x.logsumexp(dims)               with a row of -inf more: of nothing PyTorch takes another way
     local_response_norm(x, size)    the mean of ``size`` shifted squares: a pool refuses no rows
@@ -157,9 +157,12 @@ def refuses_none(program: torch.export.ExportedProgram) -> bool:
 
 
 def _counts(ids: Tensor, weights: PyObject = None, minlength: int = 0) -> Tensor | None:
-    if weights is not None or not minlength:
+    if not minlength:
         return None
-    return ids.new_zeros(minlength, dtype=torch.int64).scatter_add(0, ids.long(), torch.ones_like(ids).long())
+    if weights is None:
+        return ids.new_zeros(minlength, dtype=torch.int64).scatter_add(0, ids.long(), torch.ones_like(ids).long())
+    wide: Tensor = weights if weights.dtype == torch.float32 else weights.double()
+    return wide.new_zeros(minlength).scatter_add(0, ids.long(), wide)
 
 
 def _entries(at: PyObject, values: PyObject, size: PyObject = None, **kwargs: PyObject) -> _Entries | None:
