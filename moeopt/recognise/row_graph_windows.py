@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx
 
 from moeopt.capture.op_kinds import op_name
+from moeopt.ir.row_function import RowCount
 from moeopt.recognise.row_graph_writer import HeldSlots, RowGraphWriter
 
 _NO_PRODUCTS = 2
@@ -70,6 +71,14 @@ def _sampled(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots
     return _same(graph, node, held)
 
 
+def _grid(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    """The places of an affine map of each row's own."""
+    _, sizes, *more = list[Any](node.args)
+    if held.lead != (sizes[0],) or len(held.features) != 2:
+        raise graph.refused(node, "makes places for other rows")
+    return graph.add(node, node.target, held.lead, held.number, [RowCount(), *sizes[1:]], *more)
+
+
 def _distances(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     """Of a row, or of parts of a row, to centers that are weights; or to parts of the same row."""
     left, right = (graph.known[a] for a in node.args[:2])  # type: ignore[index]
@@ -114,6 +123,7 @@ WINDOW_RULES: dict[str, Rule] = {
     "channel_shuffle": _images,
     "constant_pad_nd": _padded,
     "grid_sampler_2d": _sampled,
+    "affine_grid_generator": _grid,
     **dict.fromkeys(("cdist", "_cdist_forward"), _distances),
     **dict.fromkeys(("reflection_pad1d", "replication_pad1d"), _planes(1)),
     **dict.fromkeys(("reflection_pad2d", "replication_pad2d"), _planes(2)),

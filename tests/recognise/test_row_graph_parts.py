@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import moeopt
 from moeopt.capture.replay import between
 from moeopt.capture.tape import record
 from moeopt.errors import Declined
@@ -45,6 +46,9 @@ READ = {
         planes(h), h.tanh().view(-1, 3, 4, 2), align_corners=True
     ),
     "instance_norm": lambda s, h: F.instance_norm(parts(h)) + s.norm(parts(h)),
+    "grid_sample by an affine map": lambda s, h: F.grid_sample(
+        planes(h), F.affine_grid(h[:, :6].view(-1, 2, 3), [len(h), 2, 3, 4], align_corners=False), align_corners=False
+    ),
     "pixel_shuffle": lambda s, h: F.pixel_unshuffle(F.pixel_shuffle(h.view(-1, 4, 2, 3), 2), 2),
     "channel_shuffle": lambda s, h: F.channel_shuffle(parts(h), 2),
     "unfold": lambda s, h: h.unfold(1, 6, 3).mean(-1) + parts(h).unfold(-1, 3, 1).sum(-1)[:, :1, :1].squeeze(-1),
@@ -229,3 +233,61 @@ def test_a_fixed_size_that_is_by_chance_the_number_of_rows():
         expert.body = ones_of_a_fixed_size(counts)
     (found,) = recognize_functions(record(module, (x,), {}))
     assert [n for n in found.spec.body.nodes if f"{counts[0]}, {H}" in str(n[1])]
+
+
+class Layer(nn.Module):
+    """``body(self, x)``, where the first thing done to the rows may be a call without weights."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.norm = body, nn.InstanceNorm1d(4, affine=True)
+        self.wide, self.narrow, self.short = (nn.Linear(n, D) for n in (3 * D, D, 6))
+        self.a, self.b = nn.Parameter(torch.randn(2, 2)), nn.Parameter(torch.randn(4, 4))
+        self.c, self.cubes = nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(D, D, 3) * 0.2)
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+def polynomials(x):
+    found = torch.ones(len(x), D, 3)
+    found[:, :, 1] = x
+    found[:, :, 2] = 1.5 * x * x - 0.5
+    return found
+
+
+FIRST_WITHOUT_WEIGHTS = {
+    "joined with ones": lambda s, x: s.wide(torch.cat([torch.ones_like(t := x.tanh()), t, 1.5 * t * t - 0.5], -1)),
+    "written into ones": lambda s, x: torch.einsum("bid,iod->bo", polynomials(x.tanh()), s.cubes),
+    "joined with zeros": lambda s, x: s.narrow(F.relu(torch.cat([x[:, 1:], torch.zeros(len(x), 1)], -1) * s.c)),
+    "transformed": lambda s, x: torch.fft.ifft(torch.fft.fft(x) * torch.fft.fft(s.c)).real.tanh() if len(x) else x,
+    "pairs of parts": lambda s, x: s.short(
+        ((z := s.narrow(x).view(-1, 4, 2)) @ z.transpose(1, 2))[(slice(None), *torch.triu_indices(4, 4, 1))]
+    ),
+    "multiplied from the left": lambda s, x: (s.b @ x.view(-1, 4, 2) @ s.a).reshape(-1, D).relu(),
+    "instance_norm": lambda s, x: s.narrow(s.norm(s.narrow(x).view(-1, 4, 2)).flatten(1)) if len(x) else x,
+}
+
+
+class OneBehindAnother(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Loop(body) for body in FIRST_WITHOUT_WEIGHTS.values())
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_an_engine_takes_experts_that_begin_without_weights():
+    torch.manual_seed(0)
+    model = OneBehindAnother()
+    for block in model.blocks:
+        block.experts = nn.ModuleList(Layer(expert.body) for expert in block.experts)
+    fast = moeopt.optimize(model.eval(), torch.randn(40, D), backend="onnxruntime", verify="fast")
+    found = [(b.status, b.experts, b.reason) for b in fast.report.blocks]
+    assert found == [("rewritten", 4, "")] * len(FIRST_WITHOUT_WEIGHTS)
+    for rows in (1, 17):
+        x = torch.randn(rows, D)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
