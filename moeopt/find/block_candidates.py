@@ -141,10 +141,16 @@ def _computed_weight(product: fx.Node) -> fx.Node | None:
 
 
 def laid_out_flat(weight: fx.Node) -> int:
-    """How many matrices of one stack a matrix ``weight`` holds side by side; 1 where it is no stack laid out."""
+    """How many matrices of one stack a matrix ``weight`` holds side by side; 1 where it is no stack laid out.
+
+    Of a stack of cubes (E, I, O, degrees) they lie in the columns of what rows are multiplied by; one kernel has no
+    such columns.
+    """
     whole = math.prod(weight.meta["shape"])
     leaves = [n.meta["shape"] for n in ancestors([weight]) if n.op == "get_attr"]
-    return next((int(shape[0]) for shape in leaves if len(shape) == 3 and math.prod(shape) == whole), 1)
+    wide = weight.meta["shape"][-1] if any(u.args and u.args[-1] is weight for u in weight.users) else 0
+    stacks = (s for s in leaves if len(s) == 3 or (len(s) == 4 and wide > s[0] and wide % s[0] == 0))
+    return next((int(shape[0]) for shape in stacks if math.prod(shape) == whole), 1)
 
 
 def len_of_stack(product: fx.Node) -> int:

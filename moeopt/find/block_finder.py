@@ -45,6 +45,7 @@ _ROUTES = (
 )
 
 
+_SHARES = ("softmax", "_softmax", "mean", "sum")
 _CHOICES = ("topk", "argmax", "argmin", "kthvalue", "multinomial")
 
 
@@ -279,13 +280,14 @@ class Finder:
 
 
 def _only_chooses(scores: fx.Node) -> bool:
-    """Whether whatever reads ``scores``, moved, weighed or not, is a choice among them: keys that a query meets."""
+    """Whether whatever reads ``scores``, moved, weighed or not, or their shares, is a choice among them: keys that
+    a query meets."""
     stack, seen, chooses = [scores], {scores}, False
     while stack:
         for user in stack.pop().users:
             if op_name(user) in _CHOICES or op_name(user) in ("sort", "argsort"):
                 chooses = True
-            elif not (moves_rows(user) or is_pointwise(user)) or len(seen) > 64:
+            elif not (moves_rows(user) or is_pointwise(user) or op_name(user) in _SHARES) or len(seen) > 64:
                 return False
             elif user not in seen:
                 seen.add(user)

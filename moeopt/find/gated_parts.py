@@ -1,6 +1,7 @@
 """Places of mixtures whose experts are parts of something that is computed whole, which a gate weighs.
 
     y = sum over k of gate(x)[k] * softmax(D tanh(x W)[k])     one product cut in parts, then a matrix that all share
+    y = sum over k of softmax(r(x))[k] * (x W)[k]              the same without a matrix behind it: means of a mixture
     y = O (gate(x)[h] * head_h(x))                             heads of an attention, of which a router chooses
 
 No expert has a matrix of its own to leave out. A gate without a choice on heads, as many attentions have, is no router.
@@ -40,7 +41,7 @@ def _parts_of_a_product(unread: UnreadBlocks, gate: fx.Node, memo: dict[fx.Node,
     rows = math.prod(gate.meta["shape"]) // width
     for other in _weighed(gate):
         products = _products_before(other, rows * width, memo)
-        first = _first_product(products, memo)
+        first = _first_product(products, memo) if products else _cut_product(gate, other, rows * width, memo)
         if first is None or math.prod(first.meta["shape"][:-1]) != rows or first.meta["shape"][-1] % width:
             continue
         paths = [_path(unread, p, memo) for p in (first, *products)]
@@ -49,14 +50,31 @@ def _parts_of_a_product(unread: UnreadBlocks, gate: fx.Node, memo: dict[fx.Node,
         inside = [set(unread.tape.stack(p.meta["call"])) for p in (gate, first, *products)]
         call = unread.tape.calls[max(set.intersection(*inside))]
         place = unread.place(call, first.meta["index"], width, {id(unread.named[path]) for path in paths})
-        own, shared = (path.removeprefix(f"{call.path}.") for path in (paths[0], paths[1]))
+        own, *shared = (path.removeprefix(f"{call.path}.") for path in paths)
+        behind = f", which all go through one matrix ({shared[0]})" if shared else ""
         reason = (
-            f"its experts are {width} parts of one product ({own}), which all go through one matrix ({shared}), and a "
-            "gate weighs their results: every part is computed for every row, so the op would leave no product out, "
-            "and this block stays as it is"
+            f"its experts are {width} parts of one product ({own}){behind}, and a gate weighs their results: every "
+            "part is computed for every row, so the op would leave no product out, and this block stays as it is"
         )
         yield dataclasses.replace(place, reason=reason)
         return
+
+
+def _cut_product(gate: fx.Node, other: fx.Node, parts: int, memo: dict[fx.Node, bool]) -> fx.Node | None:
+    """The product whose features, cut in ``parts`` of all rows, ``other`` holds, where a softmax weighs them."""
+    shape: tuple[int, ...] = other.meta.get("shape") or ()
+    if op_name(gate) == "sigmoid" or len(shape) < 2 or math.prod(shape[:-1]) != parts or shape[-1] < 2:
+        return None
+    node = other
+    for _ in range(_STEPS):
+        if is_matmul(node):
+            whole = math.prod(node.meta["shape"]) == math.prod(shape)
+            return node if whole and weight_and_operand(node, memo) is not None else None
+        inputs = [a for a in node.all_input_nodes if a.op != "get_attr"]
+        if not inputs or not (moves_rows(node) or is_pointwise(node)):
+            return None
+        node = inputs[0]
+    return None
 
 
 def _weighed(gate: fx.Node) -> Iterator[fx.Node]:

@@ -1,6 +1,7 @@
 """Places of mixtures whose experts are one matrix each, which every row passes: a gate weighs them, and picks none.
 
     y = sum over e of gate(x)[e] * f(x W_e)        f is element-wise, or nothing
+    y = (gate(x) outer x) W                        the same in one einsum: W holds all matrices, one behind the other
     y = stack(f(x W_e))[ids(x)]                    all run, and a choice picks one result or a few
     y = sum over e of gate(x)[e] * ifft(fft(x) W_e)    a complex matrix for every frequency
 
@@ -19,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from torch import fx
 
 from moeopt.capture.op_kinds import CHOICES_AMONG, GATES, WEIGH, is_matmul, is_pointwise, moves_rows, op_name
+from moeopt.capture.replay import ancestors
 from moeopt.find.block_candidates import BlockCandidate, identity_of, laid_out_flat, len_of_stack
 from moeopt.find.forward_walk import ForwardWalk
 from moeopt.find.light_sites import leaf_of
@@ -45,9 +47,8 @@ def gated_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
     for gate in unread.tape.nodes:
         choice = _chooser(gate)
         width, rows = _size_of(gate if choice is None else choice)
-        reached = _reached(gate, choice, memo) if width > 1 else []
-        if choice is not None or (reached and not _weighed(gate, memo)):
-            chosen.update(reached)
+        reached, some = _reached(gate, choice, width, memo) if width > 1 else ([], False)
+        chosen.update(p for p in reached if some and not _of_cubes(p))
         for products in _sets(unread, reached, memo):
             if not _one_each(products, width, rows) or any(
                 _path(unread, p, memo) not in unread.named for p in products
@@ -107,14 +108,28 @@ def _nearest_product(found: tuple[fx.Node, fx.Node, bool] | None, memo: dict[fx.
 
 
 def _size_of(gate: fx.Node) -> tuple[int, int]:
-    """Over how many things a softmax or sigmoid is, and for how many rows; (0, 0) of another call."""
+    """Over how many things a softmax or sigmoid is, and for how many rows; (0, 0) of another call. One over the chosen
+    is over all that were chosen among."""
     axis = -1 if op_name(gate) == "sigmoid" else gate.args[1] if op_name(gate) in GATES else None
     shape = gate.meta.get("shape") or ()
     if op_name(gate) in CHOICES_AMONG:
         shape, axis = gate.all_input_nodes[0].meta["shape"], -1
     if not shape or not isinstance(axis, int) or not shape[axis]:
         return 0, 0
-    return shape[axis], math.prod(shape) // shape[axis]
+    chosen = _chosen_among(gate) if op_name(gate) in GATES and axis in (-1, len(shape) - 1) else 0
+    return chosen or shape[axis], math.prod(shape) // shape[axis]
+
+
+def _chosen_among(gate: fx.Node) -> int:
+    """Among how many things a choice took what the ``gate`` is over; 0 where none did."""
+    node = gate.all_input_nodes[0] if gate.all_input_nodes else gate
+    for _ in range(8):
+        if op_name(node) in CHOICES_AMONG:
+            return int(node.all_input_nodes[0].meta["shape"][-1])
+        if not moves_rows(node) or not node.all_input_nodes:
+            return 0
+        node = node.all_input_nodes[0]
+    return 0
 
 
 def _path(unread: UnreadBlocks, product: fx.Node, memo: dict[fx.Node, bool]) -> str:
@@ -147,8 +162,17 @@ def _one_each(products: list[fx.Node], width: int, rows: int) -> bool:
     return rows > 0 and each > 0 and each % rows == 0
 
 
-def _reached(gate: fx.Node, choice: fx.Node | None, memo: dict[fx.Node, bool]) -> list[fx.Node]:
-    return _picked(gate, memo) if choice is not None else _weighed(gate, memo) or _weighed(gate, memo, choices=True)
+def _reached(
+    gate: fx.Node, choice: fx.Node | None, width: int, memo: dict[fx.Node, bool]
+) -> tuple[list[fx.Node], bool]:
+    """The products that the ``gate`` weighs or picks from, and whether it leaves some of them out."""
+    if choice is not None:
+        return _picked(gate, memo), True
+    weighed = _weighed(gate, memo)
+    found = weighed or _weighed(gate, memo, choices=True)
+    if not found:
+        return _of_weighed_rows(gate, width, memo), False
+    return found, not weighed or _chosen_among(gate) > 0
 
 
 def _chooser(lookup: fx.Node) -> fx.Node | None:
@@ -183,6 +207,29 @@ def _weighed(gate: fx.Node, memo: dict[fx.Node, bool], choices: bool = False) ->
         behind = [p for a in others for p in _products_behind(a, memo)] if op_name(user) in WEIGH else []
         found.update(dict.fromkeys(behind))
         if not behind and (moves_rows(user) or is_pointwise(user) or (choices and op_name(user) in ("topk", "sort"))):
+            walk.follow(user)
+    return list(found)
+
+
+def _of_cubes(product: fx.Node) -> bool:
+    """Whether it multiplies by a stack of more than matrices, laid out: no reader takes one expert out of it."""
+    read = weight_and_operand(product, {})
+    return read is not None and any(
+        len(n.meta.get("shape") or ()) > 3 for n in ancestors([read[0]]) if n.op == "get_attr"
+    )
+
+
+def _of_weighed_rows(gate: fx.Node, width: int, memo: dict[fx.Node, bool]) -> list[fx.Node]:
+    """Products by a whole stack of ``width`` matrices that lie one behind the other, of what the ``gate``, moved, was
+    multiplied with."""
+    found: dict[fx.Node, None] = {}
+    for node, user in (walk := ForwardWalk(gate, _STEPS)):
+        read = weight_and_operand(user, memo) if is_matmul(user) else None
+        if read is not None and read[1] is node and not read[2] and len(read[0].meta["shape"]) > 1:
+            k, m = read[0].meta["shape"][-2:]
+            if node.meta["shape"][-1] == k and k % width == 0 and k > width and laid_out_flat(read[0]) == width:
+                found[user] = None
+        elif moves_rows(user) or is_pointwise(user) or op_name(user) in ("topk", "sort"):
             walk.follow(user)
     return list(found)
 

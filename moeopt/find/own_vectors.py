@@ -49,15 +49,16 @@ class _Use(NamedTuple):
 
 
 def own_vectors(unread: UnreadBlocks, places: list[BlockCandidate]) -> Iterator[BlockCandidate]:
-    """The mixtures of such experts in the run of ``unread``, outside the calls of ``places``."""
-    taken = calls_of_blocks(places)
+    """The mixtures of such experts in the run of ``unread``, outside the calls of ``places``. Around these, in modules
+    that hold blocks too, only rows that are picked tell them: a gate may be as wide as there are layers by chance."""
+    around_blocks, blocks = calls_of_blocks(places), {p.call.index for p in places if p.kind == "moe"}
     uses = _uses(unread, [p.call for p in places if p.kind == "moe"])
     homes: dict[int, list[list[_Use]]] = {}
     for own in _alike(unread, uses):
         around = _around(unread.tape, own)
-        if around in taken or own[0].node in ancestors([own[-1].node]):
+        if around in blocks or own[0].node in ancestors([own[-1].node]):
             continue
-        if _are_apart(own) or _are_weighed(unread.tape, own):
+        if _are_apart(own) or (around not in around_blocks and _are_weighed(unread.tape, own)):
             homes.setdefault(around, []).append(own)
     for index, groups in homes.items():
         own = [use for group in groups for use in group]
@@ -117,11 +118,13 @@ def _part_of(weight: fx.Node) -> tuple[str, tuple[Any, ...]]:
 
 
 def _alike(unread: UnreadBlocks, uses: list[_Use]) -> Iterator[list[_Use]]:
-    """Uses of parts of one tensor, and of tensors whose names differ by one number; the last number first."""
-    groups: dict[tuple[int, str], list[_Use]] = {}
+    """Uses of parts of one tensor, and of tensors whose names differ by one number, in calls of one op; the last number
+    first."""
+    groups: dict[tuple[int, str, str], list[_Use]] = {}
     for use in uses:
-        keys = [(-at, name) for at, name, _ in numbered_tensors(use.path, unread.named[use.path])]
-        for key in [(-len(use.path), use.path)] if use.part else keys:
+        op = op_name(use.node)
+        keys = [(-at, name, op) for at, name, _ in numbered_tensors(use.path, unread.named[use.path])]
+        for key in [(-len(use.path), use.path, "")] if use.part else keys:
             groups.setdefault(key, []).append(use)
     claimed = set[fx.Node]()
     for _, own in sorted(groups.items(), key=lambda group: group[0][0]):

@@ -1,10 +1,11 @@
 """Calls that ``torch.export`` cannot trace, some where data decide their size, and what computes the same in a graph.
 
-    bincount(ids, minlength=n)      ones added up at the ids in n places; an id of n or more is an error there
+    bincount(ids, minlength=n)      ones, or weights, added up at the ids in n places; an id of n or more is an error
     sparse_coo_tensor(...) @ rows   the rows that entries name, weighed by the entries, and added up
     x.logsumexp(dims)               with a row of -inf more: of nothing PyTorch takes another way
     local_response_norm(x, size)    the mean of ``size`` shifted squares: a pool refuses no rows
     gaussian_nll_loss(x, y, var)    an index out of range where a variance is below zero, for PyTorch's own question
+    bilinear(x, y, W, b)            rows times all matrices, then times each row's y: PyTorch asks how many they are
     cov(x), corrcoef(x)             products of what is left of the rows without their means: PyTorch asks for values
 
 A product with a sparse matrix reads no row that has no entry, so a NaN in such a row stays where it is; one with the
@@ -107,6 +108,15 @@ def _gaussian(
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
+def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: PyObject = None) -> Tensor | None:
+    if not any(map(_unknown, input1.shape)):
+        return None
+    out, i, j = weight.shape
+    each = (input1 @ weight.permute(1, 0, 2).reshape(i, out * j)).unflatten(-1, (out, j))
+    total: Tensor = (each * input2.unsqueeze(-2)).sum(-1)
+    return total if bias is None else total + bias
+
+
 def _covariance(input: Tensor, correction: int = 1, fweights: PyObject = None, aweights: PyObject = None) -> PyObject:
     if input.dim() != 2 or fweights is not None or aweights is not None or not input.is_floating_point():
         return None
@@ -126,6 +136,7 @@ def _correlation(input: Tensor) -> PyObject:
 
 _STATISTICS: dict[FxTarget, Callable[..., PyObject]] = {
     F.gaussian_nll_loss: _gaussian,
+    F.bilinear: _bilinear,
     torch.cov: _covariance,
     Tensor.cov: _covariance,
     torch.corrcoef: _correlation,
@@ -157,9 +168,12 @@ def refuses_none(program: torch.export.ExportedProgram) -> bool:
 
 
 def _counts(ids: Tensor, weights: PyObject = None, minlength: int = 0) -> Tensor | None:
-    if weights is not None or not minlength:
+    if not minlength:
         return None
-    return ids.new_zeros(minlength, dtype=torch.int64).scatter_add(0, ids.long(), torch.ones_like(ids).long())
+    if weights is None:
+        return ids.new_zeros(minlength, dtype=torch.int64).scatter_add(0, ids.long(), torch.ones_like(ids).long())
+    wide: Tensor = weights if weights.dtype == torch.float32 else weights.double()
+    return wide.new_zeros(minlength).scatter_add(0, ids.long(), wide)
 
 
 def _entries(at: PyObject, values: PyObject, size: PyObject = None, **kwargs: PyObject) -> _Entries | None:

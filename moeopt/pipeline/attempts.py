@@ -35,6 +35,10 @@ from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.install import install
 from moeopt.rewrite.scratch import UNSET, read_outside
 
+_OTHERS = (
+    "the experts that were read in this module are those of another mixture, and these were not read beside them; give "
+    "them, with what routes to them, a module of their own"
+)
 LEVELS = 4
 """How far up from the innermost module a block is looked for: the router and the sum may be outside it."""
 
@@ -167,7 +171,7 @@ class BlockAttempts:
                 name, module, self.outcome.calls[path], self.options, self.runtime, reader, self.manager, known
             )
         if not expert_parameters(self.model, path, rewrite.found) & place.weights:
-            raise Declined("other experts of this module were recognised, these were not", rank=Rank.READING)
+            raise Declined(_OTHERS, rank=Rank.READING)
         _refuse_outside_readers(self.model, self.call, path, rewrite)
         install(module, rewrite.program)
         return rewrite

@@ -14,8 +14,8 @@ import math
 
 from torch import fx
 
-from moeopt.capture.op_kinds import WEIGH, is_matmul, is_pointwise, moves_rows, op_name
-from moeopt.capture.replay import ancestors
+from moeopt.capture.op_kinds import WEIGH, is_matmul, is_pointwise, moves_rows, op_name, picks_rows
+from moeopt.capture.replay import ancestors, descendants
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.recognise.gemm_sites import weight_and_operand
@@ -60,20 +60,26 @@ ONE_MATRIX_EACH = (
 
 
 def matrices_behind_one(tape: Tape) -> Declined | None:
-    """The reason for a stack of matrices that one product multiplies by the result of another, which all share, if the
-    input weighs what it gives; None where there is none."""
+    """The reason for a stack of matrices that one product multiplies by the rows, or by the result of another product,
+    which all share, if the input weighs what it gives; None where there is none, or where other stacks follow."""
     memo: dict[fx.Node, bool] = {}
     reads = {n: found for n in tape.nodes if is_matmul(n) and (found := weight_and_operand(n, memo)) is not None}
     for last, (weight, operand, _) in reads.items():
         first, count = _product_before(operand, reads), _stack(weight)
-        if first is None or count < 2 or _stack(reads[first][0]) > 1 or last.meta["shape"][-1] % count:
+        if count < 2 or (first is not None and _stack(reads[first][0]) > 1) or last.meta["shape"][-1] % count:
+            continue
+        if picks_rows(operand):  # rows of one expert
+            continue
+        near = {*ancestors([operand]), *descendants(tape, [last])}
+        if any(n in reads and _stack(reads[n][0]) > 1 for n in near):
             continue
         node = last
         while len(node.users) == 1 and moves_rows(next(iter(node.users))):
             node = next(iter(node.users))
         for user in node.users:
             others = [a for a in user.all_input_nodes if a is not node]
-            if op_name(user) in WEIGH and any(n.op == "placeholder" for n in ancestors(others)):
+            each = any(count in (a.meta.get("shape") or ()) for a in others)
+            if op_name(user) in WEIGH and each and any(n.op == "placeholder" for n in ancestors(others)):
                 return Declined(ONE_MATRIX_EACH, last.meta.get("source", ""))
     return None
 

@@ -13,6 +13,7 @@ from torch import fx
 
 from moeopt.capture.op_kinds import is_pointwise, moves_rows, op_name
 from moeopt.capture.tape import Tape
+from moeopt.recognise.kept_rows import keeps_rows
 from moeopt.recognise.weight_source import element_source
 from moeopt.value_types import PyObject
 
@@ -27,6 +28,9 @@ _VIEWS = (
     "permute",
     "_to_copy",
     "clone",
+    "detach",
+    "alias",
+    "contiguous",
 )
 """Calls that move rows and select none."""
 
@@ -43,7 +47,8 @@ _FEATURE_INTEGERS = ("argmax", "argmin", "argsort", "sort", "topk", "bucketize",
 
 _SIZES_VARY = (
     "view", "reshape", "_unsafe_view", "expand", "slice", "select", "as_strided", "repeat", "split_with_sizes", "empty",
-    "zeros", "new_zeros", "full", "new_empty", "constant_pad_nd", "split", "native_group_norm",
+    "zeros", "new_zeros", "full", "new_empty", "constant_pad_nd", "split", "native_group_norm", "new_full", "new_ones",
+    "affine_grid_generator",
 )  # fmt: skip
 
 
@@ -65,6 +70,7 @@ class Flow:
         self.consumed: set[str] = set()
         self._bit_of_region: dict[Any, int] = {}
         self._keys: dict[fx.Node, frozenset[Any]] = {}
+        self._made: set[fx.Node] = set()
         for node in tape.nodes:
             self._add(node)
 
@@ -75,7 +81,7 @@ class Flow:
             return
         self.from_input.add(node)
         dtype = node.meta.get("dtype")
-        integer = dtype is not None and not dtype.is_floating_point and dtype != torch.bool
+        integer = dtype is not None and not (dtype.is_floating_point or dtype.is_complex) and dtype != torch.bool
         if node.op == "placeholder" or (integer and not _may_index_features(node)):
             self.regions[node], self.computed_as[node] = 0, hash((node.op == "placeholder", str(dtype)))
             return
@@ -94,9 +100,12 @@ class Flow:
         self.computed_as[node] = hash((False, str(dtype))) if is_selection else self._signature(node)
 
     def _weight_signature(self, node: fx.Node) -> int:
-        """Dtype and shape: parallel experts differ in the place of a weight; ``expand`` keeps its operand's."""
-        if op_name(node) == "expand":
+        """Dtype and shape: parallel experts differ in the place of a weight; what is repeated keeps its operand's."""
+        if op_name(node) in ("expand", "repeat"):
             return self.computed_as[node.all_input_nodes[0]]
+        if node.op == "call_function" and self._made.issuperset(node.all_input_nodes):
+            self._made.add(node)  # of sizes alone, which may be the number of rows
+            return hash(("made", op_name(node), str(node.meta.get("dtype"))))
         return hash(("weight", str(node.meta.get("dtype")), node.meta.get("shape")))
 
     def _regions_of(self, node: fx.Node) -> frozenset[Any]:
@@ -275,18 +284,6 @@ def _serves_only(node: fx.Node, inside: set[fx.Node]) -> bool:
     """Whether every user of ``node``, which selects no rows, is one of the calls ``inside``."""
     source = node.all_input_nodes[0] if node.all_input_nodes else None
     result = op_name(node) == "getitem" and source is not None and not moves_rows(source)
-    moved = moves_rows(node) and op_name(node) not in _VIEWS and not result and not _takes_features(node)
-    users = [u for u in node.users if "index" in u.meta]
+    moved = moves_rows(node) and op_name(node) not in _VIEWS and not result and not keeps_rows(node)
+    users = [u for u in node.users if "index" in u.meta and (u.users or op_name(u) not in _VIEWS)]  # torch.matmul
     return node.op == "call_function" and not moved and all(u in inside for u in users)
-
-
-def _takes_features(node: fx.Node) -> bool:
-    """Whether ``node`` takes a part of its operand's last dimension, so that all rows are kept."""
-    if op_name(node) == "getitem" and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    name, source = op_name(node), node.all_input_nodes[0] if node.all_input_nodes else None
-    rank = len((source.meta.get("shape") if source is not None else None) or ())
-    place = 1 if name in ("slice", "select", "unbind") else 2
-    if name not in ("slice", "select", *_SPLITS) or len(node.args) <= place or rank < 2:
-        return False
-    return int(node.args[place]) % rank == rank - 1  # type: ignore[arg-type]

@@ -33,6 +33,7 @@ from moeopt.recognise.routing_of_experts import with_frontier
 from moeopt.recognise.row_flow import Branch, Flow, branch_of, parallel_values, with_private_calls
 from moeopt.recognise.row_graph import RowGraphReader
 from moeopt.recognise.row_graph_channels import LAST, rows_last
+from moeopt.recognise.row_graph_writer import NoRowFunction
 from moeopt.recognise.rows_beside import check_beside, tokens_beside, with_distinct_rows_first
 from moeopt.recognise.token_rows import Tokens, token_readings
 
@@ -142,19 +143,29 @@ def _read(
 
 
 def _graphs(tape: Tape, branches: list[Branch]) -> list[RowGraphReader | None]:
-    """The graph of each branch; None for one without rows: an expert that no token chose, called all the same."""
-    graphs: list[RowGraphReader | None] = []
-    for branch in branches:
-        idle = 0 in branch.end.meta["shape"] or 0 in branch.start.meta["shape"]
-        made = None if idle else _graph(tape, branch)
-        graphs.append(made)
-    return graphs
+    """The graph of each branch; None for one without rows: an expert that no token chose, called all the same.
+
+    Where they differ, or one is refused, a fixed size may have been one expert's number of rows.
+    """
+    try:
+        graphs = [_graph(tape, branch, rows_made=True) for branch in branches]
+    except NoRowFunction as err:
+        if not err.made_rows:
+            raise
+        graphs = []
+    texts = {g.text for g in graphs if g is not None}
+    if graphs and (len(texts) < 2 or not any(g is not None and g.made_rows for g in graphs)):
+        return graphs
+    return [_graph(tape, branch, rows_made=False) for branch in branches]
 
 
-def _graph(tape: Tape, branch: Branch) -> RowGraphReader:
+def _graph(tape: Tape, branch: Branch, rows_made: bool) -> RowGraphReader | None:
+    if 0 in branch.end.meta["shape"] or 0 in branch.start.meta["shape"]:
+        return None
     return RowGraphReader(
-        tape, branch.start, branch.end, branch.inside, beside=branch.beside, axis=branch.axis, same=branch.same
-    )
+        tape, branch.start, branch.end, branch.inside, beside=branch.beside, axis=branch.axis, same=branch.same,
+        rows_made=rows_made,
+    )  # fmt: skip
 
 
 def _experts(slots: list[tuple[PartRef, ...]], known: list[Recognition] | None, source: str | None) -> list[SlotRefs]:

@@ -15,13 +15,14 @@ import math
 import torch
 from torch import fx
 
-from moeopt.capture.op_kinds import is_factory, is_pointwise, op_name
+from moeopt.capture.op_kinds import is_pointwise, op_name
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.ir.row_function import CODES, GETITEM, PLACES, Value, write_body
 from moeopt.ir.weight_refs import PartRef
 from moeopt.recognise.row_graph_blocks import block_rule
 from moeopt.recognise.row_graph_channels import LAST, channel_rule, rows_last
+from moeopt.recognise.row_graph_made import has_rows, made_tensor, numbers
 from moeopt.recognise.row_graph_rules import RULES
 from moeopt.recognise.row_graph_writer import HeldSlots, RowGraphWriter
 from moeopt.value_types import PyObject
@@ -44,6 +45,7 @@ class RowGraphReader(RowGraphWriter):
     Args:
         axis: the dimension of ``start`` in which the features stand.
         same: calls that give what ``start`` gives.
+        rows_made: tensors that the code makes with as many rows as ``start`` has are of these rows; else none are.
 
     Attributes:
         text: see :mod:`moeopt.ir.row_function`.
@@ -56,9 +58,10 @@ class RowGraphReader(RowGraphWriter):
 
     def __init__(
         self, tape: Tape, start: fx.Node, end: fx.Node, cone: set[fx.Node], values: bool = True,
-        beside: tuple[fx.Node, ...] = (), axis: int = LAST, same: tuple[fx.Node, ...] = (),
+        beside: tuple[fx.Node, ...] = (), axis: int = LAST, same: tuple[fx.Node, ...] = (), rows_made: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(tape, cone, values)
+        self.rows_made = rows_made
         self._dtypes: list[tuple[torch.dtype, tuple[int, ...]]] = []
         self._slot_of: dict[PartRef, HeldSlots] = {}
         shape = rows_last(tuple(start.meta["shape"]), axis)
@@ -136,6 +139,8 @@ class RowGraphReader(RowGraphWriter):
         if not any(h.lead is not None for h in inputs):
             return self._of_weights(node)
         name = op_name(node)
+        if name in ("new_zeros", "new_ones", "new_full", "new_empty") and (made := made_tensor(self, node)) is not None:
+            return made
         if (turned := block_rule(self, node) or channel_rule(self, node)) is not None:
             return turned()
         if name in _SAME:
@@ -150,7 +155,9 @@ class RowGraphReader(RowGraphWriter):
         return rule(self, node, self.known[node.all_input_nodes[0]])
 
     def _constant(self, node: fx.Node) -> HeldSlots:
-        if node.meta["shape"] != () or not self.values:
+        if node.meta["shape"] != ():
+            return numbers(self, node)
+        if not self.values:
             raise self.refused(node, "is a tensor that Python made at this call")
         value = self.tape.value(node)
         return self.add(node, aten.scalar_tensor.default, None, value.item(), dtype=value.dtype)
@@ -158,10 +165,12 @@ class RowGraphReader(RowGraphWriter):
     def _of_weights(self, node: fx.Node) -> HeldSlots:
         """A call on weights and numbers alone: as it is, where its sizes cannot be the number of rows."""
         name = op_name(node)
-        if is_factory(node) and (node.meta.get("shape") or ()) != ():
-            raise self.refused(node, "makes a tensor of a size that may be the number of rows")
-        if name == "expand" and self._only_broadcasts(node):
+        if name == "expand" and self._only_broadcasts(node) and not self._is_read_as_rows(node):
             return self.known[node.all_input_nodes[0]]
+        if name == "repeat" and all(op_name(user) == "native_batch_norm" and user.args[5] for user in node.users):
+            return self.known[node.all_input_nodes[0]]  # the weights of an instance norm
+        if (made := made_tensor(self, node)) is not None:
+            return made
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise self.refused(node, "draws random numbers")
         if node.meta.get("shape") is None:
@@ -181,9 +190,15 @@ class RowGraphReader(RowGraphWriter):
         """Whether all that read ``expand`` broadcast what it repeats, or gather by it, which has a rule for places that
         are the same for every row; a view, as of repeated scales, does not."""
         return all(
-            self._only_broadcasts(user) if op_name(user) in _SAME else is_pointwise(user) or op_name(user) == "gather"
+            self._only_broadcasts(user)
+            if op_name(user) in _SAME
+            else is_pointwise(user) or op_name(user) == "gather" or _only_adds(user, expand)
             for user in expand.users
         )
+
+    def _is_read_as_rows(self, expand: fx.Node) -> bool:
+        """Whether a weight is repeated for each row, and enters a call that reads no row: what this gives has rows."""
+        return self.rows_made and has_rows(self, expand) and any(user not in self.cone for user in expand.users)
 
     def _pointwise(self, node: fx.Node) -> HeldSlots:
         """Operands broadcast from the right, so all rows must have as many features' dimensions."""
@@ -210,3 +225,8 @@ class RowGraphReader(RowGraphWriter):
 
         args = [word(a) for a in node.args]
         return self.add(node, node.target, lead, *args, **self.kwargs(node))
+
+
+def _only_adds(product: fx.Node, bias: fx.Node) -> bool:
+    """Whether a ``product`` adds ``bias`` to its result, and multiplies by something else."""
+    return op_name(product) in ("addmm", "baddbmm") and product.args[0] is bias and bias not in product.args[1:]

@@ -1,6 +1,6 @@
 """Rules for products of blocks of each row's features: a block-diagonal matrix, as of Monarch and butterfly layers.
 
-    z (M, B, K)  ->  z (B, M, K)  ->  bmm with W (B, K, N)  ->  (B, M, N)  ->  (M, B, N)
+    z (M, B, K)  ->  z (B, M, K)  ->  bmm with W (B, K, N), plus b (B, 1, N)  ->  (B, M, N)  ->  (M, B, N)
 
 On the tape the rows stand behind the blocks for as long as the products take. In the graph they stay in front, and only
 the product itself turns them.
@@ -19,9 +19,11 @@ from torch import fx
 
 from moeopt.capture.op_kinds import is_pointwise, op_name
 from moeopt.recognise.row_graph_writer import HeldSlots, RowGraphWriter
+from moeopt.value_types import PyObject
 
 aten = torch.ops.aten
 _VIEWS = ("view", "reshape", "_unsafe_view", "_reshape_alias", "unsqueeze", "squeeze")
+_PRODUCTS = ("bmm", "baddbmm")
 _COPIES = ("clone", "detach", "alias", "contiguous", "lift_fresh_copy")
 
 
@@ -34,15 +36,15 @@ def block_rule(graph: RowGraphWriter, node: fx.Node) -> Callable[[], HeldSlots] 
         order = _order(node, len(rows.shape))
         if behind or order[0] != 0:
             return lambda: _turn(graph, rows, order)
-    if name == "bmm" and not behind and rows.lead is not None and len(rows.lead) == 2 and rows.lead[0] == 1:
+    if name in _PRODUCTS and not behind and rows.lead is not None and len(rows.lead) == 2 and rows.lead[0] == 1:
         return lambda: _one_block(graph, node)
     if not behind:
         return None
     if name in _VIEWS:
         return lambda: _view(graph, node, rows)
-    if name in _COPIES:
+    if name in _COPIES or (name == "expand" and node.meta["shape"] == node.all_input_nodes[0].meta["shape"]):
         return lambda: rows
-    if name == "bmm":
+    if name in _PRODUCTS:
         return lambda: _blocks(graph, node)
     if is_pointwise(node) and name != "glu":
         return lambda: _pointwise(graph, node, held)
@@ -89,29 +91,64 @@ def _view(graph: RowGraphWriter, node: fx.Node, rows: HeldSlots) -> HeldSlots:
 
 
 def _blocks(graph: RowGraphWriter, node: fx.Node) -> HeldSlots:
-    left, right = (graph.known[a] for a in node.all_input_nodes)
+    *bias, left, right = (graph.known[a] for a in _operands(node))
     if left.lead is None or right.lead is not None or left.front != 1 or len(left.features) != 2:
         raise graph.refused(node, "multiplies rows with one another, or from the right")
     blocks, _, out = right.shape
     first = graph.add(node, aten.permute.default, None, left.number, [1, 0, 2])
-    product = graph.add(node, aten.bmm.default, None, first.number, right.number)
+    more = [_bias_of_blocks(graph, node, b, (blocks, out)).number for b in bias]
+    product = graph.add(node, node.target, None, *more, first.number, right.number, **graph.kwargs(node))
     made = graph.add(node, aten.permute.default, None, product.number, [1, 0, 2])
     return _as(left, made.number, (blocks, out), 1)
 
 
+def _operands(product: fx.Node) -> list[fx.Node]:
+    """The left and the right one of a product, after what is added to it."""
+    return [a for a in product.args if isinstance(a, fx.Node)]
+
+
+def _bias_of_blocks(graph: RowGraphWriter, node: fx.Node, bias: HeldSlots, size: tuple[int, int]) -> HeldSlots:
+    """What is added to a product of B blocks by N: rows that lie as its result, or a weight that is the same for all
+    rows."""
+    if bias.lead is None and (len(bias.shape) < 2 or bias.shape[-2] == 1):
+        return bias
+    if bias.lead is None:
+        raise graph.refused(node, "gives rows different weights by their place")
+    if bias.front != 1 or bias.features != size:
+        raise graph.refused(node, "meets rows that lie differently")
+    return graph.add(node, aten.permute.default, None, bias.number, [1, 0, 2])
+
+
 def _one_block(graph: RowGraphWriter, node: fx.Node) -> HeldSlots:
     """One matrix for all features, written as a product of one block (an einsum over several dimensions)."""
-    left, right = (graph.known[a] for a in node.all_input_nodes)
+    *bias, left, right = (graph.known[a] for a in _operands(node))
     if left.lead is None or right.lead is not None or len(left.features) != 1 or len(right.shape) != 3:
         raise graph.refused(node, "multiplies rows with one another, or from the right")
+    if any(b.lead is not None or math.prod(b.shape) != b.shape[-1] for b in bias):
+        raise graph.refused(node, "meets rows that lie differently")
     matrix = graph.add(node, aten.reshape.default, None, right.number, list(right.shape[1:]))
-    return graph.add(node, aten.mm.default, left.lead, left.number, matrix.number)
+    more = [graph.add(node, aten.reshape.default, None, b.number, [b.shape[-1]]).number for b in bias]
+    op = aten.addmm.default if bias else aten.mm.default
+    return graph.add(node, op, left.lead, *more, left.number, matrix.number, **graph.kwargs(node))
 
 
 def _pointwise(graph: RowGraphWriter, node: fx.Node, held: list[HeldSlots]) -> HeldSlots:
-    """Rows that lie alike, and single numbers."""
-    weights = [graph.known[a] for a in node.all_input_nodes if graph.known[a].lead is None]
-    if len({(h.front, h.shape) for h in held}) > 1 or any(math.prod(w.shape) != 1 for w in weights):
+    """Rows that lie alike, and weights that are the same for all rows: the rows' dimension is taken out of these."""
+    rows, shape = held[0], tuple(node.meta["shape"])
+    turned = (*shape[: rows.front], *shape[rows.front + 1 :])
+    if len({(h.front, h.shape) for h in held}) > 1 or turned != rows.features:
         raise graph.refused(node, "meets rows that lie differently")
-    made = graph.add(node, node.target, None, *graph.words(node.args), **graph.kwargs(node))
-    return _as(held[0], made.number, held[0].features, held[0].front)
+
+    def word(a: PyObject) -> PyObject:
+        one = graph.known[a] if isinstance(a, fx.Node) else None
+        if one is None or one.lead is not None or math.prod(one.shape) == 1:
+            return graph.words(a)
+        broadcast = (1,) * (len(shape) - len(one.shape)) + one.shape
+        if broadcast[rows.front] != 1:
+            raise graph.refused(node, "gives rows different weights by their place")
+        sizes = [*broadcast[: rows.front], *broadcast[rows.front + 1 :]]
+        return graph.add(node, aten.reshape.default, None, one.number, sizes).number
+
+    args = [word(a) for a in node.args]
+    made = graph.add(node, node.target, None, *args, **graph.kwargs(node))
+    return _as(rows, made.number, rows.features, rows.front)

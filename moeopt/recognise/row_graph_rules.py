@@ -13,6 +13,7 @@ from torch import fx
 
 from moeopt.capture.op_kinds import op_name
 from moeopt.ir.row_function import GETITEM, RowCount
+from moeopt.recognise.row_graph_picks import PICK_RULES
 from moeopt.recognise.row_graph_windows import WINDOW_RULES, Rule
 from moeopt.recognise.row_graph_writer import HeldSlots, RowGraphWriter
 from moeopt.value_types import PyObject
@@ -20,7 +21,7 @@ from moeopt.value_types import PyObject
 aten = torch.ops.aten
 _REDUCTIONS = (
     "sum", "mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "logsumexp", "linalg_vector_norm", "prod",
-    "norm",
+    "norm", "nansum", "aminmax",
 )  # fmt: skip
 _ALONG = (
     "softmax",
@@ -139,11 +140,32 @@ def _norm(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
 
 def _batch_norm(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     training = op_name(node) == "native_batch_norm" and bool(node.args[5])
+    if training and node.args[3] is None and len(held.lead or ()) == 2 and held.lead[0] == 1:  # type: ignore[index]
+        return _instance_norm(graph, node, held)
     if training or len(held.lead or ()) != 1 or not held.features:
         raise graph.refused(node, "takes statistics of the batch, so a row's result depends on other rows")
     found = graph.add(node, node.target, held.lead, *graph.words(node.args), **graph.kwargs(node))
     found.items, found.shape = [found], held.shape
     return found
+
+
+def _instance_norm(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    """Each of the C channels of each row by itself: PyTorch lays all of them side by side, (1, M C, ...), and repeats
+    the weights of C for each row."""
+    _, *scales, _, _, _, _, eps = list[Any](node.args[:8])
+    sizes, channels = list(held.features), (held.lead or (1, 0))[1] // math.prod(graph.lead)
+    normed = graph.add(node, aten.native_layer_norm.default, None, held.number, sizes, None, None, eps)
+    value = graph.add(node, GETITEM, None, normed.number, 0)
+    if any(scale is not None for scale in scales):
+        value = graph.add(node, aten.reshape.default, None, value.number, [-1, channels, *sizes])
+        for scale, op in zip(scales, (aten.mul.Tensor, aten.add.Tensor), strict=True):
+            each = None if scale is None else [channels, *(1 for _ in sizes)]
+            if each is not None:
+                factor = graph.add(node, aten.reshape.default, None, graph.known[scale].number, each)
+                value = graph.add(node, op, None, value.number, factor.number)
+        value = graph.add(node, aten.reshape.default, None, value.number, [-1, *sizes])
+    value.lead, value.shape = held.lead, held.shape
+    return HeldSlots(int(value.number), held.lead, held.shape, items=[value])
 
 
 def _group_norm(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
@@ -161,6 +183,8 @@ def _item(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     name, which = op_name(given[0]), int(given[1])
     if (name in _NORMS or name in _BATCH_NORMS or name == "native_group_norm") and which:
         raise graph.refused(node, "reads a statistic of a norm")
+    if held.items and held.items[0] is not held:
+        return held.items[which]
     return graph.add(node, GETITEM, held.lead, held.number, which)
 
 
@@ -183,50 +207,6 @@ def _like(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     return graph.add(node, node.target, held.lead, *graph.words(node.args), **graph.kwargs(node))
 
 
-def _pick(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
-    """gather and scatter along a dimension of the features: each row is read and written by its own indices."""
-    if op_name(node) == "gather" and len(held.features) == 1:
-        places = graph.known[node.args[2]]  # type: ignore[index]
-        same = places.lead is None and math.prod(places.shape[:-1]) == 1
-        if same and tuple(node.meta["shape"][:-1]) == held.lead:  # the same for every row, and read for every row
-            return _select(graph, node, held, -1, places)
-    operands = [graph.known[a] for a in node.all_input_nodes]
-    if any(o.lead != held.lead or len(o.shape) != len(held.shape) for o in operands):
-        raise graph.refused(node, "picks by indices of other rows, or of all rows")
-    args = list(graph.words(node.args))
-    args[1] = graph.feature_dim(node, held, node.args[1])
-    return graph.add(node, node.target, held.lead, *args, **graph.kwargs(node))
-
-
-def _select(graph: RowGraphWriter, node: fx.Node, held: HeldSlots, dim: int, places: HeldSlots) -> HeldSlots:
-    """The features of each row at ``places``, integers of the weights."""
-    flat = graph.add(node, aten.reshape.default, None, places.number, [-1])
-    return graph.add(node, aten.index_select.default, held.lead, held.number, dim, flat.number)
-
-
-def _index(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
-    """index, index_select, embedding: features at fixed places, or the rows of a table at integers of each row."""
-    name, args = op_name(node), list[Any](node.args)
-    if name == "index":
-        given = [(d, a) for d, a in enumerate(args[1]) if a is not None]
-    else:
-        given = [(0, args[1])] if name == "embedding" else [(int(args[1]), args[2])]
-    if len(given) != 1:
-        raise graph.refused(node, "picks by several indices at once")
-    ((dim, at),) = given
-    if at.meta["dtype"] in (torch.bool, torch.uint8):
-        raise graph.refused(
-            node,
-            "picks by a mask, so that its values decide a size; keep the places as integers (mask.nonzero()[:, 0])",
-        )
-    source, places = graph.known[args[0]], graph.known[at]
-    if source.lead is None and places.lead is not None and dim == 0:
-        return graph.add(node, aten.index.Tensor, places.lead, source.number, [places.number])
-    if source.lead is None or places.lead is not None or len(places.shape) != 1:
-        raise graph.refused(node, "picks by indices of other rows, or of all rows")
-    return _select(graph, node, source, graph.feature_dim(node, source, dim), places)
-
-
 def _trilinear(graph: RowGraphWriter, node: fx.Node, _: HeldSlots) -> HeldSlots:
     """x^T W_o y of ``torch.nn.Bilinear``: the rows x times all W_o at once, then each row's own y."""
     x, weight, y = (graph.known[a] for a in node.args[:3])  # type: ignore[index]
@@ -242,6 +222,30 @@ def _trilinear(graph: RowGraphWriter, node: fx.Node, _: HeldSlots) -> HeldSlots:
     return graph.add(node, aten.sum.dim_IntList, x.lead, weighed.number, [-1])
 
 
+def _ranks(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    """Where each number of a row stands among the sorted numbers of a weight, or of the row itself."""
+    given = [graph.known[a] for a in node.args[:2]]  # type: ignore[index]
+    values, bounds = given if op_name(node) == "bucketize" else given[::-1]
+    own = bounds.lead == values.lead and len(bounds.shape) == len(values.shape)
+    if values.lead is None or not (own or (bounds.lead is None and len(bounds.shape) == 1)):
+        raise graph.refused(node, "ranks rows among numbers of other rows")
+    return graph.add(node, node.target, values.lead, *graph.words(node.args), **graph.kwargs(node))
+
+
+def _transform(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    _, dims, *more = list[Any](node.args)
+    rank = 1 + len(held.features)  # these take no dimensions counted from the right
+    settled = [rank + graph.feature_dim(node, held, d) for d in dims]
+    return graph.add(node, node.target, held.lead, held.number, settled, *more)
+
+
+def _diagonal(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    given = (list[Any](node.args[1:]) + [0, 0, 1][len(node.args) - 1 :])[:3]
+    named = [node.kwargs.get("dim1", given[1]), node.kwargs.get("dim2", given[2])]
+    dims = [graph.feature_dim(node, held, d) for d in named]
+    return graph.add(node, node.target, held.lead, held.number, node.kwargs.get("offset", given[0]), *dims)
+
+
 def _flip(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     dims = [graph.feature_dim(node, held, d) for d in node.args[1]]  # type: ignore[union-attr]
     return graph.add(node, node.target, held.lead, held.number, dims)
@@ -249,20 +253,24 @@ def _flip(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
 
 RULES: dict[str, Rule] = {
     **WINDOW_RULES,
+    **PICK_RULES,
     **dict.fromkeys(("mm", "addmm", "mv", "addmv", "linear"), _product),
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "_reshape_alias"), _view),
     **dict.fromkeys(("t", "transpose", "permute"), _turn),
     **dict.fromkeys(_ALONG, _one_dim(1, default=-1)),
     **dict.fromkeys(("select", "slice", "unbind"), _one_dim(1, default=0)),
+    "unfold": _one_dim(1),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _one_dim(2, default=0)),
     **dict.fromkeys(("sort", "argsort"), _one_dim(1, default=-1)),
     **dict.fromkeys(("topk", "kthvalue"), _one_dim(2, default=-1)),
     **dict.fromkeys(("max", "min", "median", "nanmedian", "mode", "cummax", "cummin", "argmax", "argmin"), _one_dim(1)),
-    **dict.fromkeys(("index", "index_select", "embedding"), _index),
     "_trilinear": _trilinear,
-    **dict.fromkeys(("gather", "scatter", "scatter_add"), _pick),
     "squeeze": _one_dim(1),
     "unsqueeze": _one_dim(1, extra=1),
+    **dict.fromkeys(("bucketize", "searchsorted"), _ranks),
+    **dict.fromkeys(("_fft_r2c", "_fft_c2c", "_fft_c2r"), _transform),
+    **dict.fromkeys(("view_as_real", "view_as_complex"), _like),
+    "diagonal": _diagonal,
     "flip": _flip,
     **dict.fromkeys(_REDUCTIONS, _reduce),
     **dict.fromkeys(_NORMS, _norm),

@@ -1,18 +1,23 @@
 """Rules for layers of images and sequences that an expert makes of each row's own features.
 
 Pools and resizing work on each plane by itself, so rows may stand for images or for channels. Convolutions and windows
-(im2col) join channels: each row is one image there, and so it is in products of two matrices of each row (bmm).
+(im2col) join channels: each row is one image there, and so it is in products of two matrices of each row (bmm), in
+distances between its parts, and where it is read at places of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import fx
 
 from moeopt.capture.op_kinds import op_name
+from moeopt.ir.row_function import RowCount
 from moeopt.recognise.row_graph_writer import HeldSlots, RowGraphWriter
 
+_NO_PRODUCTS = 2
+"""The mode of ``cdist`` that does not depend on how many rows there are."""
 Rule = Callable[[RowGraphWriter, fx.Node, HeldSlots], HeldSlots]
 
 
@@ -48,6 +53,43 @@ def _matrices(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlot
     return _same(graph, node, held)
 
 
+def _padded(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    """Numbers beside the features; the amounts are told from the last dimension on."""
+    _, amounts, *value = list[Any](node.args)
+    while len(amounts) > 2 * len(held.features) and not any(amounts[-2:]):
+        amounts = amounts[:-2]
+    if len(amounts) > 2 * len(held.features):
+        raise graph.refused(node, "works across rows")
+    return graph.add(node, node.target, held.lead, held.number, list(amounts), *value)
+
+
+def _sampled(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    """Each row is one image, and has the places at which it is read."""
+    image, places = (graph.known[a] for a in node.args[:2])  # type: ignore[index]
+    if len(image.lead or ()) != 1 or image.lead != places.lead or len(image.shape) != len(places.shape):
+        raise graph.refused(node, "reads images at places of other rows")
+    return _same(graph, node, held)
+
+
+def _grid(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    """The places of an affine map of each row's own."""
+    _, sizes, *more = list[Any](node.args)
+    if held.lead != (sizes[0],) or len(held.features) != 2:
+        raise graph.refused(node, "makes places for other rows")
+    return graph.add(node, node.target, held.lead, held.number, [RowCount(), *sizes[1:]], *more)
+
+
+def _distances(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    """Of a row, or of parts of a row, to centers that are weights; or to parts of the same row."""
+    left, right = (graph.known[a] for a in node.args[:2])  # type: ignore[index]
+    centers = left.lead is not None and right.lead is None and len(right.shape) == 2
+    parts = left.lead is not None and left.lead == right.lead and len(left.features) == len(right.features) == 2
+    if not centers and not parts:
+        raise graph.refused(node, "compares rows with one another")
+    power = node.args[2] if len(node.args) > 2 else 2.0
+    return graph.add(node, node.target, left.lead, left.number, right.number, power, _NO_PRODUCTS)
+
+
 def _repeat(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     lead, many = len(held.lead or ()), list(node.args[1])  # type: ignore[arg-type]
     if len(many) != len(held.shape) or any(n != 1 for n in many[:lead]):
@@ -74,6 +116,15 @@ WINDOW_RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("avg_pool2d", "max_pool2d_with_indices", "_adaptive_avg_pool2d", "adaptive_max_pool2d"), _planes(2)
     ),
+    **dict.fromkeys(("avg_pool3d", "max_pool3d_with_indices", "_adaptive_avg_pool3d"), _planes(3)),
+    **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle"), _planes(2, True)),
+    **dict.fromkeys(("tril", "triu"), _planes(1, True)),
+    **dict.fromkeys(("upsample_nearest3d", "upsample_trilinear3d"), _planes(3, True)),
+    "channel_shuffle": _images,
+    "constant_pad_nd": _padded,
+    "grid_sampler_2d": _sampled,
+    "affine_grid_generator": _grid,
+    **dict.fromkeys(("cdist", "_cdist_forward"), _distances),
     **dict.fromkeys(("reflection_pad1d", "replication_pad1d"), _planes(1)),
     **dict.fromkeys(("reflection_pad2d", "replication_pad2d"), _planes(2)),
     **dict.fromkeys(("upsample_nearest1d", "upsample_linear1d"), _planes(1, True)),

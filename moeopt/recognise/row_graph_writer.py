@@ -38,6 +38,13 @@ class HeldSlots:
         return self.shape if self.lead is None else self.shape[len(self.lead) :]
 
 
+class NoRowFunction(Declined):
+    """A call that is no function of each row by itself, or has no rule."""
+
+    made_rows = False
+    """Whether a tensor had been read as one with a row for each of the expert's."""
+
+
 class RowGraphWriter:
     """The calls written so far; ``row_graph`` walks the tape with it, and the rules of ``row_graph_rules`` add calls.
 
@@ -46,6 +53,7 @@ class RowGraphWriter:
         nodes: (op, args, kwargs) of each call, operands as ``Value`` numbers.
         known: what each node of the tape is in the graph.
         lead: the leading sizes of the rows themselves.
+        rows_made: see ``row_graph_made``; ``made_rows``: whether there was such a tensor.
     """
 
     def __init__(self, tape: Tape, cone: set[fx.Node], values: bool) -> None:
@@ -55,6 +63,7 @@ class RowGraphWriter:
         self.nodes: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
         self.known: dict[fx.Node, HeldSlots] = {}
         self.lead: tuple[int, ...] = ()
+        self.rows_made, self.made_rows = True, False
 
     def as_linear(self, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None] | None:
         """(rows, W, bias) where ``node`` is x W^T with W as it is stored: one call instead of two, as in the module."""
@@ -103,4 +112,6 @@ class RowGraphWriter:
         return place - rank
 
     def refused(self, node: fx.Node, why: str) -> Declined:
-        return Declined(f"an expert's {op_name(node)} {why}", node.meta.get("source"))
+        refused = NoRowFunction(f"an expert's {op_name(node)} {why}", node.meta.get("source"))
+        refused.made_rows = self.made_rows
+        return refused

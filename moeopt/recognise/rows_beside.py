@@ -17,7 +17,6 @@ import math
 import torch
 from torch import fx
 
-from moeopt.capture.op_kinds import is_matmul, is_pointwise, moves_rows, op_name, picks_rows
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
@@ -59,38 +58,13 @@ def tokens_beside(tape: Tape, branches: list[Branch], group: list[FFNCandidate],
         if node is None or tokens.weighted:
             starts = [read for b in branches for read in (b.start, *b.beside)]
             beside = branches[0].beside[place]
-            early = computed_before_choice(tape, starts, beside) or _made_by_each(tape, branches, beside)
-            raise early or Declined(
+            raise computed_before_choice(tape, starts, beside) or Declined(
                 "its experts read rows of several tensors, which are not rows of the same tokens; pick the rows of all "
                 "of them by the same indices",
                 beside.meta.get("source"),
             )
         found.append(node)
     return dataclasses.replace(tokens, beside=tuple(found))
-
-
-def _made_by_each(tape: Tape, branches: list[Branch], beside: fx.Node) -> Declined | None:
-    """The reason where each expert makes what it reads ``beside`` of its own rows, by a call that has no form as a
-    function of a row."""
-    stack, seen = [beside], set[fx.Node]()
-    while stack:
-        node = stack.pop()
-        if node in seen or picks_rows(node):
-            continue
-        seen.add(node)
-        if not (moves_rows(node) or is_pointwise(node) or is_matmul(node) or node.op != "call_function"):
-            line = node.meta.get("source")
-            alike = [n for n in tape.nodes if n.target == node.target and n.meta.get("source") == line]
-            if len(alike) < len({b.start for b in branches}):
-                return None
-            return Declined(
-                f"its experts compute {op_name(node)} of their rows before the first matmul, which is none of the "
-                "functions of a row that the op carries; compute it of all tokens before they are dispatched, and let "
-                "the experts read rows of the result",
-                line,
-            )
-        stack.extend(node.all_input_nodes)
-    return None
 
 
 def check_beside(tape: Tape, branches: list[Branch], found: Recognition) -> None:

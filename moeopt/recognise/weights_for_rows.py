@@ -178,9 +178,13 @@ def picked_matrices(tape: Tape) -> Declined | None:
             continue
         stack: fx.Node = node.args[0]  # type: ignore[assignment]
         chosen = any(op_name(n) in CHOICES for n in ancestors(node.all_input_nodes[1:]))
-        if chosen and len(stack.meta["shape"]) == 3:
+        rank = len(stack.meta["shape"])
+        if rank == 4 and any(op_name(n) == "convolution" for n in descendants(tape, [node])):
+            continue
+        if chosen and rank in (3, 4):
+            each = "one matrix each" if rank == 3 else "one matrix each for every part of a row (a head)"
             return Declined(
-                f"its experts are one matrix each, and each token multiplies by a copy of its own ({_path(node)}[ids]);"
+                f"its experts are {each}, and each token multiplies by a copy of its own ({_path(node)}[ids]);"
                 " the op takes such experts, in engines, where each runs on the rows that chose it: loop over the "
                 "experts (row, slot = torch.where(ids == e); y.index_add_(0, row, x[row] @ W[e] * ...))",
                 node.meta.get("source"),

@@ -22,6 +22,8 @@ from moeopt.verification.float64_decompositions import STAND_INS
 from moeopt.verification.selections import WINDOWED, OracleError, argument, chosen, floats_and_shapes
 
 F64 = torch.float64
+_FIRST_FLOAT = 5
+"""The code of the first dtype of floats, where a schema has codes."""
 LOW = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 _MOVES = """
@@ -204,6 +206,8 @@ def chooses(func: OpOverload, args: PyObject, kwargs: PyObject) -> bool:
     if not any(arg.name == "dtype" for arg in func._schema.arguments):
         return True
     dtype = argument(func, "dtype", args, kwargs)
+    if isinstance(dtype, int):  # a default of the schema is the code of a dtype: 4 is int64, as of triu_indices
+        return dtype < _FIRST_FLOAT
     return dtype is not None and not dtype.is_floating_point and not dtype.is_complex
 
 

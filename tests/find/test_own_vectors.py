@@ -259,3 +259,47 @@ def test_ids_that_other_modules_serve_are_not_said_to_be_served_by_none():
         "experts), and the op runs one function on all of them; give all the same layers, or route to each group of "
         "alike experts by a block of its own"
     ]
+
+
+class InItsCode(Block):
+    def __init__(self):
+        super().__init__()
+        self.block = Experts()
+
+    def expert(self, number, x):
+        return torch.tanh(x * self.own[number])
+
+    def forward(self, x):
+        return self.block(super().forward(x))
+
+
+class Experts(Block):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, D)) for _ in range(N))
+
+    def expert(self, number, x):
+        return self.experts[number](x)
+
+
+class Apart(nn.Sequential):
+    def __init__(self):
+        super().__init__(Scales(), Experts())
+
+
+def test_vectors_in_the_code_of_a_module_that_holds_another_block():
+    model = made(InItsCode)
+    vectors, block = moeopt.explain(model, X).blocks
+    assert (vectors.name, vectors.status, vectors.experts) == ("1", "declined", N)
+    assert vectors.reason == (
+        "the experts that were read in this module are those of another mixture, and these were not read beside them; "
+        "give them, with what routes to them, a module of their own"
+    )
+    assert (block.name, block.status) == ("1.block", "rewritten")
+
+
+def test_the_way_out_of_it():
+    model = made(Apart)
+    fast = moeopt.optimize(model, X, backend="onnxruntime", verify="fast")
+    assert [b.status for b in fast.report.blocks] == ["rewritten"] * 2
+    torch.testing.assert_close(fast(X), model(X), rtol=1e-5, atol=1e-5)

@@ -58,3 +58,31 @@ def test_what_has_no_form_is_left():
     assert traced_form(F.gaussian_nll_loss, (x, x, 1.0), {}) is None
     assert traced_form(torch.cov, (x,), {"aweights": x[0].abs()}) is None
     assert traced_form(torch.corrcoef, (x[0],), {}) is None
+
+
+class Forms(nn.Module):
+    """Bilinear forms as experts, of rows whose number data decide."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(6, 3), nn.ModuleList(nn.Bilinear(6, 3, 6) for _ in range(3))
+
+    def forward(self, x):
+        weights, ids = self.gate(x).softmax(-1).topk(2)
+        total = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            row, slot = torch.where(ids == number)
+            total = total.index_add(0, row, expert(x[row], x[row, :3]) * weights[row, slot, None])
+        return total
+
+
+def test_bilinear_forms_of_a_block_that_stays_are_saved(tmp_path):
+    """In PyTorch they would not pay, and torch.export stops at the number of rows."""
+    torch.manual_seed(0)
+    model = Forms().eval()
+    fast = moeopt.optimize(model, seeded(9, 6), verify="off")
+    assert [b.status for b in fast.report.blocks] == ["declined"]
+    fast.save(tmp_path / "saved")
+    loaded = moeopt.load(tmp_path / "saved")
+    for rows in (1, 5):
+        torch.testing.assert_close(loaded(seeded(rows, 6)), model(seeded(rows, 6)), rtol=1e-5, atol=1e-6)

@@ -47,9 +47,6 @@ class Function(nn.Module):
         self.register_buffer("odd", torch.arange(HID) % 2 == 1)
         self.body = body
 
-    def square(self, rows):
-        return (self.down.weight.t() @ self.down.weight).expand(rows, HID, HID)
-
     def forward(self, x):
         return self.body(self, x)
 
@@ -180,7 +177,9 @@ REFUSED = {
     "rows as the channels of an image": lambda s, x: s.down(F.unfold(s.up(x).view(-1, 3, 4), 1)[: len(x)]),
     "rows in a ring": lambda s, x: s.down(s.up(x).roll(1)),
     "rows once more": lambda s, x: s.down(s.up(x).repeat(2, 1)[: len(x)]),
-    "one matrix for each row": lambda s, x: s.down(torch.bmm(s.up(x).view(-1, 1, HID), s.square(len(x)))[:, 0]),
+    "a matrix for each place": lambda s, x: s.down(
+        torch.bmm(s.up(x)[:, None], s.table[: len(x), :, None])[:, 0] + s.up(x)
+    ),
     "a window of a row's own": lambda s, x: s.down(F.conv1d(s.up(x)[:, None], s.up(x)[:1, None, :1])[:, 0]),
     "all rows as windows": lambda s, x: s.down(F.conv1d(h := s.up(x)[:, None], h)[:, :, 0].sum(1)[:, None] + s.up(x)),
     "images of all rows": lambda s, x: s.down(F.avg_pool2d(s.up(x).view(1, -1, HID), (3, 1), 1, (1, 0))[0]),
@@ -203,13 +202,13 @@ WHY = {
     "the largest of all rows": "max works across rows",
     "a running sum over rows": "cumsum works across rows",
     "the order of its rows": "flip works across rows",
-    "features of two rows joined": "constant_pad_nd is not known to work on each row by itself",
+    "features of two rows joined": "constant_pad_nd works across rows",
     "features of the first row": "gather picks by indices of other rows",
     "as many features as a mask has": "index picks by a mask, so that its values decide a size",
     "rows as the channels of an image": "im2col works across rows",
     "rows in a ring": "roll works across rows",
     "rows once more": "repeat repeats rows",
-    "one matrix for each row": "bmm multiplies all rows by several matrices at once (a matrix of blocks, or",
+    "a matrix for each place": "bmm multiplies all rows by several matrices at once (a matrix of blocks, or",
     "a window of a row's own": "slice works across rows",
     "all rows as windows": "convolution is not known to work on each row by itself",
     "images of all rows": "avg_pool2d works across rows",

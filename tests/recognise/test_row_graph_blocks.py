@@ -43,17 +43,24 @@ class Chebyshev(nn.Module):
         return torch.einsum("tid,iod->to", powers, self.c)
 
 
+class CountsAtEachCall(Chebyshev):
+    def forward(self, x):
+        powers = torch.cos(torch.acos(torch.tanh(x) * 0.99)[..., None] * torch.arange(4))
+        return torch.einsum("tid,iod->to", powers, self.c)
+
+
 class BlockProducts(nn.Module):
     """The turned rows meet element-wise calls and numbers before they are turned back."""
 
     def __init__(self):
         super().__init__()
         self.a, self.b = (nn.Parameter(torch.randn(4, 4, 4)) for _ in range(2))
+        self.bias = nn.Parameter(torch.randn(4, 1, 4))
 
     def forward(self, x):
         z = x.view(-1, 4, 4).transpose(0, 1)
-        z = torch.tanh(torch.bmm(z, self.a) * 0.5) + z
-        return torch.bmm(z, self.b).transpose(0, 1).reshape(-1, D)
+        z = torch.tanh(torch.baddbmm(self.bias, z, self.a) * 0.5) + z
+        return (torch.matmul(z, self.b) + self.bias[:1]).transpose(0, 1).reshape(-1, D)
 
 
 class AttendsWithin(nn.Module):
@@ -90,7 +97,7 @@ def made(make):
     return Moe(make).eval()
 
 
-@pytest.mark.parametrize("make", [Monarch, Butterfly, Chebyshev, BlockProducts, AttendsWithin])
+@pytest.mark.parametrize("make", [Monarch, Butterfly, CountsAtEachCall, BlockProducts, AttendsWithin])
 def test_an_engine_takes_them_at_any_number_of_rows(make):
     model = made(make)
     fast = moeopt.optimize(model, X, backend="onnxruntime", verify="fast")
@@ -161,13 +168,13 @@ def test_what_happens_within_a_row_is_not_said_of_tokens(make, words):
     assert words in entry.reason and "tokens before" not in entry.reason
 
 
-class CountsAtEachCall(Chebyshev):
+class Turned(Chebyshev):
     def forward(self, x):
-        powers = torch.cos(torch.acos(torch.tanh(x) * 0.99)[..., None] * torch.arange(4))
+        powers = torch.rot90(x.view(-1, 4, 4), 1, (1, 2)).reshape(-1, D, 1) * self.degrees
         return torch.einsum("tid,iod->to", powers, self.c)
 
 
 def test_the_call_without_a_rule_is_named_where_nothing_else_is():
-    (entry,) = moeopt.explain(made(CountsAtEachCall), X).blocks
-    assert entry.reason.startswith("an expert's arange makes a tensor of a size that may be the number of rows")
+    (entry,) = moeopt.explain(made(Turned), X).blocks
+    assert entry.reason.startswith("an expert's rot90 is not known to work on each row by itself")
     assert "test_row_graph_blocks.py" in entry.source

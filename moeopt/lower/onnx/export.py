@@ -27,6 +27,7 @@ from moeopt.lower.onnx.float64 import attributes_written_out
 from moeopt.lower.onnx.kept_free import kept_free
 from moeopt.lower.onnx.means_of_nothing import means_of_nothing
 from moeopt.lower.onnx.negative_indices import refuse_negative_indices
+from moeopt.lower.onnx.placed_values import write_at_places
 from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.lower.onnx.sites import Sites
 from moeopt.lower.signature import functional
@@ -73,6 +74,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> OnnxValue:
 
     program = attributes_written_out(numbers_as_read(through_real_views(_tensors_only(program))))
     around_gaps(program.graph)
+    write_at_places(program.graph)
     refuse_negative_indices(program.graph)
     with one_trace, quiet(), quicker_export(), exact_rules() as exact:
         try:

@@ -23,6 +23,7 @@ from moeopt.lower.onnx.opset import OPSET as op
 from moeopt.lower.onnx.translate_attention import attentions
 from moeopt.lower.onnx.translate_layers import layers
 from moeopt.lower.onnx.translate_number_table import numbers
+from moeopt.lower.onnx.translate_searches import searches
 from moeopt.lower.onnx.translate_shifts import shifts
 from moeopt.value_types import OnnxValue, PyObject
 
@@ -225,6 +226,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
         | shifts()
         | layers()
         | attentions()
+        | searches()
         | {
             aten.linalg_vector_norm.default: vector_norm,
             aten._cdist_forward.default: distances,
