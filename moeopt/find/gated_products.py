@@ -2,6 +2,7 @@
 
     y = sum over e of gate(x)[e] * f(x W_e)        f is element-wise, or nothing
     y = stack(f(x W_e))[ids(x)]                    all run, and a choice picks one result or a few
+    y = sum over e of table[e] * f(x W_e)          the table is zeros, but where a choice puts its weights
     y = sum over e of gate(x)[e] * ifft(fft(x) W_e)    a complex matrix for every frequency
 
 Such are mixed adapters that share their matrix down, one-layer experts of recommenders, blended projections. Looked for
@@ -22,6 +23,7 @@ from moeopt.capture.op_kinds import CHOICES_AMONG, GATES, WEIGH, is_matmul, is_p
 from moeopt.find.block_candidates import BlockCandidate, identity_of, laid_out_flat, len_of_stack
 from moeopt.find.forward_walk import ForwardWalk
 from moeopt.find.light_sites import leaf_of
+from moeopt.find.module_lists import made_by
 from moeopt.find.unread_blocks import UnreadBlocks
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.product_of_all import ONE_MATRIX_EACH
@@ -33,6 +35,13 @@ _FOURIER = (
     "weighed by a gate: the op groups two real matrices for each expert and would leave no product out, so this block "
     "stays as it is"
 )
+_OF_ONE_STACK = (
+    "its experts are matrices of one stack ({}), and one product multiplies every row by all of them, of which the "
+    "chosen results are kept: such a product is read where each expert has another one behind it, and not alone; to "
+    "run the chosen alone, loop over the experts with the rows that chose them (row, slot = torch.where(ids == e); "
+    "y.index_add_(0, row, (x[row] @ W[e]) * weights[row, slot, None]))"
+)
+_PUT = ("scatter", "scatter_add")
 _STEPS = 256
 """Calls that are looked at on the way from a gate to its products."""
 
@@ -46,7 +55,7 @@ def gated_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
         choice = _chooser(gate)
         width, rows = _size_of(gate if choice is None else choice)
         reached = _reached(gate, choice, memo) if width > 1 else []
-        if choice is not None or (reached and not _weighed(gate, memo)):
+        if choice is not None or (reached and (_is_table(gate) or not _weighed(gate, memo))):
             chosen.update(reached)
         for products in _sets(unread, reached, memo):
             if not _one_each(products, width, rows) or any(
@@ -67,8 +76,10 @@ def gated_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
         if _by_frequency(next(iter(held))):
             yield dataclasses.replace(place, experts=len(weights), reason=_FOURIER)
             continue
-        open_to_reading = not chosen.isdisjoint(held) or _behind_own_products(list(held), memo)
-        yield place if open_to_reading else dataclasses.replace(place, reason=ONE_MATRIX_EACH)
+        behind, picked = _behind_own_products(list(held), memo), not chosen.isdisjoint(held)
+        if picked and not behind and len(held) == 1:
+            place = dataclasses.replace(place, unread=_OF_ONE_STACK.format(_path(unread, next(iter(held)), memo)))
+        yield place if behind or picked else dataclasses.replace(place, reason=ONE_MATRIX_EACH)
 
 
 def _sets(unread: UnreadBlocks, reached: list[fx.Node], memo: dict[fx.Node, bool]) -> list[list[fx.Node]]:
@@ -107,14 +118,21 @@ def _nearest_product(found: tuple[fx.Node, fx.Node, bool] | None, memo: dict[fx.
 
 
 def _size_of(gate: fx.Node) -> tuple[int, int]:
-    """Over how many things a softmax or sigmoid is, and for how many rows; (0, 0) of another call."""
-    axis = -1 if op_name(gate) == "sigmoid" else gate.args[1] if op_name(gate) in GATES else None
+    """Over how many things a softmax, a sigmoid or a table is, and for how many rows; (0, 0) of another call."""
+    whole = op_name(gate) == "sigmoid" or _is_table(gate)
+    axis = -1 if whole else gate.args[1] if op_name(gate) in GATES else None
     shape = gate.meta.get("shape") or ()
     if op_name(gate) in CHOICES_AMONG:
         shape, axis = gate.all_input_nodes[0].meta["shape"], -1
     if not shape or not isinstance(axis, int) or not shape[axis]:
         return 0, 0
     return shape[axis], math.prod(shape) // shape[axis]
+
+
+def _is_table(node: fx.Node) -> bool:
+    """Whether weights are put into it where a choice says."""
+    given = node.all_input_nodes if op_name(node) in _PUT else []
+    return len(given) > 1 and made_by(given[1], CHOICES_AMONG) is not None
 
 
 def _path(unread: UnreadBlocks, product: fx.Node, memo: dict[fx.Node, bool]) -> str:

@@ -70,7 +70,7 @@ def no_pairs(graph: OnnxGraph, candidates: Sequence[CandidateRegion], told: Coll
     told = {*told, *(candidate.chains.experts for candidate in candidates if not candidate.regions)}
     return [
         LeftAlone(
-            found.name,
+            region_name(found.weights) or f"weighed_{found.at}",
             f"each of its {found.experts} experts has {found.operators} with constants of its own, and no two products "
             "with an element-wise function between, which is what the op groups and what blocks are cut out of a file "
             "around; they stay as they are",

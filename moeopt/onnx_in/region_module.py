@@ -150,8 +150,8 @@ def region_module(
     if ends.fixed is not None:
         steps, freed = free_sizes(steps, constants, *ends.fixed)
         sizes |= freed
-    read = {name for step in steps for name in step.inputs}
-    constants = {value: tensor for value, tensor in constants.items() if value in read}
+    read = dict.fromkeys(name for step in steps for name in step.inputs)  # in the order of the experts
+    constants = {value: constants[value] for value in read if value in constants}
     module = InterpretedGraph(*program_of(steps, ends.tensors, [region.exit.name], constants, opset, sizes, name))
     module.never_changes = to_lower
     _nodes[module] = tuple(step.name for step in steps)

@@ -43,7 +43,11 @@ def part_of_constant(index: GraphIndex, weight: OnnxValue, of_stack: bool) -> tu
 
 def _takes_one(node: OnnxNode, along: int, places: list[Hashable]) -> bool:
     """Whether a node takes one matrix out of a stack."""
-    return node.op_type == "Gather" and along == 0 and isinstance(places[0], tuple) and len(places[0]) == 1
+    if along != 0 or not places or not isinstance(places[0], tuple):
+        return False
+    if node.op_type == "Split":
+        return set(places[0]) == {1}
+    return node.op_type == "Gather" and len(places[0]) == 1
 
 
 def _place(value: OnnxValue) -> Hashable:
