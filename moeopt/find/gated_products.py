@@ -55,7 +55,7 @@ def gated_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
         choice = _chooser(gate)
         width, rows = _size_of(gate if choice is None else choice)
         reached = _reached(gate, choice, memo) if width > 1 else []
-        if choice is not None or (reached and (_is_table(gate) or not _weighed(gate, memo))):
+        if choice is not None or (reached and (_leaves_out(gate) or not _weighed(gate, memo))):
             chosen.update(reached)
         for products in _sets(unread, reached, memo):
             if not _one_each(products, width, rows) or any(
@@ -71,15 +71,23 @@ def gated_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
                 mixtures.append((home, shared))
             shared.update(dict.fromkeys(products))
     for home, held in mixtures:
-        weights = {id(unread.named[path]) for p in held if (path := _path(unread, p, memo)) in unread.named}
-        place = unread.place(unread.tape.calls[home], min(p.meta["index"] for p in held), _count(held), weights)
-        if _by_frequency(next(iter(held))):
-            yield dataclasses.replace(place, experts=len(weights), reason=_FOURIER)
-            continue
-        behind, picked = _behind_own_products(list(held), memo), not chosen.isdisjoint(held)
-        if picked and not behind and len(held) == 1:
-            place = dataclasses.replace(place, unread=_OF_ONE_STACK.format(_path(unread, next(iter(held)), memo)))
-        yield place if behind or picked else dataclasses.replace(place, reason=ONE_MATRIX_EACH)
+        yield _place(unread, home, list(held), not chosen.isdisjoint(held), memo)
+
+
+def _place(
+    unread: UnreadBlocks, home: int, held: list[fx.Node], picked: bool, memo: dict[fx.Node, bool]
+) -> BlockCandidate:
+    """The place of the products ``held`` in a call. ``picked``: a choice leaves some of their results out."""
+    weights = {id(unread.named[path]) for p in held if (path := _path(unread, p, memo)) in unread.named}
+    place = unread.place(unread.tape.calls[home], min(p.meta["index"] for p in held), _count(held), weights)
+    if _by_frequency(held[0]):
+        return dataclasses.replace(place, experts=len(weights), reason=_FOURIER)
+    if _behind_own_products(held, memo):
+        return place
+    if not picked:
+        return dataclasses.replace(place, reason=ONE_MATRIX_EACH)
+    of_a_stack = _OF_ONE_STACK.format(_path(unread, held[0], memo)) if len(held) == 1 else ""
+    return dataclasses.replace(place, unread=of_a_stack)
 
 
 def _sets(unread: UnreadBlocks, reached: list[fx.Node], memo: dict[fx.Node, bool]) -> list[list[fx.Node]]:
@@ -127,6 +135,11 @@ def _size_of(gate: fx.Node) -> tuple[int, int]:
     if not shape or not isinstance(axis, int) or not shape[axis]:
         return 0, 0
     return shape[axis], math.prod(shape) // shape[axis]
+
+
+def _leaves_out(gate: fx.Node) -> bool:
+    """Whether a gate is zeros but for what was chosen."""
+    return _is_table(gate) or op_name(gate) in CHOICES_AMONG
 
 
 def _is_table(node: fx.Node) -> bool:

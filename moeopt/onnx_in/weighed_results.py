@@ -20,7 +20,7 @@ from moeopt.onnx_in.matrix_shapes import whole_numbers_made
 from moeopt.onnx_in.products import WeightProduct, shape_of, weight_products
 from moeopt.value_types import OnnxNode, OnnxValue
 
-_CHOICES = frozenset(("TopK", "ArgMax", "Softmax", "Sigmoid", "Hardmax"))
+CHOICES = frozenset(("TopK", "ArgMax", "Softmax", "Sigmoid", "Hardmax"))
 _MOVED = frozenset(
     ("Unsqueeze", "Squeeze", "Reshape", "Cast", "ReduceSum", "ReduceMax", "Expand", "Transpose", "Mul", "Where")
     + ("Identity", "Not", "And")
@@ -119,7 +119,7 @@ def is_routed(index: GraphIndex, table: OnnxValue) -> bool:
         if at < 0 or at in seen or at in products:
             continue
         seen.add(at)
-        if index.nodes[at].op_type in _CHOICES:
+        if index.nodes[at].op_type in CHOICES:
             return True
         todo += [v for v in index.reads(index.nodes[at]) if not index.is_constant(v)]
     return False

@@ -95,8 +95,7 @@ class BlockAttempts:
                     continue
                 found, where = expert_parameters(self.model, level.path, here), err.where or place.source
                 count = len(here[0].experts)
-                reason = f"{place.unread}; {TAKEN}" if place.unread else err.reason
-                return Attempt(None, level.path, reason, where, spent, found, met.others(), count)
+                return Attempt(None, level.path, _unpaid(place, err), where, spent, found, met.others(), count)
             except Declined as err:
                 functions = [f for f in getattr(err, "found", []) if _is_function(f)]
                 if functions:  # the experts were read: their obstacle decides, and their parts get no entries
@@ -174,6 +173,11 @@ class BlockAttempts:
         _refuse_outside_readers(self.model, self.call, path, rewrite)
         install(module, rewrite.program)
         return rewrite
+
+
+def _unpaid(place: BlockCandidate, err: WouldNotPay) -> str:
+    """Why a block stays that was read: what is known of its kind, or what the reading says."""
+    return f"{place.unread}; {TAKEN}" if place.unread else err.reason
 
 
 def levels_of(place: BlockCandidate) -> Iterator[Call]:
