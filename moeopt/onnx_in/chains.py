@@ -19,7 +19,7 @@ from moeopt.onnx_in.matrix_shapes import matrix_shape
 from moeopt.onnx_in.operators.table import operator_of
 from moeopt.onnx_in.products import MOVING, PRODUCTS, WeightProduct
 from moeopt.onnx_in.prologues import ancestors, shared_beginnings
-from moeopt.value_types import OnnxValue
+from moeopt.value_types import OnnxNode, OnnxValue
 
 _ENDS_CHAIN = frozenset(("Softmax", "LogSoftmax", "TopK", "ArgMax", "ArgMin", "OneHot", "NonZero", "Shape", "Size"))
 """Operators behind which nothing is a value of the product before them any more."""
@@ -89,14 +89,23 @@ def expert_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> list
         else:
             recent = [last[id(v)] for v in index.reads(node) if id(v) in last]
             value = max(recent) if recent and node.op_type not in _ENDS_CHAIN and node.op_type not in _MERGING else -1
+        source = moved_from(index, node)
+        if source is not None and node.op_type == "Concat":  # of parts of one value, or rows are new
+            joined = [v for v in node.inputs if v is not None and not index.is_constant(v)]
+            source = source if len({id(root.get(id(v), v)) for v in joined}) == 1 else None
         for result in node.outputs:
             if value >= 0:
                 last[id(result)] = value
-            source = node.inputs[0] if node.op_type in MOVING and node.inputs else None
-            if source is not None and not index.is_constant(source):  # of a table, rows are new
+            if source is not None:
                 root[id(result)] = root.get(id(source), source)
     made = _with_prologues(index, _in_other_shapes(list(groups.values())), products, root)
     return [group.with_shapes_seen() for group in made]
+
+
+def moved_from(index: GraphIndex, node: OnnxNode) -> OnnxValue | None:
+    """The value whose elements a node gives in other places; None where it computes, or looks up in a constant."""
+    source = node.inputs[0] if node.op_type in MOVING and node.inputs else None
+    return None if source is None or index.is_constant(source) else source  # of a table, rows are new
 
 
 def _in_several_shapes(products: Sequence[WeightProduct]) -> bool:

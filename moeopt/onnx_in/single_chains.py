@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 
-from moeopt.onnx_in.chains import ExpertChains, weight_shape
+from moeopt.onnx_in.chains import ExpertChains, moved_from, weight_shape
 from moeopt.onnx_in.index import GraphIndex
-from moeopt.onnx_in.products import MOVING, WeightProduct
+from moeopt.onnx_in.products import WeightProduct
 from moeopt.onnx_in.weighed_results import is_routed, weighed_results
 from moeopt.value_types import OnnxNode, OnnxValue
 
@@ -100,9 +100,8 @@ def _rows_of(index: GraphIndex, product: WeightProduct) -> list[OnnxValue]:
     found = [product.rows]
     while len(found) < _VIEWS:
         node = found[-1].producer()
-        if node is None or index.at(found[-1]) < 0 or node.op_type not in MOVING or not node.inputs:
+        source = None if node is None or index.at(found[-1]) < 0 else moved_from(index, node)
+        if source is None or node.op_type == "Concat":
             break
-        if node.inputs[0] is None or index.is_constant(node.inputs[0]):  # of a table, rows are new
-            break
-        found.append(node.inputs[0])
+        found.append(source)
     return found
