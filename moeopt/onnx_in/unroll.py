@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from moeopt.onnx_in.body_experts import round_of_expert
-from moeopt.onnx_in.endless import held_constants, never_stops, whole_number
 from moeopt.onnx_in.free_names import FreeNames, names_in
 from moeopt.onnx_in.idle_branches import taken_branch
 from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.loops import held_constants, never_stops, whole_number
 from moeopt.onnx_in.order import bodies
 from moeopt.onnx_in.products import PRODUCTS
 from moeopt.onnx_in.read import OnnxFile
