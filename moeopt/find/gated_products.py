@@ -28,8 +28,8 @@ from moeopt.find.unread_blocks import UnreadBlocks
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.product_of_all import ONE_MATRIX_EACH
 
-_TRANSFORMS = ("_fft_c2r", "_fft_c2c", "copy", "slice_scatter")
-"""On the way from a product of frequencies to what is weighed."""
+_TRANSFORMS = ("_fft_c2r", "_fft_c2c", "copy", "slice_scatter", "_softmax", "softmax")
+"""On the way from a product of frequencies, or from scores of an expert's own, to what is weighed."""
 _FOURIER = (
     "its experts are Fourier layers, one complex matrix each for every frequency, and every row passes all of them, "
     "weighed by a gate: the op groups two real matrices for each expert and would leave no product out, so this block "
@@ -42,6 +42,7 @@ _OF_ONE_STACK = (
     "y.index_add_(0, row, (x[row] @ W[e]) * weights[row, slot, None]))"
 )
 _PUT = ("scatter", "scatter_add")
+_MASKS = ("where", "masked_fill", *_PUT)
 _STEPS = 256
 """Calls that are looked at on the way from a gate to its products."""
 
@@ -127,9 +128,11 @@ def _nearest_product(found: tuple[fx.Node, fx.Node, bool] | None, memo: dict[fx.
 
 def _size_of(gate: fx.Node) -> tuple[int, int]:
     """Over how many things a softmax, a sigmoid or a table is, and for how many rows; (0, 0) of another call."""
-    whole = op_name(gate) == "sigmoid" or _is_table(gate)
-    axis = -1 if whole else gate.args[1] if op_name(gate) in GATES else None
+    axis = -1 if op_name(gate) == "sigmoid" else gate.args[1] if op_name(gate) in GATES else None
     shape = gate.meta.get("shape") or ()
+    if (choice := _choice_of_table(gate)) is not None and shape:  # it may have a row for each of those chosen
+        scores = choice.all_input_nodes[0].meta["shape"]
+        return shape[-1], math.prod(scores) // max(1, scores[-1])
     if op_name(gate) in CHOICES_AMONG:
         shape, axis = gate.all_input_nodes[0].meta["shape"], -1
     if not shape or not isinstance(axis, int) or not shape[axis]:
@@ -139,13 +142,18 @@ def _size_of(gate: fx.Node) -> tuple[int, int]:
 
 def _leaves_out(gate: fx.Node) -> bool:
     """Whether a gate is zeros but for what was chosen."""
-    return _is_table(gate) or op_name(gate) in CHOICES_AMONG
+    if op_name(gate) in GATES:
+        scores = gate.all_input_nodes[0]
+        return op_name(scores) in _MASKS and made_by(scores, CHOICES_AMONG) is not None
+    return _choice_of_table(gate) is not None or op_name(gate) in CHOICES_AMONG
 
 
-def _is_table(node: fx.Node) -> bool:
-    """Whether weights are put into it where a choice says."""
-    given = node.all_input_nodes if op_name(node) in _PUT else []
-    return len(given) > 1 and made_by(given[1], CHOICES_AMONG) is not None
+def _choice_of_table(node: fx.Node) -> fx.Node | None:
+    """The choice that says where something is put into zeros, or ones into a row for each chosen."""
+    name, given = op_name(node), node.all_input_nodes
+    if len(given) < 2 or name not in (*_PUT, "eq"):
+        return None
+    return made_by(given[0 if name == "eq" else 1], CHOICES_AMONG)
 
 
 def _path(unread: UnreadBlocks, product: fx.Node, memo: dict[fx.Node, bool]) -> str:
@@ -207,13 +215,18 @@ def _weighed(gate: fx.Node, memo: dict[fx.Node, bool], choices: bool = False) ->
     """The products whose results the ``gate``, moved and cast, is multiplied with; or with ``choices`` what a choice
     left of it."""
     found: dict[fx.Node, None] = {}
+    table = _choice_of_table(gate) is not None
+    own = set(_products_behind(gate, memo))  # a mask of the scores is no expert's result
     for node, user in (walk := ForwardWalk(gate, _STEPS)):
         if op_name(node) in CHOICES_AMONG and user.target is operator.getitem and user.args[1] == 1:
             continue  # the ids of a choice: its values alone are followed
         others = [a for a in user.all_input_nodes if a is not node]
-        behind = [p for a in others for p in _products_behind(a, memo)] if op_name(user) in WEIGH else []
+        behind = (
+            [p for a in others for p in _products_behind(a, memo) if p not in own] if op_name(user) in WEIGH else []
+        )
         found.update(dict.fromkeys(behind))
-        if not behind and (moves_rows(user) or is_pointwise(user) or (choices and op_name(user) in ("topk", "sort"))):
+        more = ("topk", "sort") if choices else ("sum",) if table else ()
+        if not behind and (moves_rows(user) or is_pointwise(user) or op_name(user) in more):
             walk.follow(user)
     return list(found)
 

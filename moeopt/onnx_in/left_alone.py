@@ -64,7 +64,7 @@ def left_alone(graph: OnnxGraph) -> Iterator[LeftAlone]:
 
 
 def no_pairs(graph: OnnxGraph, candidates: Sequence[CandidateRegion], told: Collection[int | None]) -> list[LeftAlone]:
-    """The mixtures of a graph whose experts are no pairs of products.
+    """The mixtures of a graph whose experts are no products that a region is cut around.
 
     Args:
         candidates: the regions that have entries.
@@ -76,9 +76,9 @@ def no_pairs(graph: OnnxGraph, candidates: Sequence[CandidateRegion], told: Coll
     return [
         LeftAlone(
             region_name(found.weights) or f"weighed_{found.at}",
-            f"each of its {found.experts} experts has {found.operators} with constants of its own, and no two products "
-            "with an element-wise function between, which is what the op groups and what blocks are cut out of a file "
-            "around; they stay as they are",
+            f"each of its {found.experts} experts has {found.operators} with constants of its own, and blocks are cut "
+            "out of a file around products of the same rows by one matrix for each expert, or two such with an "
+            "element-wise function between, which these are not; they stay as they are",
             found.experts,
         )
         for found in weighed_results(GraphIndex(graph), known)

@@ -74,12 +74,12 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
         yield CandidateRegion(name, index, chains, tuple(found), unrouted and not found)
 
 
-def _all_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> Iterator[ExpertChains]:
-    """Chains of two products, and then those of one that are in none of these."""
+def _all_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> list[ExpertChains]:
+    """Chains of two products, and those of one that are in none of these, in the order of their first products."""
     found = expert_chains(index, products)
-    yield from found
     within = {p.at for chains in found if chains.experts > 1 for p in chains.products}
-    yield from single_chains(index, [p for at, p in products.items() if at not in within])
+    alone = single_chains(index, [p for at, p in products.items() if at not in within])
+    return sorted([*found, *alone], key=lambda chains: min(p.at for p in chains.products))
 
 
 def counted_by_data(candidate: CandidateRegion) -> OnnxNode | None:

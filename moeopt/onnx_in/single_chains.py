@@ -2,6 +2,7 @@
 
     y = sum over e of table[:, e] * (x W_e + b_e)       table (T, E) from a TopK, a Softmax, comparisons of ids
     y[rows_e] += w_e * (x[rows_e] W_e + b_e)            rows_e: where ids are e
+    y = sum over e of (table[:, e] * x) W_e             the same, weighed before
     y = sum over k of w_k * stack(x W_e + b_e)[ids_k]   all run, and the choice picks among the results
 
 Projections that nothing chooses among (those of an attention, gates of a recurrent cell) are none.
@@ -13,8 +14,9 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 
 from moeopt.onnx_in.chains import ExpertChains, moved_from, weight_shape
 from moeopt.onnx_in.index import GraphIndex
-from moeopt.onnx_in.products import WeightProduct
-from moeopt.onnx_in.weighed_results import is_routed, weighed_results
+from moeopt.onnx_in.products import WeightProduct, weight_products
+from moeopt.onnx_in.prologues import shared_beginnings
+from moeopt.onnx_in.weighed_results import column_of, is_routed, weighed_results, weighed_sides
 from moeopt.value_types import OnnxNode, OnnxValue
 
 _PICKS = frozenset(("Gather", "GatherND", "Compress"))
@@ -30,31 +32,54 @@ def single_chains(index: GraphIndex, products: Sequence[WeightProduct]) -> Itera
     if len(open_) < 2:
         return
     for found in weighed_results(index, ()):
-        if found.products and all(p.at in open_ for p in found.products):
-            yield from _from_one_root(index, found.products)
-            for product in found.products:
+        if found.products and all(p.at in open_ for own in found.products for p in own):
+            yield from _from_one_root(index, [(own[0], own[-1]) for own in found.products])
+            for product in (p for own in found.products for p in own):
                 open_.pop(product.at)
     picked = [p for p in open_.values() if _picked_by_a_choice(index, p)]
-    for several in (picked, *_joined_and_picked(index, list(open_.values()))):
-        yield from _from_one_root(index, [p for p in several if p.at in open_])
+    scaled = [p for p in open_.values() if _scaled_by_a_choice(index, p) is not None]
+    for several in (picked, scaled, *_joined_and_picked(index, list(open_.values()))):
+        yield from _from_one_root(index, [(p, p) for p in several if p.at in open_])
         for product in several:
             open_.pop(product.at, None)
 
 
-def _from_one_root(index: GraphIndex, products: Collection[WeightProduct]) -> Iterator[ExpertChains]:
-    """The ``products`` of rows of the same value with matrices of their own and of one shape, together."""
+def _from_one_root(index: GraphIndex, pairs: Collection[tuple[WeightProduct, WeightProduct]]) -> Iterator[ExpertChains]:
+    """The experts of rows of the same value, or of what a prologue of each makes of it, with matrices of one shape.
+
+    Args:
+        pairs: the first and the last product of each.
+    """
+    roots = [_root(index, first) for first, _ in pairs]
+    if len({id(root) for root in roots}) == len(roots):
+        products = weight_products(index)
+        roots = [start or root for start, root in zip(shared_beginnings(index, roots, products), roots, strict=True)]
     groups: dict[Hashable, ExpertChains] = {}
-    for product in products:
-        root = _rows_of(index, product)[-1]
-        chains = groups.setdefault((id(root), weight_shape(product)), ExpertChains(root))
-        chains.pairs.append((product, product))
+    for root, pair in zip(roots, pairs, strict=True):
+        groups.setdefault((id(root), *map(weight_shape, pair)), ExpertChains(root)).pairs.append(pair)
     for chains in groups.values():
         if len({first.function for first, _ in chains.pairs}) == len(chains.pairs) > 1:
             yield chains.with_shapes_seen()
 
 
+def _root(index: GraphIndex, product: WeightProduct) -> OnnxValue:
+    """What a product's rows are rows of, before a choice weighed them."""
+    scaled = _scaled_by_a_choice(index, product)
+    return _rows_of(index, scaled or product.rows)[-1]
+
+
+def _scaled_by_a_choice(index: GraphIndex, product: WeightProduct) -> OnnxValue | None:
+    """The rows that a product gives times a column of a router's table; None where they are not weighed before it."""
+    node = product.rows.producer()
+    for factor, rows in weighed_sides(node) if node is not None and node.op_type == "Mul" else ():
+        column = column_of(index, factor)
+        if column is not None and is_routed(index, column[0]):
+            return rows
+    return None
+
+
 def _picked_by_a_choice(index: GraphIndex, product: WeightProduct) -> bool:
-    for value in _rows_of(index, product)[:-1]:
+    for value in _rows_of(index, product.rows)[:-1]:
         node = value.producer()
         if node.op_type in _PICKS and not index.is_constant(node.inputs[1]) and is_routed(index, node.inputs[1]):
             return True
@@ -95,9 +120,9 @@ def _next(index: GraphIndex, start: int, wanted: Callable[[OnnxNode], bool]) -> 
     return None
 
 
-def _rows_of(index: GraphIndex, product: WeightProduct) -> list[OnnxValue]:
+def _rows_of(index: GraphIndex, rows: OnnxValue) -> list[OnnxValue]:
     """The rows of a product, and what they are views or parts of, the last no such thing itself."""
-    found = [product.rows]
+    found = [rows]
     while len(found) < _VIEWS:
         node = found[-1].producer()
         source = None if node is None or index.at(found[-1]) < 0 else moved_from(index, node)

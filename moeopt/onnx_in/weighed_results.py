@@ -36,14 +36,14 @@ class WeighedResults:
 
     Attributes:
         weights: what they have for their own, those of the first function first.
-        products: the product that each has, where that is all that it has beside vectors; () else.
+        products: the products that each has, the first's first; () where one has none.
         at: where the first one's result is made.
     """
 
     experts: int
     operators: str
     weights: tuple[WeightProduct, ...]
-    products: tuple[WeightProduct, ...]
+    products: tuple[tuple[WeightProduct, ...], ...]
     at: int
 
 
@@ -57,28 +57,29 @@ def weighed_results(index: GraphIndex, known: Collection[int]) -> Iterator[Weigh
     for node in index.nodes:
         if node.op_type not in ("Mul", "Where") or id(node) in known:
             continue
-        for factor, result in _sides(node):
-            column = _column(index, factor)
+        for factor, result in weighed_sides(node):
+            column = column_of(index, factor)
             if column is None or index.is_constant(result):
                 continue
             table, place = column
             if id(table) not in routed:
                 routed[id(table)] = is_routed(index, table)
-            if routed[id(table)] and not is_routed(index, result):  # by a choice: a weight of the router itself
+            if routed[id(table)]:
                 tables.setdefault(id(table), {}).setdefault(place, []).append(result)
     for by_place in tables.values():
-        for several in zip_longest(*by_place.values()):  # as many mixtures as results that a column weighs
+        for several in zip_longest(*by_place.values()):  # a column may weigh several: of two blocks, or of the router
             found = _alike(index, [result for result in several if result is not None])
             if found is not None:
                 yield found
 
 
-def _sides(node: OnnxNode) -> tuple[tuple[OnnxValue, OnnxValue], ...]:
+def weighed_sides(node: OnnxNode) -> tuple[tuple[OnnxValue, OnnxValue], ...]:
+    """What may weigh something in a ``Mul`` or keep it in a ``Where``, each with that."""
     first, second = node.inputs[0], node.inputs[1]
     return ((first, second), (second, first)) if node.op_type == "Mul" else ((first, second),)
 
 
-def _column(index: GraphIndex, value: OnnxValue) -> tuple[OnnxValue, Hashable] | None:
+def column_of(index: GraphIndex, value: OnnxValue) -> tuple[OnnxValue, Hashable] | None:
     """The table whose column at a constant place a value is made of, and the place; None where it is no such value."""
     todo, seen = [value], 0
     while todo and seen < _NEAR:
@@ -137,9 +138,9 @@ def _alike(index: GraphIndex, results: list[OnnxValue]) -> WeighedResults | None
     if len(held) < 2 or not held[0] or len({tuple(map(_shape_of_weight, own)) for own in held}) > 1:
         return None
     operators = ", ".join(dict.fromkeys(str(one.node.op_type) for one in held[0]))
-    several = [[one for one in own if one.at in products] for own in held]
-    alone = tuple(p for own in several for p in own) if all(len(own) == 1 for own in several) else ()
-    return WeighedResults(len(held), operators, tuple(one for own in held for one in own), alone, index.at(results[0]))
+    several = tuple(tuple(one for one in own if one.at in products) for own in held)
+    weights = tuple(one for own in held for one in own)
+    return WeighedResults(len(held), operators, weights, several if all(several) else (), index.at(results[0]))
 
 
 def _weights(index: GraphIndex, at: int, products: Mapping[int, WeightProduct]) -> Iterator[WeightProduct]:

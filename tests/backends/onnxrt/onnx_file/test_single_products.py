@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from onnx import numpy_helper
 
 import moeopt
 from tests.backends.onnxrt.onnx_file.test_by_hand import optimized, reason, right
@@ -88,6 +89,56 @@ def behind_a_shared_one(file):
     return file.weighed(inner, table, lambda x, e: file.node("MatMul", x, file.weight(3, O, name=f"up.{e}.w")))
 
 
+def own_softmax(file, x, e):
+    return file.node("Softmax", gemm(file, x, e), axis=-1)
+
+
+def gated(file, x, e):
+    """Two products of the same rows, of which one gates the other."""
+    gate, up = (file.node("MatMul", x, file.weight(H, O, name=f"experts.{e}.{n}")) for n in ("gate", "up"))
+    return file.node("Mul", file.node("Sigmoid", gate), up)
+
+
+def normed(file, x, e):
+    rows = file.node("LayerNormalization", x, file.weight(H), file.weight(H), axis=-1)
+    return file.node("MatMul", rows, file.weight(H, O, name=f"experts.{e}.w"))
+
+
+def as_constants(file, x, e):
+    held = numpy_helper.from_array(np.random.default_rng(e).normal(size=(H, O)).astype(np.float32))
+    return file.node("MatMul", x, file.node("Constant", value=held))
+
+
+def of_one_constant(file):
+    every = file.weight(H, O * E, name="experts.w")
+    places = [[file.constant([n]) for n in (O * e, O * e + O, 1)] for e in range(E)]
+    return by_table(file, lambda file, x, e: file.node("MatMul", x, file.node("Slice", every, *places[e])))
+
+
+def of_a_cut_stack(file):
+    """The way that an exporter takes a Parameter apart."""
+    parts = file.node("Split", file.weight(E, H, O, name="experts.w"), file.constant([1] * E), results=E, axis=0)
+    first = file.constant([0])
+    return by_table(file, lambda file, x, e: file.node("MatMul", x, file.node("Squeeze", parts[e], first)))
+
+
+def by_one_hot(file):
+    weights, ids, _ = file.router()
+    flags = file.node("OneHot", ids, file.constant(np.int64(E)), file.constant(np.float32([0, 1])), axis=-1)
+    table = file.sum(file.node("Mul", flags, file.node("Unsqueeze", weights, file.constant([-1]))), 1, 0)
+    return file.weighed("x", table, lambda x, e: gemm(file, x, e))
+
+
+def above_the_last_chosen(file):
+    """A softmax of the scores that are no less than the K-th."""
+    scores = file.node("MatMul", "x", file.weight(H, E))
+    values, _ = file.node("TopK", scores, file.constant([2]), results=2, axis=-1)
+    least = file.node("Slice", values, file.constant([1]), file.constant([2]), file.constant([1]))
+    kept = file.node("GreaterOrEqual", scores, least)
+    gate = file.node("Softmax", file.node("Where", kept, scores, file.constant(np.float32(-np.inf))), axis=-1)
+    return file.weighed("x", gate, lambda x, e: gemm(file, x, e))
+
+
 FORMS = {
     "MatMul": lambda file: by_table(file, matmul),
     "Gemm": by_table,
@@ -99,6 +150,14 @@ FORMS = {
     "results": picked_results,
     "shared": beside_a_shared_one,
     "behind": behind_a_shared_one,
+    "softmax": lambda file: by_table(file, own_softmax),
+    "gated": lambda file: by_table(file, gated),
+    "normed": lambda file: by_table(file, normed),
+    "constants": lambda file: by_table(file, as_constants),
+    "parts": of_one_constant,
+    "stack": of_a_cut_stack,
+    "one hot": by_one_hot,
+    "threshold": above_the_last_chosen,
 }
 
 
@@ -109,7 +168,7 @@ def test_the_chosen_alone_run(form):
     found = optimized(model)
     right(model, found)
     (block,) = found.report.blocks
-    assert (block.experts, block.top_k) == (E, 1 if form == "one" else 2)
+    assert (block.experts, block.top_k) == (E, {"one": 1, "threshold": None}.get(form, 2))
 
 
 def test_it_is_verified_and_the_file_as_a_module_agrees():
@@ -133,6 +192,26 @@ def test_two_blocks_that_one_router_weighs():
     found = optimized(model)
     right(model, found, count=2)
     assert [b.name for b in found.report.blocks] == ["a", "b"]
+
+
+def test_blocks_of_one_product_and_of_two_are_in_the_order_of_the_file():
+    file = File()
+    first = file.node("Add", "x", file.dense(lambda x, e: file.node("MatMul", x, file.weight(H, H, name=f"a.{e}.w"))))
+    table = file.table(*file.router(x=first))
+    model = file.model(file.weighed(first, table, lambda x, e: file.expert(x, f"b.experts.{e}")))
+    found = optimized(model)
+    right(model, found, count=2)
+    assert [b.name for b in found.report.blocks] == ["a", "b"]
+
+
+def test_rows_that_are_weighed_before_the_product_have_an_entry():
+    file = File()
+    table, total = file.table(*file.router()), None
+    for e in range(E):
+        rows = file.node("Mul", "x", file.node("Gather", table, file.constant([e]), axis=1))
+        part = file.node("MatMul", rows, file.weight(H, O, name=f"experts.{e}.w"))
+        total = part if total is None else file.node("Add", total, part)
+    assert reason(file.model(total)).startswith("no experts were read in its 4 chains of products (the node 'MatMul_")
 
 
 def test_a_gate_that_chooses_none_has_the_reason_and_no_other_way_out():
