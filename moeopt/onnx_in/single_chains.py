@@ -10,6 +10,7 @@ Projections that nothing chooses among (those of an attention, gates of a recurr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 
 from moeopt.onnx_in.chains import ExpertChains, moved_from, weight_shape
@@ -36,12 +37,18 @@ def single_chains(index: GraphIndex, products: Sequence[WeightProduct]) -> Itera
             yield from _from_one_root(index, [(own[0], own[-1]) for own in found.products])
             for product in (p for own in found.products for p in own):
                 open_.pop(product.at)
-    picked = [p for p in open_.values() if _picked_by_a_choice(index, p)]
-    scaled = [p for p in open_.values() if _scaled_by_a_choice(index, p) is not None]
+    picked = _each_its_own([(_rows_picked(index, p), p) for p in open_.values()])
+    scaled = _each_its_own([(_weighed_by(index, p), p) for p in open_.values()])
     for several in (picked, scaled, *_joined_and_picked(index, list(open_.values()))):
         yield from _from_one_root(index, [(p, p) for p in several if p.at in open_])
         for product in several:
             open_.pop(product.at, None)
+
+
+def _each_its_own(found: Sequence[tuple[Hashable, WeightProduct]]) -> list[WeightProduct]:
+    """The products that have a part of a choice for their own: projections of the same chosen rows are no experts."""
+    times = Counter(part for part, _ in found)
+    return [product for part, product in found if part is not None and times[part] == 1]
 
 
 def _from_one_root(index: GraphIndex, pairs: Collection[tuple[WeightProduct, WeightProduct]]) -> Iterator[ExpertChains]:
@@ -64,26 +71,36 @@ def _from_one_root(index: GraphIndex, pairs: Collection[tuple[WeightProduct, Wei
 
 def _root(index: GraphIndex, product: WeightProduct) -> OnnxValue:
     """What a product's rows are rows of, before a choice weighed them."""
-    scaled = _scaled_by_a_choice(index, product)
-    return _rows_of(index, scaled or product.rows)[-1]
+    weighed = _weighing(index, product)
+    return _rows_of(index, product.rows if weighed is None else weighed[0])[-1]
 
 
-def _scaled_by_a_choice(index: GraphIndex, product: WeightProduct) -> OnnxValue | None:
-    """The rows that a product gives times a column of a router's table; None where they are not weighed before it."""
+def _weighing(index: GraphIndex, product: WeightProduct) -> tuple[OnnxValue, OnnxValue, Hashable] | None:
+    """The rows that a product is given times a column of a router's table, the table and the column's place."""
     node = product.rows.producer()
     for factor, rows in weighed_sides(node) if node is not None and node.op_type == "Mul" else ():
         column = column_of(index, factor)
         if column is not None and is_routed(index, column[0]):
-            return rows
+            return rows, *column
     return None
 
 
-def _picked_by_a_choice(index: GraphIndex, product: WeightProduct) -> bool:
+def _weighed_by(index: GraphIndex, product: WeightProduct) -> Hashable:
+    """The column that weighs a product's rows; None where none does."""
+    weighed = _weighing(index, product)
+    return None if weighed is None else (id(weighed[1]), weighed[2])
+
+
+def _rows_picked(index: GraphIndex, product: WeightProduct) -> Hashable:
+    """Which rows a choice picks for a product, or which part of them; None where none does."""
+    part = None
     for value in _rows_of(index, product.rows)[:-1]:
         node = value.producer()
+        if node.op_type in (*_PICKS, "Split", "Slice"):
+            part = part or id(value)
         if node.op_type in _PICKS and not index.is_constant(node.inputs[1]) and is_routed(index, node.inputs[1]):
-            return True
-    return False
+            return part
+    return None
 
 
 def _joined_and_picked(index: GraphIndex, products: Sequence[WeightProduct]) -> list[list[WeightProduct]]:

@@ -241,6 +241,21 @@ def test_one_product_of_a_stack_has_the_reason(form):
     assert "to run the chosen alone, loop over the experts with the rows that chose them" in said
 
 
+@pytest.mark.parametrize("chosen", ["rows", "weights"])
+def test_projections_of_what_a_router_chose_are_no_experts(chosen):
+    """Those of an attention over chosen tokens: all of them read the same rows."""
+    file = File()
+    scores = file.node("MatMul", "x", file.weight(H, 2))
+    if chosen == "rows":
+        best = file.node("ArgMax", scores, axis=0, keepdims=0)
+        rows = file.node("Gather", "x", best)
+    else:
+        rows = file.node("Mul", "x", file.node("Gather", file.node("Sigmoid", scores), file.constant([0]), axis=1))
+    q, k, v = (file.node("MatMul", rows, file.weight(H, H, name=f"attention.{n}.w")) for n in "qkv")
+    seen = file.node("Softmax", file.node("MatMul", q, file.node("Transpose", k, perm=[1, 0])), axis=-1)
+    assert optimized(file.model(file.node("MatMul", seen, v))).report.blocks == ()
+
+
 def test_projections_that_nothing_chooses_among_have_no_entry():
     file = File()
     q, k, v = (file.node("MatMul", "x", file.weight(H, H, name=f"attention.{n}.w")) for n in "qkv")
