@@ -223,7 +223,7 @@ def test_experts_that_no_region_is_cut_around_have_an_entry(operators):
     model = file.model(file.dense(lambda x, e: ALONE[operators](file, x)))
     (block,) = optimized(model).report.blocks
     assert (block.kind, block.status, block.experts) == ("moe", "declined", E)
-    alone = f"each of its 4 experts has {operators} with constants of its own, and no two products"
+    alone = f"each of its 4 experts has {operators} with constants of its own, and blocks are cut out of a file around"
     assert block.reason.startswith(alone)
 
 
