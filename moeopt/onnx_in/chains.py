@@ -146,6 +146,11 @@ def _views(product: WeightProduct) -> tuple[str, ...]:
     return tuple(found)
 
 
+def weight_input(product: WeightProduct) -> int:
+    """The identity of the value that a product's node reads as its weight."""
+    return id(product.node.inputs[_weight_side(product)])
+
+
 def _weight_side(product: WeightProduct) -> int:
     """Which input of a product's node is its weight."""
     sides = PRODUCTS[operator_of(product.node)]

@@ -77,9 +77,9 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
 def _all_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> list[ExpertChains]:
     """Chains of two products, and those of one that are in none of these, in the order of their first products."""
     found = expert_chains(index, products)
-    within = {p.at for chains in found if chains.experts > 1 for p in chains.products}
-    alone = single_chains(index, [p for at, p in products.items() if at not in within])
-    return sorted([*found, *alone], key=lambda chains: min(p.at for p in chains.products))
+    held = {id(p.weight) for chains in found if chains.experts > 1 for p in chains.products}
+    within = {at for at, p in products.items() if id(p.weight) in held}  # of joined results, one alone is in a chain
+    return sorted([*found, *single_chains(index, within)], key=lambda chains: min(p.at for p in chains.products))
 
 
 def counted_by_data(candidate: CandidateRegion) -> OnnxNode | None:

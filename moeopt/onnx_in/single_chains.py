@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 
-from moeopt.onnx_in.chains import ExpertChains, moved_from, weight_shape
+from moeopt.onnx_in.chains import ExpertChains, moved_from, weight_input, weight_shape
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.products import WeightProduct, weight_products
 from moeopt.onnx_in.prologues import shared_beginnings
@@ -27,12 +27,12 @@ _VIEWS = 16
 """Nodes between a product and the value that its rows are of."""
 
 
-def single_chains(index: GraphIndex, products: Sequence[WeightProduct]) -> Iterator[ExpertChains]:
-    """The mixtures among ``products``, which are in no chain of two."""
-    open_ = {p.at: p for p in products if p.stacked == 1}
+def single_chains(index: GraphIndex, within: Collection[int]) -> Iterator[ExpertChains]:
+    """The mixtures of a graph among its products outside of those ``within`` chains of two, by their positions."""
+    open_ = {at: p for at, p in weight_products(index).items() if at not in within and _is_of_one(p)}
     if len(open_) < 2:
         return
-    for found in weighed_results(index, ()):
+    for found in weighed_results(index, {id(index.nodes[at]) for at in within}):
         if found.products and all(p.at in open_ for own in found.products for p in own):
             yield from _from_one_root(index, [(own[0], own[-1]) for own in found.products])
             for product in (p for own in found.products for p in own):
@@ -43,6 +43,16 @@ def single_chains(index: GraphIndex, products: Sequence[WeightProduct]) -> Itera
         yield from _from_one_root(index, [(p, p) for p in several if p.at in open_])
         for product in several:
             open_.pop(product.at, None)
+
+
+def _is_of_one(product: WeightProduct) -> bool:
+    """Whether a product is by one matrix, which nodes may have taken out of a stack."""
+    return product.stacked == 1 or len(weight_shape(product)[0]) == 2
+
+
+def _matrix(product: WeightProduct) -> Hashable:
+    """What tells a product's matrix from others, of one stack too."""
+    return product.function if product.stacked == 1 else weight_input(product)
 
 
 def _each_its_own(found: Sequence[tuple[Hashable, WeightProduct]]) -> list[WeightProduct]:
@@ -65,7 +75,7 @@ def _from_one_root(index: GraphIndex, pairs: Collection[tuple[WeightProduct, Wei
     for root, pair in zip(roots, pairs, strict=True):
         groups.setdefault((id(root), *map(weight_shape, pair)), ExpertChains(root)).pairs.append(pair)
     for chains in groups.values():
-        if len({first.function for first, _ in chains.pairs}) == len(chains.pairs) > 1:
+        if len({_matrix(first) for first, _ in chains.pairs}) == len(chains.pairs) > 1:
             yield chains.with_shapes_seen()
 
 

@@ -58,8 +58,10 @@ def weighed_results(index: GraphIndex, known: Collection[int]) -> Iterator[Weigh
         if node.op_type not in ("Mul", "Where") or id(node) in known:
             continue
         for factor, result in weighed_sides(node):
+            if id(result.producer()) in known or index.is_constant(result):
+                continue
             column = column_of(index, factor)
-            if column is None or index.is_constant(result):
+            if column is None:
                 continue
             table, place = column
             if id(table) not in routed:

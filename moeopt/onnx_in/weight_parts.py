@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from moeopt.onnx_in.index import GraphIndex
-from moeopt.onnx_in.matrix_shapes import shape_made, whole_numbers_made
+from moeopt.onnx_in.matrix_shapes import whole_numbers_made
 from moeopt.value_types import OnnxNode, OnnxValue
 
 _CUTS = frozenset(("Slice", "Split", "Gather", "GatherND", "GatherElements", "Compress", "Concat"))
@@ -35,16 +35,14 @@ def part_of_constant(index: GraphIndex, weight: OnnxValue, of_stack: bool) -> tu
             axis = node.attributes.get("axis")
             along = 0 if axis is None else axis.as_int()
             places = [_place(v) for v in node.inputs[1:]]
-            if not of_stack or _takes_one(node, weight, along, places):
+            if not of_stack or _takes_one(node, along, places):
                 found.append((node.op_type, list(node.outputs).index(weight), along, *places))
         weight = node.inputs[0]
     return tuple(found)
 
 
-def _takes_one(node: OnnxNode, made: OnnxValue, along: int, places: list[Hashable]) -> bool:
-    """Whether a node takes one matrix, ``made``, out of a stack."""
-    if node.op_type in ("Split", "Slice"):
-        return shape_made(made)[:1] == (1,) != shape_made(node.inputs[0])[:1]
+def _takes_one(node: OnnxNode, along: int, places: list[Hashable]) -> bool:
+    """Whether a node takes one matrix out of a stack."""
     return node.op_type == "Gather" and along == 0 and isinstance(places[0], tuple) and len(places[0]) == 1
 
 
