@@ -27,7 +27,8 @@ class BlockCandidate:
     expert of the experts' own size. ``own`` is how many of the levels are the block's own: up to the innermost in
     which something is chosen; ``apart`` how many hold no other block. ``reason`` is why nothing of it can be rewritten,
     where that is known already; ``steered`` the path of the module whose Python depends on the values of tensors around
-    it; ``mixture`` that of the module whose only choice sends rows to single products at several places.
+    it; ``mixture`` that of the module whose only choice sends rows to single products at several places; ``unread`` the
+    reason where no attempt reads it, or what was read would not pay, as what is met on the way says less.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class BlockCandidate:
     reason: str = ""
     steered: str | None = None
     mixture: str | None = None
+    unread: str = ""
 
     def own_levels(self) -> list[str]:
         """Paths of the levels that are the block's own, innermost first."""

@@ -23,15 +23,15 @@ _STEPS = 64
 """Calls that are looked at on the way from a comparison to a product."""
 _ONE_KEPT = (
     "its experts are one matrix each ({}), every row passes all of them, and a comparison with its number keeps one "
-    "result: the op carries experts of two matrices or more, so this block stays as it is; to run each row's own "
-    "alone, pick the rows: y[n == number] = expert(x[n == number])"
+    "result: no kernel groups experts of one matrix, so this block stays as it is; to run each row's own alone, pick "
+    "the rows: y[n == number] = expert(x[n == number])"
 )
 
 
 _SOME_WEIGHED = (
     "its experts are one matrix each ({}), every row passes all of them, and comparisons of the chosen numbers with "
-    "each expert's own weigh the results, which is read neither as a choice of rows nor as a gate; to run the chosen "
-    "alone, pick each expert's rows (torch.where(ids == number)), and add the results up by index_add"
+    "each expert's own weigh the results: no kernel groups experts of one matrix, so this block stays as it is; to run "
+    "the chosen alone, pick each expert's rows (torch.where(ids == number)), and add the results up by index_add"
 )
 
 
@@ -64,7 +64,7 @@ def compared_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
         place = unread.place(call, products[0].meta["index"], count, {id(unread.named[p]) for p in paths})
         largest = max(sorted(paths), key=lambda path: unread.named[path].numel(), default="")
         reason = _SOME_WEIGHED if numbers in weighing else _ONE_KEPT
-        yield dataclasses.replace(place, reason=reason.format(largest))
+        yield dataclasses.replace(place, unread=reason.format(largest))
 
 
 def _numbers_of_rows(comparison: fx.Node) -> fx.Node | None:

@@ -3,6 +3,7 @@
     y = sum over e of gate(x)[e] * f(x W_e)        f is element-wise, or nothing
     y = (gate(x) outer x) W                        the same in one einsum: W holds all matrices, one behind the other
     y = stack(f(x W_e))[ids(x)]                    all run, and a choice picks one result or a few
+    y = sum over e of table[e] * f(x W_e)          the table is zeros, but where a choice puts its weights
     y = sum over e of gate(x)[e] * ifft(fft(x) W_e)    a complex matrix for every frequency
 
 Such are mixed adapters that share their matrix down, one-layer experts of recommenders, blended projections. Looked for
@@ -24,17 +25,26 @@ from moeopt.capture.replay import ancestors
 from moeopt.find.block_candidates import BlockCandidate, identity_of, laid_out_flat, len_of_stack
 from moeopt.find.forward_walk import ForwardWalk
 from moeopt.find.light_sites import leaf_of
+from moeopt.find.module_lists import made_by
 from moeopt.find.unread_blocks import UnreadBlocks
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.product_of_all import ONE_MATRIX_EACH
 
-_TRANSFORMS = ("_fft_c2r", "_fft_c2c", "copy", "slice_scatter")
-"""On the way from a product of frequencies to what is weighed."""
+_TRANSFORMS = ("_fft_c2r", "_fft_c2c", "copy", "slice_scatter", "_softmax", "softmax")
+"""On the way from a product of frequencies, or from scores of an expert's own, to what is weighed."""
 _FOURIER = (
     "its experts are Fourier layers, one complex matrix each for every frequency, and every row passes all of them, "
     "weighed by a gate: the op groups two real matrices for each expert and would leave no product out, so this block "
     "stays as it is"
 )
+_OF_ONE_STACK = (
+    "its experts are matrices of one stack ({}), and one product multiplies every row by all of them, of which the "
+    "chosen results are kept: such a product is read where each expert has another one behind it, and not alone; to "
+    "run the chosen alone, loop over the experts with the rows that chose them (row, slot = torch.where(ids == e); "
+    "y.index_add_(0, row, (x[row] @ W[e]) * weights[row, slot, None]))"
+)
+_PUT = ("scatter", "scatter_add")
+_MASKS = ("where", "masked_fill", *_PUT)
 _STEPS = 256
 """Calls that are looked at on the way from a gate to its products."""
 
@@ -48,6 +58,7 @@ def gated_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
         choice = _chooser(gate)
         width, rows = _size_of(gate if choice is None else choice)
         reached, some = _reached(gate, choice, width, memo) if width > 1 else ([], False)
+        some = some or (bool(reached) and _leaves_out(gate))
         chosen.update(p for p in reached if some and not _of_cubes(p))
         for products in _sets(unread, reached, memo):
             if not _one_each(products, width, rows) or any(
@@ -63,13 +74,23 @@ def gated_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
                 mixtures.append((home, shared))
             shared.update(dict.fromkeys(products))
     for home, held in mixtures:
-        weights = {id(unread.named[path]) for p in held if (path := _path(unread, p, memo)) in unread.named}
-        place = unread.place(unread.tape.calls[home], min(p.meta["index"] for p in held), _count(held), weights)
-        if _by_frequency(next(iter(held))):
-            yield dataclasses.replace(place, experts=len(weights), reason=_FOURIER)
-            continue
-        open_to_reading = not chosen.isdisjoint(held) or _behind_own_products(list(held), memo)
-        yield place if open_to_reading else dataclasses.replace(place, reason=ONE_MATRIX_EACH)
+        yield _place(unread, home, list(held), not chosen.isdisjoint(held), memo)
+
+
+def _place(
+    unread: UnreadBlocks, home: int, held: list[fx.Node], picked: bool, memo: dict[fx.Node, bool]
+) -> BlockCandidate:
+    """The place of the products ``held`` in a call. ``picked``: a choice leaves some of their results out."""
+    weights = {id(unread.named[path]) for p in held if (path := _path(unread, p, memo)) in unread.named}
+    place = unread.place(unread.tape.calls[home], min(p.meta["index"] for p in held), _count(held), weights)
+    if _by_frequency(held[0]):
+        return dataclasses.replace(place, experts=len(weights), reason=_FOURIER)
+    if _behind_own_products(held, memo):
+        return place
+    if not picked:
+        return dataclasses.replace(place, reason=ONE_MATRIX_EACH)
+    of_a_stack = _OF_ONE_STACK.format(_path(unread, held[0], memo)) if len(held) == 1 else ""
+    return dataclasses.replace(place, unread=of_a_stack)
 
 
 def _sets(unread: UnreadBlocks, reached: list[fx.Node], memo: dict[fx.Node, bool]) -> list[list[fx.Node]]:
@@ -108,10 +129,13 @@ def _nearest_product(found: tuple[fx.Node, fx.Node, bool] | None, memo: dict[fx.
 
 
 def _size_of(gate: fx.Node) -> tuple[int, int]:
-    """Over how many things a softmax or sigmoid is, and for how many rows; (0, 0) of another call. One over the chosen
-    is over all that were chosen among."""
+    """Over how many things a softmax, a sigmoid or a table is, and for how many rows; (0, 0) of another call. A softmax
+    over the chosen is over all that were chosen among."""
     axis = -1 if op_name(gate) == "sigmoid" else gate.args[1] if op_name(gate) in GATES else None
     shape = gate.meta.get("shape") or ()
+    if (choice := _choice_of_table(gate)) is not None and shape:  # it may have a row for each of those chosen
+        scores = choice.all_input_nodes[0].meta["shape"]
+        return shape[-1], math.prod(scores) // max(1, scores[-1])
     if op_name(gate) in CHOICES_AMONG:
         shape, axis = gate.all_input_nodes[0].meta["shape"], -1
     if not shape or not isinstance(axis, int) or not shape[axis]:
@@ -130,6 +154,22 @@ def _chosen_among(gate: fx.Node) -> int:
             return 0
         node = node.all_input_nodes[0]
     return 0
+
+
+def _leaves_out(gate: fx.Node) -> bool:
+    """Whether a gate is zeros but for what was chosen."""
+    if op_name(gate) in GATES:
+        scores = gate.all_input_nodes[0]
+        return op_name(scores) in _MASKS and made_by(scores, CHOICES_AMONG) is not None
+    return _choice_of_table(gate) is not None or op_name(gate) in CHOICES_AMONG
+
+
+def _choice_of_table(node: fx.Node) -> fx.Node | None:
+    """The choice that says where something is put into zeros, or ones into a row for each chosen."""
+    name, given = op_name(node), node.all_input_nodes
+    if len(given) < 2 or name not in (*_PUT, "eq"):
+        return None
+    return made_by(given[0 if name == "eq" else 1], CHOICES_AMONG)
 
 
 def _path(unread: UnreadBlocks, product: fx.Node, memo: dict[fx.Node, bool]) -> str:
@@ -200,13 +240,18 @@ def _weighed(gate: fx.Node, memo: dict[fx.Node, bool], choices: bool = False) ->
     """The products whose results the ``gate``, moved and cast, is multiplied with; or with ``choices`` what a choice
     left of it."""
     found: dict[fx.Node, None] = {}
+    table = _choice_of_table(gate) is not None
+    own = set(_products_behind(gate, memo))  # a mask of the scores is no expert's result
     for node, user in (walk := ForwardWalk(gate, _STEPS)):
         if op_name(node) in CHOICES_AMONG and user.target is operator.getitem and user.args[1] == 1:
             continue  # the ids of a choice: its values alone are followed
         others = [a for a in user.all_input_nodes if a is not node]
-        behind = [p for a in others for p in _products_behind(a, memo)] if op_name(user) in WEIGH else []
+        behind = (
+            [p for a in others for p in _products_behind(a, memo) if p not in own] if op_name(user) in WEIGH else []
+        )
         found.update(dict.fromkeys(behind))
-        if not behind and (moves_rows(user) or is_pointwise(user) or (choices and op_name(user) in ("topk", "sort"))):
+        more = ("topk", "sort") if choices else ("sum",) if table else ()
+        if not behind and (moves_rows(user) or is_pointwise(user) or op_name(user) in more):
             walk.follow(user)
     return list(found)
 

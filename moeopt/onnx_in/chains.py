@@ -2,7 +2,8 @@
 
 A chain is read by values: two products in a row, with whatever is computed element by element between them. Chains
 that begin at the same rows and whose weights have the same shapes are experts, be they written one after another or as
-one product of a stack. A lone pair of plain matrices is a dense feed-forward network.
+one product of a stack. A lone pair of plain matrices is a dense feed-forward network. Functions of one product
+(``single_chains``) are pairs of that product and itself.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from moeopt.onnx_in.matrix_shapes import matrix_shape
 from moeopt.onnx_in.operators.table import operator_of
 from moeopt.onnx_in.products import MOVING, PRODUCTS, WeightProduct
 from moeopt.onnx_in.prologues import ancestors, shared_beginnings
-from moeopt.value_types import OnnxValue
+from moeopt.value_types import OnnxNode, OnnxValue
 
 _ENDS_CHAIN = frozenset(("Softmax", "LogSoftmax", "TopK", "ArgMax", "ArgMin", "OneHot", "NonZero", "Shape", "Size"))
 """Operators behind which nothing is a value of the product before them any more."""
@@ -59,6 +60,12 @@ class ExpertChains:
     def products(self) -> list[WeightProduct]:
         return list({p.at: p for pair in self.pairs for p in pair}.values())
 
+    def with_shapes_seen(self) -> ExpertChains:
+        """These chains, once it is known whether their weights lie in several shapes."""
+        self.in_several_shapes = any(_in_several_shapes(side) for side in zip(*self.pairs, strict=True))
+        self.in_several_shapes &= not any("DequantizeLinear" in _views(product) for product in self.products)
+        return self
+
 
 def expert_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> list[ExpertChains]:
     """The chains of a graph, grouped by where they begin, in the order of their first products."""
@@ -82,17 +89,23 @@ def expert_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> list
         else:
             recent = [last[id(v)] for v in index.reads(node) if id(v) in last]
             value = max(recent) if recent and node.op_type not in _ENDS_CHAIN and node.op_type not in _MERGING else -1
+        source = moved_from(index, node)
+        if source is not None and node.op_type == "Concat":  # of parts of one value, or rows are new
+            joined = [v for v in node.inputs if v is not None and not index.is_constant(v)]
+            source = source if len({id(root.get(id(v), v)) for v in joined}) == 1 else None
         for result in node.outputs:
             if value >= 0:
                 last[id(result)] = value
-            source = node.inputs[0] if node.op_type in MOVING and node.inputs else None
-            if source is not None and not index.is_constant(source):  # of a table, rows are new
+            if source is not None:
                 root[id(result)] = root.get(id(source), source)
     made = _with_prologues(index, _in_other_shapes(list(groups.values())), products, root)
-    for group in made:
-        group.in_several_shapes = any(_in_several_shapes(side) for side in zip(*group.pairs, strict=True))
-        group.in_several_shapes &= not any("DequantizeLinear" in _views(product) for product in group.products)
-    return made
+    return [group.with_shapes_seen() for group in made]
+
+
+def moved_from(index: GraphIndex, node: OnnxNode) -> OnnxValue | None:
+    """The value whose elements a node gives in other places; None where it computes, or looks up in a constant."""
+    source = node.inputs[0] if node.op_type in MOVING and node.inputs else None
+    return None if source is None or index.is_constant(source) else source  # of a table, rows are new
 
 
 def _in_several_shapes(products: Sequence[WeightProduct]) -> bool:
@@ -133,6 +146,11 @@ def _views(product: WeightProduct) -> tuple[str, ...]:
     return tuple(found)
 
 
+def weight_input(product: WeightProduct) -> int:
+    """The identity of the value that a product's node reads as its weight."""
+    return id(product.node.inputs[_weight_side(product)])
+
+
 def _weight_side(product: WeightProduct) -> int:
     """Which input of a product's node is its weight."""
     sides = PRODUCTS[operator_of(product.node)]
@@ -142,12 +160,14 @@ def _weight_side(product: WeightProduct) -> int:
 def matrices(group: ExpertChains) -> tuple[tuple[Any, ...], ...]:
     """What chains that are experts of one block have in common: the shapes of the two matrices as they are multiplied;
     a convolution's as they are, and those that are not to be seen as they are stored."""
-    shapes: list[tuple[Any, ...]] = []
-    for product in group.pairs[0]:
-        shape = matrix_shape(product.node, _weight_side(product))
-        plain = shape and product.node.op_type in _PLAIN
-        shapes.append((shape,) if plain else (shape or product.shape, product.node.op_type))
-    return tuple(shapes)
+    return tuple(weight_shape(product) for product in group.pairs[0])
+
+
+def weight_shape(product: WeightProduct) -> tuple[Any, ...]:
+    """The shape of a product's matrix as it is multiplied; with the operator where that says how it is."""
+    shape = matrix_shape(product.node, _weight_side(product))
+    plain = shape and product.node.op_type in _PLAIN
+    return (shape,) if plain else (shape or product.shape, product.node.op_type)
 
 
 def _with_prologues(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
+from moeopt.onnx_in.body_experts import round_of_expert
 from moeopt.onnx_in.chains import expert_chains
 from moeopt.onnx_in.frozen_routing import lone_experts
 from moeopt.onnx_in.idle_branches import why_not_taken
@@ -15,6 +16,11 @@ from moeopt.onnx_in.regions import CandidateRegion, candidate_regions, region_na
 from moeopt.onnx_in.weighed_results import weighed_results
 from moeopt.value_types import OnnxGraph, OnnxNode, OnnxValue
 
+_IN_A_BODY = (
+    "it stands in a body of the node {}, and moeopt replaces blocks of the main graph: export the model without that "
+    "loop or branch, or optimise the PyTorch model first (a loop is written out where its number of rounds is a "
+    "constant and its condition stays true, a branch where its condition is a constant)"
+)
 _FAR = 64
 """Nodes between a choice and a condition that is computed of it."""
 
@@ -43,23 +49,22 @@ def left_alone(graph: OnnxGraph) -> Iterator[LeftAlone]:
         yield from (LeftAlone(name, reason, 1) for name, reason in lone_experts(index, candidates))
         if node is None:
             continue
-        for candidate in candidates:
-            name = f"{node.name or node.op_type}.{candidate.name}"
+        alone = round_of_expert(node, body)
+        found = [(candidate.name, candidate.chains.experts) for candidate in candidates]
+        if alone is not None and not found:
+            product = WeightProduct(0, alone.node, alone.weight, alone.weight, (), False)
+            found = [(region_name([product]) or "experts", alone.experts)]
+        for inner, experts in found:
+            name = f"{node.name or node.op_type}.{inner}"
             if name in names:  # in the other branch
-                name = f"{node.name or node.op_type}.{place}.{candidate.name}"
+                name = f"{node.name or node.op_type}.{place}.{inner}"
             names.add(name)
-            yield LeftAlone(
-                name,
-                f"it stands in a body of the node {node.name!r} ({node.op_type}), and moeopt replaces blocks of the "
-                "main graph: export the model without that loop or branch, or optimise the PyTorch model first "
-                "(a loop is written out where its number of rounds is a constant and its condition stays true, a "
-                "branch where its condition is a constant)",
-                candidate.chains.experts,
-            )
+            label = repr(node.name) if node.name else f"that gives {node.outputs[0].name!r}"
+            yield LeftAlone(name, _IN_A_BODY.format(f"{label} ({node.op_type})"), experts)
 
 
 def no_pairs(graph: OnnxGraph, candidates: Sequence[CandidateRegion], told: Collection[int | None]) -> list[LeftAlone]:
-    """The mixtures of a graph whose experts are no pairs of products.
+    """The mixtures of a graph whose experts are no products that a region is cut around.
 
     Args:
         candidates: the regions that have entries.
@@ -70,10 +75,10 @@ def no_pairs(graph: OnnxGraph, candidates: Sequence[CandidateRegion], told: Coll
     told = {*told, *(candidate.chains.experts for candidate in candidates if not candidate.regions)}
     return [
         LeftAlone(
-            found.name,
-            f"each of its {found.experts} experts has {found.operators} with constants of its own, and no two products "
-            "with an element-wise function between, which is what the op groups and what blocks are cut out of a file "
-            "around; they stay as they are",
+            region_name(found.weights) or f"weighed_{found.at}",
+            f"each of its {found.experts} experts has {found.operators} with constants of its own, and blocks are cut "
+            "out of a file around products of the same rows by one matrix for each expert, or two such with an "
+            "element-wise function between, which these are not; they stay as they are",
             found.experts,
         )
         for found in weighed_results(GraphIndex(graph), known)
@@ -100,11 +105,14 @@ def _in_branches(graph: OnnxGraph) -> Iterator[LeftAlone]:
         found: set[Hashable] = set()
         for _, body in _held(node) if choice is not None else ():
             index = GraphIndex(body)
-            for chain in expert_chains(index, weight_products(index)):
-                key = id(choice), tuple((p.shape, p.node.op_type) for p in chain.pairs[0])
-                if chain.experts == 1 and key not in found:
+            products = weight_products(index)
+            chains = [chain.pairs[0] for chain in expert_chains(index, products) if chain.experts == 1]
+            alone = [(product, product) for product in products.values()] if len(products) == 1 else []
+            for chain in chains or alone:
+                key = id(choice), tuple((p.shape, p.node.op_type) for p in chain)
+                if key not in found:
                     found.add(key)
-                    experts.setdefault(key, []).append((node, chain.pairs[0][0]))
+                    experts.setdefault(key, []).append((node, chain[0]))
     for number, several in enumerate(experts.values()):
         if len(several) > 1:
             names = " and ".join(repr(node.name) for node, _ in several[:2])

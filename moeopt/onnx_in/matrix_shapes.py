@@ -44,6 +44,9 @@ def whole_numbers_made(value: OnnxValue) -> tuple[int, ...] | None:
         made = _made(value, {}, 0)
     except _STOPS:
         return None
+    if isinstance(made, torch.Tensor):  # taken out of whole numbers; weights, and what is made of them, have no data
+        few = not made.is_meta and not made.is_floating_point() and made.numel() <= _FEW
+        return tuple(int(n) for n in made.reshape(-1)) if few else None
     return tuple(int(n) for n in made.array.reshape(-1)) if isinstance(made, SizeValue) else None
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.errors import Declined
+from moeopt.onnx_in.chains import matrices
 from moeopt.onnx_in.coded import CodedWeights, coded_weights
 from moeopt.onnx_in.coded_nodes import CodedConstants
 from moeopt.onnx_in.cuts import GraphRegion
@@ -150,8 +151,8 @@ def region_module(
     if ends.fixed is not None:
         steps, freed = free_sizes(steps, constants, *ends.fixed)
         sizes |= freed
-    read = {name for step in steps for name in step.inputs}
-    constants = {value: tensor for value, tensor in constants.items() if value in read}
+    read = dict.fromkeys(name for step in steps for name in step.inputs)  # in the order of the experts
+    constants = {value: constants[value] for value in read if value in constants}
     module = InterpretedGraph(*program_of(steps, ends.tensors, [region.exit.name], constants, opset, sizes, name))
     module.never_changes = to_lower
     _nodes[module] = tuple(step.name for step in steps)
@@ -196,7 +197,7 @@ def is_combined(candidate: CandidateRegion, region: GraphRegion, runs: Sequence[
     if result.dim() <= max(axis, 0):
         return False
     return result.numel() * rows.shape[axis] == rows.numel() * result.shape[axis] and _is_width(
-        result.shape[axis], region
+        result.shape[axis], candidate, region
     )
 
 
@@ -210,14 +211,10 @@ def feature_axis(candidate: CandidateRegion) -> int:
     return 1 if candidate.chains.products[0].node.op_type in CONVOLUTIONS else -1
 
 
-def _is_width(size: int, region: GraphRegion) -> bool:
-    """Whether a weight of the region has that size."""
-    return any(
-        size in (shape_of(v) or ())
-        for n in region.nodes
-        for v in n.inputs
-        if v is not None and v.const_value is not None
-    )
+def _is_width(size: int, candidate: CandidateRegion, region: GraphRegion) -> bool:
+    """Whether a weight of the region has that size, or a matrix that is a part of one."""
+    held = (shape_of(v) or () for n in region.nodes for v in n.inputs if v is not None)
+    return any(size in shape for shape in held) or any(size in shape for shape, *_ in matrices(candidate.chains))
 
 
 class GraphRegions(nn.Module):

@@ -13,6 +13,7 @@ from moeopt.onnx_in.cuts import GraphRegion, common_entry, exits, is_tensor, reg
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.products import WeightProduct, weight_products
 from moeopt.onnx_in.program import TAKEN
+from moeopt.onnx_in.single_chains import single_chains
 from moeopt.value_types import OnnxNode, OnnxValue
 
 _MOST_REGIONS = 8
@@ -46,7 +47,7 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
     names = _Paths()
     places = sorted(products)
     count = 0
-    for chains in expert_chains(index, products):
+    for chains in _all_chains(index, products):
         if chains.experts < 2 or any(p.at in taken for p in chains.products):
             continue
         positions = [p.at for p in chains.products]
@@ -71,6 +72,14 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
         name = names.unique(region_name(chains.products) or f"region_{count}")
         count += 1
         yield CandidateRegion(name, index, chains, tuple(found), unrouted and not found)
+
+
+def _all_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> list[ExpertChains]:
+    """Chains of two products, and those of one that are in none of these, in the order of their first products."""
+    found = expert_chains(index, products)
+    held = {id(p.weight) for chains in found if chains.experts > 1 for p in chains.products}
+    within = {at for at, p in products.items() if id(p.weight) in held}  # of joined results, one alone is in a chain
+    return sorted([*found, *single_chains(index, within)], key=lambda chains: min(p.at for p in chains.products))
 
 
 def counted_by_data(candidate: CandidateRegion) -> OnnxNode | None:

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from moeopt.onnx_in.endless import held_constants, never_stops, whole_number
+from moeopt.onnx_in.body_experts import round_of_expert
 from moeopt.onnx_in.free_names import FreeNames, names_in
 from moeopt.onnx_in.idle_branches import taken_branch
 from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.loops import held_constants, never_stops, whole_number
 from moeopt.onnx_in.order import bodies
 from moeopt.onnx_in.products import PRODUCTS
 from moeopt.onnx_in.read import OnnxFile
@@ -64,7 +65,7 @@ def _holds_experts(node: OnnxNode) -> bool:
         bodies = [attribute.value] if attribute.type == ir.AttributeType.GRAPH else []
         for body in bodies:
             given = {id(v) for v in body.inputs}
-            if node.op_type == "Scan" and _products_with(body, given) > 1:
+            if node.op_type == "Scan" and _products_with(body, given) > 1 or round_of_expert(node, body):
                 return True
             if any(True for _ in candidate_regions(GraphIndex(body))) or any(
                 inner.op_type in BODIES and _holds_experts(inner) for inner in body

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 
+from moeopt.onnx_in.chains import weight_shape
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.matrix_shapes import whole_numbers_made
 from moeopt.onnx_in.products import WeightProduct, shape_of, weight_products
-from moeopt.onnx_in.regions import region_name
 from moeopt.value_types import OnnxNode, OnnxValue
 
-_CHOICES = frozenset(("TopK", "ArgMax", "Softmax", "Sigmoid", "Hardmax"))
+CHOICES = frozenset(("TopK", "ArgMax", "Softmax", "Sigmoid", "Hardmax"))
 _MOVED = frozenset(
     ("Unsqueeze", "Squeeze", "Reshape", "Cast", "ReduceSum", "ReduceMax", "Expand", "Transpose", "Mul", "Where")
     + ("Identity", "Not", "And")
@@ -31,11 +32,19 @@ _NEAR, _FAR = 10, 64
 
 @dataclass(frozen=True)
 class WeighedResults:
-    """The functions that the columns of one table weigh: their name, how many, and what they hold."""
+    """The functions that the columns of one table weigh.
 
-    name: str
+    Attributes:
+        weights: what they have for their own, those of the first function first.
+        products: the products that each has, the first's first; () where one has none.
+        at: where the first one's result is made.
+    """
+
     experts: int
     operators: str
+    weights: tuple[WeightProduct, ...]
+    products: tuple[tuple[WeightProduct, ...], ...]
+    at: int
 
 
 def weighed_results(index: GraphIndex, known: Collection[int]) -> Iterator[WeighedResults]:
@@ -43,32 +52,36 @@ def weighed_results(index: GraphIndex, known: Collection[int]) -> Iterator[Weigh
 
     ``known``: identities of the nodes of blocks that have entries.
     """
-    tables: dict[int, dict[Hashable, tuple[OnnxNode, OnnxValue]]] = {}
+    tables: dict[int, dict[Hashable, list[OnnxValue]]] = {}
     routed: dict[int, bool] = {}
     for node in index.nodes:
         if node.op_type not in ("Mul", "Where") or id(node) in known:
             continue
-        for factor, result in _sides(node):
-            column = _column(index, factor)
-            if column is None or index.is_constant(result):
+        for factor, result in weighed_sides(node):
+            if id(result.producer()) in known or index.is_constant(result):
+                continue
+            column = column_of(index, factor)
+            if column is None:
                 continue
             table, place = column
             if id(table) not in routed:
-                routed[id(table)] = _is_routed(index, table)
+                routed[id(table)] = is_routed(index, table)
             if routed[id(table)]:
-                tables.setdefault(id(table), {}).setdefault(place, (node, result))
+                tables.setdefault(id(table), {}).setdefault(place, []).append(result)
     for by_place in tables.values():
-        found = _alike(index, [result for _, result in by_place.values()])
-        if found is not None:
-            yield found
+        for several in zip_longest(*by_place.values()):  # a column may weigh several: of two blocks, or of the router
+            found = _alike(index, [result for result in several if result is not None])
+            if found is not None:
+                yield found
 
 
-def _sides(node: OnnxNode) -> tuple[tuple[OnnxValue, OnnxValue], ...]:
+def weighed_sides(node: OnnxNode) -> tuple[tuple[OnnxValue, OnnxValue], ...]:
+    """What may weigh something in a ``Mul`` or keep it in a ``Where``, each with that."""
     first, second = node.inputs[0], node.inputs[1]
     return ((first, second), (second, first)) if node.op_type == "Mul" else ((first, second),)
 
 
-def _column(index: GraphIndex, value: OnnxValue) -> tuple[OnnxValue, Hashable] | None:
+def column_of(index: GraphIndex, value: OnnxValue) -> tuple[OnnxValue, Hashable] | None:
     """The table whose column at a constant place a value is made of, and the place; None where it is no such value."""
     todo, seen = [value], 0
     while todo and seen < _NEAR:
@@ -100,8 +113,8 @@ def _leads(start: OnnxValue, value: OnnxValue) -> bool:
     return False
 
 
-def _is_routed(index: GraphIndex, table: OnnxValue) -> bool:
-    """Whether a table is made by a choice, with no product with weights between."""
+def is_routed(index: GraphIndex, table: OnnxValue) -> bool:
+    """Whether a value is made by a choice, with no product with weights between."""
     products = weight_products(index)
     todo, seen = [table], set[int]()
     while todo and len(seen) < _FAR:
@@ -109,7 +122,7 @@ def _is_routed(index: GraphIndex, table: OnnxValue) -> bool:
         if at < 0 or at in seen or at in products:
             continue
         seen.add(at)
-        if index.nodes[at].op_type in _CHOICES:
+        if index.nodes[at].op_type in CHOICES:
             return True
         todo += [v for v in index.reads(index.nodes[at]) if not index.is_constant(v)]
     return False
@@ -119,18 +132,31 @@ def _alike(index: GraphIndex, results: list[OnnxValue]) -> WeighedResults | None
     """The functions behind ``results`` where each has constants of its own, of the same shapes as the others'."""
     behind = [_behind(index, result) for result in results]
     times = Counter(at for nodes in behind for at in nodes)
-    experts: list[tuple[tuple[str, tuple[int, ...]], ...]] = []
-    held: list[WeightProduct] = []
+    products = weight_products(index)
+    held: list[list[WeightProduct]] = []
     for nodes in behind:
-        own = sorted(at for at in nodes if times[at] == 1)
-        weights = [(at, v, shape) for at in own for v in index.nodes[at].inputs if (shape := _weight(index, v))]
-        experts.append(tuple((index.nodes[at].op_type, shape) for at, _, shape in weights))
-        held += [WeightProduct(at, index.nodes[at], v, v, shape, False) for at, v, shape in weights]
-    if len(experts) < 2 or not experts[0] or len(set(experts)) > 1:
+        own = [at for at in sorted(nodes) if times[at] == 1]
+        held.append([one for at in own for one in _weights(index, at, products)])
+    if len(held) < 2 or not held[0] or len({tuple(map(_shape_of_weight, own)) for own in held}) > 1:
         return None
-    operators = ", ".join(dict.fromkeys(operator for operator, _ in experts[0]))
-    name = region_name(held) or f"weighed_{index.at(results[0])}"
-    return WeighedResults(name, len(experts), operators)
+    operators = ", ".join(dict.fromkeys(str(one.node.op_type) for one in held[0]))
+    several = tuple(tuple(one for one in own if one.at in products) for own in held)
+    weights = tuple(one for own in held for one in own)
+    return WeighedResults(len(held), operators, weights, several if all(several) else (), index.at(results[0]))
+
+
+def _weights(index: GraphIndex, at: int, products: Mapping[int, WeightProduct]) -> Iterator[WeightProduct]:
+    """The constants of several floats that a node reads, that of a product as it is multiplied."""
+    node = index.nodes[at]
+    if at in products:
+        yield products[at]
+    for value in node.inputs:
+        if (shape := _weight(index, value)) and (at not in products or value is not products[at].weight):
+            yield WeightProduct(-1 - at, node, value, value, shape, False)
+
+
+def _shape_of_weight(weight: WeightProduct) -> Hashable:
+    return weight_shape(weight) if weight.at >= 0 else (weight.shape, weight.node.op_type)
 
 
 def _behind(index: GraphIndex, result: OnnxValue) -> set[int]:

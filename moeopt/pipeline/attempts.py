@@ -28,7 +28,7 @@ from moeopt.pipeline.declined_calls import DeclinedCalls
 from moeopt.pipeline.finished_blocks import note
 from moeopt.pipeline.obstacles_met import ObstaclesMet
 from moeopt.pipeline.other_values import refuse_other_values
-from moeopt.pipeline.pays import WouldNotPay
+from moeopt.pipeline.pays import TAKEN, WouldNotPay
 from moeopt.recognise.hints import hint_for
 from moeopt.recognise.id_bounds import argument_bounds, takes_open_integers
 from moeopt.recognise.recognition import Recognition
@@ -99,7 +99,7 @@ class BlockAttempts:
                     continue
                 found, where = expert_parameters(self.model, level.path, here), err.where or place.source
                 count = len(here[0].experts)
-                return Attempt(None, level.path, err.reason, where, spent, found, met.others(), count)
+                return Attempt(None, level.path, _unpaid(place, err), where, spent, found, met.others(), count)
             except Declined as err:
                 functions = [f for f in getattr(err, "found", []) if _is_function(f)]
                 if functions:  # the experts were read: their obstacle decides, and their parts get no entries
@@ -116,6 +116,8 @@ class BlockAttempts:
             self.outcome.checks.append(rewrite.check)
             note(rewrite.check)
             return Attempt(rewrite, level.path, seconds=rewrite.seconds)
+        if place.unread:
+            return Attempt(None, place.call.path, place.unread, place.source, spent, read)
         obstacle = met.decide()
         if obstacle is None:
             return Attempt(reason="no module around it could be probed", path=place.call.path, seconds=spent)
@@ -175,6 +177,11 @@ class BlockAttempts:
         _refuse_outside_readers(self.model, self.call, path, rewrite)
         install(module, rewrite.program)
         return rewrite
+
+
+def _unpaid(place: BlockCandidate, err: WouldNotPay) -> str:
+    """Why a block stays that was read: what is known of its kind, or what the reading says."""
+    return f"{place.unread}; {TAKEN}" if place.unread else err.reason
 
 
 def levels_of(place: BlockCandidate) -> Iterator[Call]:

@@ -36,6 +36,10 @@ MOST = 2**26
 _FREE = ("detach", "getitem", "alias", "t")
 
 
+TAKEN = "backend='onnxruntime' takes it"
+"""How a reason ends that an engine does not have."""
+
+
 class WouldNotPay(Declined):
     """The block was read, and the op would be no quicker than its own code. ``found``: as what it was read."""
 
@@ -94,8 +98,7 @@ def _reason(recognition: Recognition, spec: RowFunction) -> str:
         return recognition.unmatched_reason
     return (
         f"its experts are {what}, a function of a row that no grouped kernel has; PyTorch would run it expert "
-        "by expert, which would not pay here: the block's own code makes as few calls on as few rows; "
-        "backend='onnxruntime' takes it"
+        "by expert, which would not pay here: the block's own code makes as few calls on as few rows; " + TAKEN
     )
 
 

@@ -51,6 +51,9 @@ SCAN = f"""{_ROUTER}
         y_out = Add(y_in, part)
     }}> (zero, up, down, numbers)
 """
+_ONE_PRODUCT = (
+    _EXPERT.replace("a = MatMul(x, u)", "").replace("b = Relu(a)", "").replace("MatMul(b, d)", "MatMul(x, u)")
+)
 BRANCH = f"""
     y = If (yes) <then_branch = all () => (float[t, 8] y_then) {{
         {LOOP.replace("y = Loop", "y_then = Loop")}
@@ -58,6 +61,20 @@ BRANCH = f"""
         y_else = Identity(x)
     }}>
 """
+
+
+def of_one_product(text: str) -> str:
+    """A form with one product for each expert, by a square matrix of ``up``."""
+    for old, new in (
+        (_EXPERT, _ONE_PRODUCT),
+        ("d = Gather(down, e)", ""),
+        (", float[12, 8] d", ""),
+        ("up, down, numbers", "up, numbers"),
+        ("num_scan_inputs = 3", "num_scan_inputs = 2"),
+        ("float[8, 12] u", "float[8, 8] u"),
+    ):
+        text = text.replace(old, new)
+    return text
 
 
 def model(text: str, takes: str = "float[t, 8] x", **held: object) -> onnx.ModelProto:

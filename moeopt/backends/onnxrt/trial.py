@@ -12,7 +12,6 @@ import math
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,8 @@ from moeopt.value_types import OnnxModel
 
 PRODUCTS_A_SECOND = 1e10
 """Multiplications that any machine of today does in a second; a call of more is timed in a child."""
+_LONGEST = 1e6
+"""Seconds that a child is waited for at most; a system call that waits counts milliseconds in 32 bits."""
 _CHILD = Path(__file__).with_name("trial_child.py")
 _WAY_OUT = "if you trust the bundle, give it more: moeopt.load(directory, limits=moeopt.LoadLimits({}=...))"
 
@@ -108,6 +109,42 @@ def _in_a_child(
 ) -> None:
     seconds = limits.seconds_for(files)
     budget = max(limits.bytes_for(files, _size(feeds)) for feeds in calls)
+    code, out, err = _child(proto, model, folder, calls, budget + files, seconds)
+    if out.split()[-1:] == [b"time"]:
+        raise LimitError(f"{where}: its calls take longer than {seconds:.3g} s: {_more('seconds')}")
+    if code < 0:
+        raise BundleError(f"{where}: the graph ends the process that runs it (signal {-code})")
+    verdict = out.split()[-1:]
+    if verdict == [b"memory"]:
+        raise LimitError(f"{where}: its calls take more than {budget:.2g} bytes: {_more('bytes')}")
+    if not verdict:
+        lines = err.decode(errors="replace").strip().splitlines()
+        raise BundleError(
+            f"{where}: its calls cannot be told from their sizes, and {sys.executable} does not try them in a process "
+            f"of their own ({shown(lines[-1] if lines else 'it says nothing', 200)}): if you trust the bundle, load it "
+            "without limits: limits=moeopt.LoadLimits(seconds=math.inf, bytes=math.inf)"
+        )
+
+
+def ended_by(proto: OnnxModel, folder: Path, feeds: Feeds) -> int | None:
+    """The signal that ends a process which runs a graph on ``feeds``; None where none does.
+
+    ONNX Runtime divides by a size of 0 in some kernels (``Einsum`` of no batches, 1.32), and stops in others (``GRU``).
+    """
+    with tempfile.TemporaryDirectory(prefix="moeopt-") as aside:
+        path = Path(aside) / "model.onnx"
+        path.write_bytes(proto.SerializeToString())
+        code, _, _ = _child(proto, path, folder, [feeds], math.inf, math.inf)
+    return -code if code < 0 else None
+
+
+def _child(
+    proto: OnnxModel, model: Path | bytes, folder: Path, calls: Sequence[Feeds], bytes_: float, seconds: float
+) -> tuple[int, bytes, bytes]:
+    """The exit code of a process that makes the ``calls`` within limits, and what it said.
+
+    The word "time" is all that one says which took longer than ``seconds``.
+    """
     with tempfile.TemporaryDirectory(prefix="moeopt-") as aside:
         path = model
         if isinstance(model, bytes):
@@ -116,7 +153,7 @@ def _in_a_child(
         said = {
             "model": str(path),
             "folder": str(folder.resolve()),
-            "bytes": int(min(budget + files, 1 << 62)),
+            "bytes": int(min(bytes_, 1 << 62)),
             "seconds": min(seconds, 1e9),
             "threads": torch.get_num_threads(),
             "entries": {FLOAT_ROWS: "1"},
@@ -130,25 +167,12 @@ def _in_a_child(
             assert child.stdout is not None
             child.stdout.readline()  # it has started, which takes long where other processes have the machine
             try:
-                out, err = child.communicate(timeout=min(STILL * seconds, threading.TIMEOUT_MAX))
+                out, err = child.communicate(timeout=min(STILL * seconds, _LONGEST))
             except subprocess.TimeoutExpired:
                 out, err = b"time", b""
             finally:
                 child.kill()
-    if out.split()[-1:] == [b"time"]:
-        raise LimitError(f"{where}: its calls take longer than {seconds:.3g} s: {_more('seconds')}")
-    if child.returncode < 0:
-        raise BundleError(f"{where}: the graph ends the process that runs it (signal {-child.returncode})")
-    verdict = out.split()[-1:]
-    if verdict == [b"memory"]:
-        raise LimitError(f"{where}: its calls take more than {budget:.2g} bytes: {_more('bytes')}")
-    if not verdict:
-        lines = err.decode(errors="replace").strip().splitlines()
-        raise BundleError(
-            f"{where}: its calls cannot be told from their sizes, and {sys.executable} does not try them in a process "
-            f"of their own ({shown(lines[-1] if lines else 'it says nothing', 200)}): if you trust the bundle, load it "
-            "without limits: limits=moeopt.LoadLimits(seconds=math.inf, bytes=math.inf)"
-        )
+        return child.returncode, out, err
 
 
 def _written(feeds: Feeds, folder: Path, number: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Mixtures of a file that no region shows: the whole graph is read as a module, as ``moeopt.from_onnx`` gives it.
 
-Regions are cut around chains of two products with weights. Experts of one product, rows of a memory, vectors and masked
-neurons have no such chains; a reader of modules finds them, and says what they are. Nothing of them is rewritten here.
+Regions are cut around chains of products with weights. Rows of a memory, vectors, masked neurons and matrices of a
+stack that one product multiplies by have no such chains; a reader of modules finds them, and says what they are.
+Nothing of them is rewritten here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from moeopt.onnx_in.read import OnnxFile
 from moeopt.onnx_in.regions import CandidateRegion
 from moeopt.onnx_in.whole_file import InterpretedFile, interpreted
 from moeopt.options import Options
+from moeopt.pipeline.pays import TAKEN
 from moeopt.pipeline.run import run
 from moeopt.report import BlockReport
 from moeopt.untrusted import shown_line
@@ -28,8 +30,8 @@ _CHOICES = {"TopK", "ArgMax", "ArgMin", "Softmax", "Hardmax", "Greater", "Greate
 _CODES = {"DequantizeLinear", "MatMulNBits"}
 _NOT_LOOKED_FOR = "mixtures other than pairs of products were not looked for"
 _AS_A_MODULE = (
-    "in a file, blocks are cut out around pairs of products that each expert has for its own, and its experts have no "
-    "such pairs (one product may be shared by all of them); read as a module it can be rewritten: "
+    "in a file, blocks are cut out around products that each expert has for its own, from the same rows to one sum, "
+    "and its experts have no such products (one may be shared by all of them); read as a module it can be rewritten: "
     "moeopt.optimize(moeopt.from_onnx(path), inputs, backend='onnxruntime')"
 )
 
@@ -83,6 +85,6 @@ def _weights(module: InterpretedFile, region: CandidateRegion) -> Iterator[Tenso
 
 
 def _in_the_file(block: BlockReport, name: str) -> BlockReport:
-    if block.status == "rewritten":
+    if block.status == "rewritten" or block.reason.endswith(TAKEN):
         return BlockReport(name, "moe", "declined", _AS_A_MODULE, block.experts)
     return dataclasses.replace(block, name=name, source="", obstacles=())

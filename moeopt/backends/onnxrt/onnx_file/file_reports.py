@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts
 from moeopt.onnx_in.read import OnnxFile
+from moeopt.recognise.product_of_all import ONE_MATRIX_EACH
 from moeopt.report import BlockReport
 from moeopt.untrusted import shown_line
 
@@ -19,7 +20,7 @@ IN_A_FILE = (
 )
 UNREACHED = "no probe token reached"
 """What reasons say where the example's few rows, or samples, chose too few of the experts."""
-_OF_NO_CODE = ("skipped:", "left as it is", "it was rewritten, compared and reverted")
+_OF_NO_CODE = ("skipped:", "left as it is", "it was rewritten, compared and reverted", ONE_MATRIX_EACH)
 """How reasons begin that another export would not change."""
 
 

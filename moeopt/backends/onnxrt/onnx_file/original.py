@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from moeopt.backends.onnxrt.bundle_files import ONNX_FILE
 from moeopt.backends.onnxrt.onnx_file.stitch import all_names
 from moeopt.backends.onnxrt.providers import runtime
 from moeopt.backends.onnxrt.session import Prepare, Session, no_change
+from moeopt.backends.onnxrt.trial import ended_by
 from moeopt.errors import MoeoptError, UsageError
 from moeopt.lower.onnx.experts_node import DOMAIN
 from moeopt.onnx_in.counted_loops import with_counted_rounds
@@ -48,7 +50,7 @@ def session_on(
         )
     try:
         counted, guards = with_counted_rounds(proto)
-        return CountedSession(counted, guards, name, options, prepare)
+        return CountedSession(counted, guards, name, options, prepare, Path(directory or "."))
     except MoeoptError:
         raise
     except Exception as err:  # ONNX Runtime's own, of many classes
@@ -62,18 +64,26 @@ NO_MORE_ROUNDS = "moeopt tries no more rounds of a loop"
 class CountedSession(Session):
     """A session of a file whose loops are stopped after so many rounds.
 
+    The first call with an input that has no elements is tried in a process of its own, which it may end.
+
     Args:
         guards: for the name of each node that stops a loop that loop's own and its rounds.
-        name: of the file.
+        name: of the file; ``folder``: where its weights lie.
     """
 
     def __init__(
-        self, proto: OnnxModel, guards: Mapping[str, tuple[str, int]], name: str, options: PyObject, prepare: Prepare
-    ) -> None:
+        self, proto: OnnxModel, guards: Mapping[str, tuple[str, int]], name: str, options: PyObject, prepare: Prepare,
+        folder: Path,
+    ) -> None:  # fmt: skip
         super().__init__(proto.SerializeToString(), "cpu", options, prepare=prepare)
-        self._guards, self._name = guards, name
+        self._guards, self._name, self._proto, self._folder = guards, name, proto, folder
+        self._without_elements: set[tuple[tuple[int, ...], ...]] = set()
 
     def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        shapes = tuple(tuple(value.shape) for value in inputs.values())
+        if shapes not in self._without_elements and any(not value.numel() for value in inputs.values()):
+            self._try_apart(inputs)
+            self._without_elements.add(shapes)
         try:
             return super().run(inputs)
         except UsageError as err:
@@ -84,6 +94,15 @@ class CountedSession(Session):
                         f"and {NO_MORE_ROUNDS} whose condition data decide; give example inputs on which it ends"
                     ) from None
             raise
+
+    def _try_apart(self, inputs: Mapping[str, Tensor]) -> None:
+        signal = ended_by(self._proto, self._folder, inputs)
+        if signal is not None:
+            sizes = ", ".join(f"{shown_line(name)} {tuple(value.shape)}" for name, value in inputs.items())
+            raise UsageError(
+                f"{self._name}: ONNX Runtime {runtime().__version__} ends the process that runs the file on these "
+                f"sizes (signal {signal}, in a process of its own): {sizes}; give inputs without a size of 0"
+            )
 
 
 _MOST_READ = 2000
