@@ -27,25 +27,40 @@ if not torch.cuda.is_available():
 def pytest_collection_modifyitems(items):
     """All but each n-th case of a test that is marked ``sample(n)`` are nightly ones; what one_isa says of the rest.
 
-    A test with several parameters has a case for each combination of their values. On a lesser CPU each value is in one
-    case at least: in the first that has it, beside the first values of the other parameters.
+    A test with several parameters has a case for each combination of their values. Each value is in one case at least,
+    every day (each n-th case has the same value of a parameter with n of them), and on a lesser CPU: in the first that
+    has it, beside the first values of the other parameters.
     """
-    met: dict[str, int] = {}
-    seen: dict[str, set[tuple[int, str]]] = {}
+    tests: dict[str, list[pytest.Item]] = {}
     for item in items:
-        test = item.nodeid.partition("[")[0]
-        mark = item.get_closest_marker("sample")
-        if mark is not None:
-            at = met[test] = met.get(test, -1) + 1
-            if at % mark.args[0]:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in tests.values():
+        if (mark := cases[0].get_closest_marker("sample")) is not None:
+            sampled(cases, mark.args[0])
+        seen: set[tuple[int, str]] = set()
+        for item in cases:
+            if item.get_closest_marker("nightly") is None:
+                if values_of(item) <= seen:
+                    item.add_marker(pytest.mark.one_isa)
+                seen |= values_of(item)
+
+
+def sampled(cases, each):
+    """Marks as nightly what is neither each ``each``-th case nor the first with a value that none of those has."""
+    left = [item for item in cases[::each] if item.get_closest_marker("nightly") is None]
+    kept = set().union(*map(values_of, left))
+    for number, item in enumerate(cases):
+        if number % each:
+            if len(values_of(item)) < 2 or values_of(item) <= kept:
                 item.add_marker(pytest.mark.nightly)
-        if item.get_closest_marker("nightly") is None:
-            # one name for each ``parametrize`` and each fixture with parameters; absent in another version of pytest
-            values = set(enumerate(getattr(getattr(item, "callspec", None), "_idlist", [item.nodeid])))
-            before = seen.setdefault(test, set())
-            if values <= before:
-                item.add_marker(pytest.mark.one_isa)
-            before |= values
+            elif item.get_closest_marker("nightly") is None:
+                kept |= values_of(item)
+
+
+def values_of(item):
+    """The number of each parameter of a test, and its value's name: one for each ``parametrize`` and each fixture with
+    parameters; absent in another version of pytest."""
+    return set(enumerate(getattr(getattr(item, "callspec", None), "_idlist", [item.nodeid])))
 
 
 _modules = 0

@@ -76,7 +76,7 @@ def granite():
 def switch():
     """The same of a model with an encoder and a decoder, which returns a cache of both."""
     config = transformers.SwitchTransformersConfig(
-        vocab_size=128, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1,
+        vocab_size=128, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_decoder_layers=1, num_sparse_encoder_layers=1,
         num_sparse_decoder_layers=1, num_heads=2, num_experts=4, expert_capacity=64, decoder_start_token_id=0,
     )  # fmt: skip
     inputs = encoded()

@@ -11,7 +11,7 @@ from torch import nn
 import moeopt
 from tests.zoo import CASES
 
-PAIRS = 400 if os.environ.get("MOEOPT_NIGHTLY") == "1" else 4
+PAIRS = 400 if os.environ.get("MOEOPT_NIGHTLY") == "1" else 2
 
 
 def in_a_row(case):

@@ -71,6 +71,15 @@ def test_the_metadata_says_who_where_and_for_whom():
     assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_one_repository_is_named_everywhere_and_security_says_what_that_name_is_worth():
+    """Whoever publishes the project replaces its address; a file that is forgotten would send reports elsewhere."""
+    files = ("pyproject.toml", "CITATION.cff", ".github/ISSUE_TEMPLATE/config.yml", "SECURITY.md")
+    found = {f: set(re.findall(r"github(?:usercontent)?\.com/([\w-]+/[\w-]+)", (ROOT / f).read_text())) for f in files}
+    (name,) = set().union(*found.values())
+    assert all(found.values()), found
+    assert f"The address in the package's metadata, `github.com/{name}`" in (ROOT / "SECURITY.md").read_text()
+
+
 @pytest.mark.parametrize("name", ["ci", "docs", "release"])
 def test_workflows_pin_their_actions_and_may_do_no_more_than_they_must(name):
     workflow = yaml_of(f".github/workflows/{name}.yml")

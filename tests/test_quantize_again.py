@@ -22,6 +22,7 @@ class Swiglu(nn.Module):
         return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("groups", [None, "coactivation"])
 @pytest.mark.parametrize("method", ["nearest", "gptq"])
 def test_an_engine_of_a_dense_ffn_in_groups(method, groups):

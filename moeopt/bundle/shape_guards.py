@@ -73,8 +73,8 @@ def only_asked(conditions: Sequence[Any], asked: Sequence[Any]) -> list[Any]:
 
     Ops of a graph do both at run time. ``asked`` are the conditions that the model's own code raised.
     """
-    meant = [_upright(condition) for condition in asked]
-    return [c for c in conditions if not _special(_upright(c)) or _upright(c) in meant]
+    meant = [upright(condition) for condition in asked]
+    return [c for c in conditions if not _special(upright(c)) or upright(c) in meant]
 
 
 def _special(condition: JsonValue) -> bool:
@@ -93,7 +93,7 @@ def _has_remainder(node: FxArg) -> bool:
     return (node[0] == "%" and isinstance(node[2], int)) or any(_has_remainder(child) for child in node[1:])
 
 
-def _upright(condition: JsonValue) -> PyObject:
+def upright(condition: JsonValue) -> PyObject:
     """The sizes on the left, and no factor where the rest is whole: ``a > 1`` for ``4 < 4 * a`` and ``5 < 4 * a``."""
     name, *rest = condition
     if name not in _TURNED or len(rest) != 2:

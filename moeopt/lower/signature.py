@@ -16,6 +16,7 @@ from torch.utils._sympy.printers import PythonPrinter
 from moeopt.bundle import symbols as sizes
 from moeopt.bundle.graph import input_entry, tree_of
 from moeopt.bundle.intervals import simplified
+from moeopt.bundle.settled_sizes import at_least_one, settled
 from moeopt.bundle.shape_guards import encode_conditions, only_asked
 from moeopt.bundle.tree import field_names
 from moeopt.bundle.values import encode
@@ -48,7 +49,7 @@ def describe_call(program: torch.export.ExportedProgram) -> dict[str, Any]:
         "inputs": inputs,
         "sizes": dict.fromkeys(sorted(symbols), [1, None])
         | {s: [max(1, low or 0), high] for s, (low, high) in ranges.items()},
-        "conditions": size_conditions(program),
+        "conditions": [c for c in size_conditions(program) if not at_least_one(c)],
         "outputs": _outputs(program),
     }
 
@@ -75,7 +76,11 @@ def size_conditions(program: torch.export.ExportedProgram) -> list[Any]:
         conditions = only_asked(conditions, asked)
     shapes = dict(_shapes(program))
     conditions = [*conditions, *_computed(shapes, names, encoded)]
-    return simplified(conditions, lambda leaf: [_hint(size) for size in shapes[leaf]])
+
+    def example(leaf: int) -> list[int]:
+        return [_hint(size) for size in shapes[leaf]]
+
+    return simplified(settled(simplified(conditions, example)), example)
 
 
 def _computed(shapes: dict[int, Any], names: dict[str, str], encoded: Callable[[str], list[Any]]) -> list[Any]:

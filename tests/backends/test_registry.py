@@ -132,6 +132,7 @@ def test_what_comes_back_is_checked(tmp_path):
         backend.open(tmp_path)
 
 
+@pytest.mark.one_isa
 def test_a_bundle_of_another_backend_is_refused(toy_bundle):
     with pytest.raises(BundleError, match="it is a bundle for torch: use moeopt.verify"):
         registry.get("onnxruntime").verify(toy_bundle)

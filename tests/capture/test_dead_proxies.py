@@ -24,6 +24,7 @@ def left(how):
     return model
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("how", ["attribute", "container"])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_the_model_is_optimised_as_if_it_held_none(how, inplace):

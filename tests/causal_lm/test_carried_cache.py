@@ -319,7 +319,7 @@ def test_what_the_model_tells_a_layer_by_a_global_tells_layers_apart():
     check(made(WindowOfTheMoment, 6, SettingWindows), [3, 4, 5])
 
 
-@pytest.mark.parametrize("what", ["hook", "eps", "dtype"])
+@pytest.mark.parametrize("what", ["hook", "eps", pytest.param("dtype", marks=pytest.mark.nightly)])
 def test_a_layer_that_only_looks_alike_is_its_own_kind(what):
     model = made(count=5)
     odd = model.layers[3]

@@ -24,7 +24,8 @@ def classifier(layers=1, **more):
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
 def test_an_engine_of_a_classifier_returns_its_cache(backend, tmp_path):
-    model, call = classifier(layers=2)
+    layers = 2 if backend == "torch" else 1
+    model, call = classifier(layers)
     engine = moeopt.optimize(model, call, backend=backend, verify="fast")
     engine.save(tmp_path / "bundle")
     loaded = moeopt.load(tmp_path / "bundle")
@@ -35,7 +36,7 @@ def test_an_engine_of_a_classifier_returns_its_cache(backend, tmp_path):
                 want, got = model(**one), form(**one)
             assert type(got) is type(want) and type(got.past_key_values) is transformers.DynamicCache
             torch.testing.assert_close(got.logits, want.logits)
-            assert len(got.past_key_values.layers) == 2 and got.past_key_values.get_seq_length() == len(
+            assert len(got.past_key_values.layers) == layers and got.past_key_values.get_seq_length() == len(
                 one["input_ids"][0]
             )
             for mine, theirs in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):

@@ -18,12 +18,12 @@ except UsageError as err:
     pytest.skip(str(err), allow_module_level=True)
 
 SIZES = ((2, 9, 5), (1, 3, 1), (7, 1, 4))
-COMMON = dict(vocab_size=60, d_model=16, d_kv=4, d_ff=24, num_heads=4, num_layers=2, decoder_start_token_id=0)
+COMMON = dict(vocab_size=60, d_model=16, d_kv=4, d_ff=24, num_heads=4, num_layers=1, decoder_start_token_id=0)
 
 
 def switch():
     config = transformers.SwitchTransformersConfig(
-        **COMMON, num_decoder_layers=2, num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
+        **COMMON, num_decoder_layers=1, num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1,
         expert_capacity=3,
     )  # fmt: skip
     return transformers.SwitchTransformersForConditionalGeneration(config)

@@ -441,7 +441,7 @@ def test_the_certificate_says_what_else_was_compared(windowed):
 )
 def test_scaled_and_capped_logits(name, fields):
     model = grown(name, **fields)
-    engine = optimized(model, verify="fast")
+    engine = optimized(model, verify="off")
     call = prompt(3, 11, padded=True)
     assert apart(model, engine, call, followed(call, 1)) < ROUNDING
 
@@ -465,7 +465,7 @@ def test_a_users_own_attention_function_stays():
         model.config._attn_implementation = "narrow"
         want = model(ids).logits
     assert (far - want).abs().max() > 100 * ROUNDING
-    assert (optimized(model, verify="fast")(ids).logits - want).abs().max() < ROUNDING
+    assert (optimized(model, verify="off")(ids).logits - want).abs().max() < ROUNDING
 
 
 def test_a_cache_cut_to_its_window_is_refused(windowed):
@@ -503,7 +503,7 @@ def test_padded_rows_are_zeros_without_a_cache_too():
     ids = prompt(2, 9)["input_ids"]
     mask = torch.ones_like(ids)
     call = {"input_ids": ids, "attention_mask": mask, "labels": ids, "use_cache": False}
-    engine = moeopt.optimize(copy.deepcopy(model), call, backend="onnxruntime", verify="fast")
+    engine = moeopt.optimize(copy.deepcopy(model), call, backend="onnxruntime", verify="off")
     padded = mask.clone()
     padded[0, :3] = 0
     with torch.no_grad():
@@ -524,7 +524,7 @@ def test_float64_keeps_the_numbers_of_its_ops():
     ids = torch.arange(12).reshape(2, 6)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(0.02)
-        engine = moeopt.optimize(model, {"input_ids": ids}, backend="onnxruntime", verify="fast")
+        engine = moeopt.optimize(model, {"input_ids": ids}, backend="onnxruntime", verify="off")
         want = model(input_ids=ids).logits
         torch.testing.assert_close(engine(input_ids=ids).logits, want, rtol=1e-13, atol=1e-13 * float(want.abs().max()))
 

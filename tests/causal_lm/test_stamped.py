@@ -137,7 +137,8 @@ class Begins(MixtralRotaryEmbedding):
         return super().forward(x, position_ids)
 
 
-@pytest.mark.parametrize("verify", ["fast", pytest.param("off", marks=pytest.mark.nightly)])
+@pytest.mark.nightly  # the home-made layers of tests/lower/test_stamps.py are of this kind
+@pytest.mark.parametrize("verify", ["fast", "off"])
 def test_layers_that_differ_in_what_nobody_watches(verify, traces):
     model = built("mixtral", 3, num_local_experts=2, num_experts_per_tok=1)
     for layer in model.model.layers:

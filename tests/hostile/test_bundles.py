@@ -21,7 +21,7 @@ from tests.hostile.mutants import mutants
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("load", "verify", "info")
 ALL = made()
-IN_CI = 40
+IN_CI = 20
 
 
 def tried(jobs: list[list[str]], module: str = "tests.hostile.zygote") -> list[dict[str, Any]]:

@@ -88,16 +88,22 @@ class Counted(nn.Module):
 
 
 SEQUENCES, IMAGES = seeded(4, 3, 6), seeded(4, 4, 5, 5)
+CHOOSING = [(Sequences, SEQUENCES), (Images, IMAGES), (LeftEarly, IMAGES), (Means, SEQUENCES), (Counted, SEQUENCES)]
 
 
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom", "ignore:The tensor attributes")
-@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
 @pytest.mark.parametrize(
-    ("kind", "x"),
-    [(Sequences, SEQUENCES), (Images, IMAGES), (LeftEarly, IMAGES), (Means, SEQUENCES), (Counted, SEQUENCES)],
+    ("kind", "x", "backend"),
+    [
+        *[(kind, x, "onnxruntime") for kind, x in CHOOSING],
+        *[
+            pytest.param(kind, x, "torch", marks=() if kind in (Sequences, Counted) else pytest.mark.nightly)
+            for kind, x in CHOOSING
+        ],
+    ],
 )
 @torch.no_grad()
-def test_rows_that_data_choose_may_be_none(tmp_path, backend, kind, x):
+def test_rows_that_data_choose_may_be_none(tmp_path, kind, x, backend):
     if backend == "onnxruntime":
         pytest.importorskip("onnxruntime")
     torch.manual_seed(0)

@@ -102,7 +102,7 @@ def build(cls):
     return cls().eval()
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("cls", [Sequences, Length, ATruth, Stored, NotAny, Item, Picked, OneHot])
 def test_a_declined_block_that_passes_idle_experts_over_has_an_engine(cls):
     model, x = build(cls), torch.randn(5, 4, D)

@@ -75,6 +75,7 @@ def rows_left(model, x, left):
         return x + (sign * 5 - model.router(x)) * model.router.weight / model.router.weight.square().sum()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cls", [Depths, Counts, AtLeastOne, LeavesEarly, Nested])
 def test_an_engine_passes_the_rows_that_are_left_and_none_where_there_are_none(cls):
     model, x = build(cls), torch.randn(2, 6, D)

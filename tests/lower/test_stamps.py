@@ -98,7 +98,7 @@ def check(model, x, traces=(0, 1)):
         assert_same(program.module()(x), model(x), exact=True)
 
 
-@pytest.mark.parametrize("count", [4, 12])
+@pytest.mark.parametrize("count", [4, 8])
 def test_the_number_of_traced_layers_does_not_grow_with_depth(count):
     check(*made(Tower(count)))
 
@@ -121,7 +121,7 @@ def test_the_same_holds_for_saving_an_optimised_model_and_for_an_engine(tmp_path
         kind = Experts
 
     counts = {}
-    for count in (3, 6):
+    for count in (3, 4):
         model, x = made(Deep(count))
         opt = moeopt.optimize(model, x, verify="fast")
         assert sum(b.status == "rewritten" and b.kind == "moe" for b in opt.report.blocks) == count
@@ -136,7 +136,7 @@ def test_the_same_holds_for_saving_an_optimised_model_and_for_an_engine(tmp_path
             x = torch.randn(*size, H)
             assert_same(loaded(x), opt(x), exact=True)
             torch.testing.assert_close(engine(x), model(x), rtol=1e-4, atol=1e-5)
-    assert counts[3] == counts[6] and counts[3][0] == 2
+    assert counts[3] == counts[4] and counts[3][0] == 2
 
 
 class Loop(nn.Module):

@@ -108,6 +108,7 @@ def test_torch_compile_fullgraph(backend, stacked):
         torch.testing.assert_close(g, w, rtol=0, atol=16 * torch.finfo(w.dtype).eps * w.abs().max().item())
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize("strict", (True, False))
 def test_torch_export_is_one_node_with_a_dynamic_token_count(strict):
     block = Block(SPECS[0]).eval()

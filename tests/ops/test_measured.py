@@ -184,6 +184,7 @@ def test_answers_of_another_cpu_kernel_are_not_believed(monkeypatch, tmp_path):
         measured._cpu.cache_clear()
 
 
+@pytest.mark.one_isa
 def test_two_processes_and_many_writers_leave_a_whole_file(folder):
     code = (
         "import sys; from moeopt.ops.measured import fastest\n"

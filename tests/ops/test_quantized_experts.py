@@ -239,6 +239,7 @@ def test_a_bundle(tmp_path, forms, as_stack):
 
 
 @pytest.mark.sample(2)
+@pytest.mark.one_isa  # text
 @pytest.mark.parametrize(
     ("old", "new", "text"),
     [

@@ -43,6 +43,7 @@ def test_the_rewritten_block_does_what_its_own_code_does(block):
             torch.testing.assert_close(got, want)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_bundle_gives_the_same_or_stops(block, tmp_path):
     model = made(block)

@@ -32,8 +32,16 @@ class Around(nn.Module):
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
-@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
-@pytest.mark.parametrize("wrap", [PARALLEL, nn.DataParallel, Around])
+@pytest.mark.parametrize(
+    ("wrap", "backend"),
+    [
+        *[(PARALLEL, "onnxruntime"), (nn.DataParallel, "torch"), (Around, "onnxruntime")],
+        *[
+            pytest.param(wrap, backend, marks=pytest.mark.nightly)
+            for wrap, backend in ((PARALLEL, "torch"), (nn.DataParallel, "onnxruntime"), (Around, "torch"))
+        ],
+    ],
+)
 def test_a_model_in_a_wrapper_of_data_parallelism_is_taken(group, tmp_path, wrap, backend):
     if backend == "onnxruntime":
         pytest.importorskip("onnxruntime")

@@ -60,6 +60,7 @@ STEPS = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("name", "devices"), FITS)
 def test_what_fits_and_what_is_sent(name, devices):
     for dtype, (together, thousands) in FITS[name, devices].items():

@@ -15,8 +15,9 @@ from tests.property.spec import Expert, Program, Router
 from tests.property.wide import config_programs, engine_programs, wide_programs
 
 NIGHTLY = os.environ.get("MOEOPT_NIGHTLY") == "1"
-TORCH, CONFIGS, ENGINES = (1000, 100, 500) if NIGHTLY else (12, 4, 20)
+TORCH, CONFIGS, ENGINES = (1000, 100, 500) if NIGHTLY else (8, 4, 10)
 DRAWS = 300
+ON_INPUTS = "slot_where", "slot_loop", "hit_loop", "split"
 
 
 def obey(p, backend, number):
@@ -40,12 +41,13 @@ def test_engine(number):
     obey(drawn_one(engine_programs(), number), "onnxruntime", number)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", FAULTS)
 def test_no_fault_of_a_known_kind(name):
     fault = FAULTS[name]
     if fault.backend == "onnxruntime":
         pytest.importorskip("onnxruntime")
-    obey(fault.program, fault.backend, 0)
+    obey(fault.program, fault.backend, list(FAULTS).index(name))
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +68,16 @@ def test_each_kind_of_fault_can_be_met(name, many):
     assert met >= 3, f"{met} of {DRAWS} programs could show that {name}"
 
 
-@pytest.mark.parametrize("form", ["slot_where", "slot_loop", "hit_loop", "split"])
-@pytest.mark.parametrize("verify", ["fast", "strict"])
+@pytest.mark.parametrize(
+    ("form", "verify"),
+    [
+        *[(form, "fast" if number % 2 else "strict") for number, form in enumerate(ON_INPUTS)],
+        *[
+            pytest.param(form, "strict" if number % 2 else "fast", marks=pytest.mark.nightly)
+            for number, form in enumerate(ON_INPUTS)
+        ],
+    ],
+)
 def test_a_weight_that_is_one_on_every_probe_stays_where_it_multiplies(form, verify):
     """Renormalised over one expert, on the experts' inputs: likely rows do not show what unlikely ones do."""
     router = Router("score_topk", score="sigmoid", renormalize="sum+1e-9")

@@ -80,6 +80,7 @@ def test_a_good_block_breaks_no_law(block):
     check_block(block, block.copy())
 
 
+@pytest.mark.one_isa  # what a graph looks like
 @pytest.mark.parametrize(("breach", "text"), BREACHES.values(), ids=BREACHES)
 def test_a_breach_is_named(block, breach, text):
     breach(block)

@@ -102,6 +102,7 @@ def same(a, b):
         torch.testing.assert_close(a(X), b(X), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("make", "new"),
     [

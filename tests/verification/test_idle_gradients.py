@@ -72,6 +72,7 @@ def without_gradient(model):
     return {name for name, p in model.named_parameters() if p.grad is None}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("block", "idle"),
     [(Block, E - K), (LoopOverHit, E - K), (LoopOverAll, 0), (OutputsOfAll, 0), (Stacked, 0)],

@@ -1,12 +1,14 @@
 """Every zoo model runs on its own calls and gives the same answer twice."""
 
+import os
+
 import pytest
 import torch
 
 from tests.helpers import run, tensors
 from tests.zoo import CASES
 
-FRESH = 4
+FRESH = 4 if os.environ.get("MOEOPT_NIGHTLY") == "1" else 1
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

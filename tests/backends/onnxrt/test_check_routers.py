@@ -188,10 +188,13 @@ DAMAGES = [
 ]
 
 
+MORE = pytest.mark.one_isa, pytest.mark.nightly
+
+
 @pytest.mark.parametrize(
     ("damage", "rows", "deep"),
     [
-        pytest.param(damage, rows, deep, marks=pytest.mark.nightly if deep and damage is not drop_epsilon else ())
+        pytest.param(damage, rows, deep, marks=() if damage is drop_epsilon else MORE[deep])
         for damage, rows in DAMAGES
         for deep in (False, True)
     ],

@@ -37,6 +37,7 @@ class Logits(torch.nn.Module):
         return self.model(input_ids=input_ids, use_cache=False, **more).logits
 
 
+@pytest.mark.one_isa  # a language model's engine; the zoo's are compared there
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - REFUSED) if NIGHTLY else SAMPLE)
 def test_family_engine(name):
     family = FAMILIES[name]

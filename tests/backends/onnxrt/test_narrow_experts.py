@@ -44,7 +44,7 @@ def exact_forward(self, x):
     return x + y.view_as(x)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.one_isa)], ids=str)
 def test_the_engine_is_no_further_from_float64_than_the_model(dtype):
     def build():
         torch.manual_seed(0)
@@ -65,6 +65,7 @@ def test_the_engine_is_no_further_from_float64_than_the_model(dtype):
     )
 
 
+@pytest.mark.one_isa  # float16 overflows on every CPU
 @pytest.mark.parametrize("options", [{}, {"quantize": "int8"}], ids=["floats", "codes"])
 def test_what_overflows_float16_stays_finite_and_that_is_told(options):
     """Experts that read float16 rows, whose products are beyond its range."""

@@ -356,6 +356,7 @@ def test_a_graph_that_stops_in_a_run_falls_back_with_a_warning(bundle):
     right(engine)
 
 
+@pytest.mark.one_isa
 def test_a_large_plain_graph_is_compared_without_packed_copies(monkeypatch):
     from moeopt.backends.onnxrt import backend, open_engine
 

@@ -407,6 +407,7 @@ class Striding(nn.Module):
         return x + self.w.as_strided((x.shape[0], H), (H, 1), 0)
 
 
+@pytest.mark.one_isa
 @pytest.mark.parametrize(
     ("model", "text"),
     [

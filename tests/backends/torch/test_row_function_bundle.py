@@ -9,8 +9,14 @@ import moeopt
 from tests.helpers import assert_same, run
 from tests.zoo import CASES
 
+NAMES = [
+    "row_adapters",
+    pytest.param("row_stacked_bank_with_norm", marks=pytest.mark.one_isa),
+    "row_norm_inside_bfloat16",
+]
 
-@pytest.mark.parametrize("name", ["row_adapters", "row_stacked_bank_with_norm", "row_norm_inside_bfloat16"])
+
+@pytest.mark.parametrize("name", NAMES)
 def test_saved_and_loaded(name, tmp_path):
     case = CASES[name]
     opt = moeopt.optimize(case.build(), case.inputs()[0])

@@ -167,6 +167,7 @@ def test_expert_parallel_sentinels_add_nothing():
     assert not outputs[0][1].any()
 
 
+@pytest.mark.one_isa
 @pytest.mark.skipif(not OBJECTS_ARE_CONSTANTS, reason="torch.compile of this torch runs the library's grouped_mm")
 def test_a_whole_model_compiles_and_exports():
     from transformers import AutoModelForCausalLM, MixtralConfig

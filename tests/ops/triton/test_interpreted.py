@@ -54,8 +54,9 @@ def test_every_field_of_the_spec_with_many_pairs(case):
     agree(case, MANY)
 
 
-@pytest.mark.parametrize("few", (FEW, MANY))
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("T", (1, 15, 16, 17, 70))
+@pytest.mark.parametrize("few", (FEW, MANY))
 def test_rows_around_a_tile(T, few):
     agree(make(ExpertsSpec(rows="separate"), T=T, E=3, K=2, dtype=torch.float32, stacked=False, seed=T), few)
 
@@ -90,8 +91,9 @@ def test_ids_of_any_dtype_where_each_of_its_values_is_an_expert(few, dtype):
     agree(case, few)
 
 
-@pytest.mark.parametrize("few", (FEW, MANY))
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("e", (0, 39, -3))
+@pytest.mark.parametrize("few", (FEW, MANY))
 def test_all_tokens_on_one_expert_or_on_none(few, e):
     case = make(ExpertsSpec(), T=20, E=40, K=1, dtype=torch.float32)
     case.ids = torch.full((20, 1), e)
@@ -276,6 +278,7 @@ FORMULAS = {  # how many of float32's eps the relative error may be where |x| <=
 EPS, SMALLEST = 1.2e-7, 1.2e-38
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", FORMULAS)
 def test_activations_over_the_whole_range(name):
     """One expert, W the identity: what comes out is the activation itself."""

@@ -124,7 +124,7 @@ def test_what_a_call_holds_and_multiplies_is_counted(rows):
     assert 4 * 2000 * (96 + 2 * 32 + 32 + 96) <= found.bytes <= 8 * 2000 * (96 + 2 * 32 + 32 + 96)
 
 
-@pytest.mark.parametrize("format", ["int4", "int8"])
+@pytest.mark.parametrize("format", ["int4", pytest.param("int8", marks=pytest.mark.one_isa)])
 def test_an_engine_runs_codes_in_the_kernel_and_its_bundle_too(format, monkeypatch, tmp_path):
     choose_native(monkeypatch)
     made = moeopt.optimize(net(), call(), backend="onnxruntime", quantize=format, verify="fast")
