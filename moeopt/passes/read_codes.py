@@ -14,11 +14,17 @@ Numerics   ROUNDING: products with codes, whose sums are multiplied by the scale
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import nn
+
 from moeopt.errors import Declined
 from moeopt.ir.coded_function import CodedFunction
 from moeopt.ir.row_function import RowFunction
+from moeopt.ir.weight_refs import SlotRefs, tensor_at
 from moeopt.ops.native.library import library
 from moeopt.ops.native.matrices import reads_codes
+from moeopt.ops.quantized_weight import zeros_beyond
 from moeopt.passes.base import Level
 from moeopt.recognise.coded_function import coded_function
 from moeopt.rewrite.block_graph import BlockGraph
@@ -47,8 +53,19 @@ class ReadCodes:
                 continue
             if not self.any_format and (reason := why_no_kernel(found)):
                 raise Declined(reason)
+            if block.root is not None and (reason := _zeros_beyond(block.root, block.weights[index].experts, found)):
+                raise Declined(reason)
             block.coded[index] = found
         return len(block.coded)
+
+
+def _zeros_beyond(root: nn.Module, experts: Sequence[SlotRefs], coded: CodedFunction) -> str:
+    """Why the zero points that the module holds are none of the format, a sentence; "" where they are."""
+    for matrix in (m for m in coded.matrices if m.zeros is not None):
+        for path in dict.fromkeys(ref.slots[matrix.zeros.slot].path for ref in experts if matrix.zeros is not None):
+            if beyond := zeros_beyond(tensor_at(root, path), matrix.format):
+                return f"{path}: {beyond}, so its codes are of no format"
+    return ""
 
 
 def why_no_kernel(coded: CodedFunction) -> str:
