@@ -75,8 +75,9 @@ def why_no_kernel(coded: CodedFunction) -> str:
     for one in coded.matrices:
         if not reads_codes(one.format):
             return (
-                f"its experts are {one.format}, and the kernel in C++ reads int8 codes and 4-bit codes about 8, low "
-                "nibble first, with scales for each row and no zero points; an ONNX Runtime engine takes others too"
+                f"its experts are {one.format}, and the kernel in C++ reads int8 codes, 8-bit codes about 128, and "
+                "4-bit codes about 8, low nibble first, with scales for each row and no zero points; an ONNX Runtime "
+                "engine takes others too"
             )
         if not one.in_rows:
             return (

@@ -154,7 +154,7 @@ class ZeroPointsOfRows(Channel):
 class Unsigned(Channel):
     """Unsigned codes about 128."""
 
-    format, kernel = "uint8 (uint8, one float32 scale per channel)", False
+    format = "uint8 (uint8, one float32 scale per channel)"
 
     @staticmethod
     def make(out, into, g):

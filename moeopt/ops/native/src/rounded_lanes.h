@@ -12,9 +12,10 @@ inline __m256i codes_at(const char *at) {
   if constexpr (C::SIZE == 16) {
     const __m128i w = _mm_loadu_si128((const __m128i *)at);
     return _mm256_and_si256(_mm256_inserti128_si256(_mm256_castsi128_si256(w), _mm_srli_epi16(w, 4), 1), _mm256_set1_epi8(15));
+  } else {
+    const __m256i w = _mm256_loadu_si256((const __m256i *)at);
+    return C::SHIFTED ? _mm256_xor_si256(w, _mm256_set1_epi8((char)0x80)) : w;
   }
-  const __m256i w = _mm256_loadu_si256((const __m256i *)at);
-  return MOEOPT_VNNI ? _mm256_xor_si256(w, _mm256_set1_epi8((char)0x80)) : w;
 }
 
 // block b of eight rows of K codes; those behind K are any

@@ -65,6 +65,10 @@ struct Bytes {
   static constexpr int SIZE = 32;  // bytes of a block
   static constexpr int32_t ZERO = MOEOPT_VNNI ? 128 : 0;
   static constexpr bool SIGNS = !MOEOPT_VNNI;
+  static constexpr bool SHIFTED = MOEOPT_VNNI;  // by 128 from what is stored, which flips the highest bit
+};
+struct BytesAbout128 : Bytes {
+  static constexpr bool SHIFTED = !MOEOPT_VNNI;
 };
 struct Nibbles {
   static constexpr int SIZE = 16;
