@@ -84,6 +84,7 @@ class CodedFunction:
         spec: the function.
         w_in, w_out: the matrices, one or two (gate, up) first ones.
         b_in, b_out: biases, which are floats.
+        dtype: of the rows that the matrices multiply.
     """
 
     spec: ExpertsSpec
@@ -91,6 +92,7 @@ class CodedFunction:
     w_out: CodedMatrix
     b_in: tuple[SlotPart | None, ...]
     b_out: SlotPart | None
+    dtype: torch.dtype
 
     @property
     def matrices(self) -> tuple[CodedMatrix, ...]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from moeopt.errors import Declined
@@ -51,7 +52,8 @@ class ReadCodes:
             found = coded_function(spec) if isinstance(spec, RowFunction) else None
             if found is None:
                 continue
-            if not self.any_format and (reason := why_no_kernel(found)):
+            reason = why_no_product(found) if self.any_format else why_no_kernel(found)
+            if reason:
                 raise Declined(reason)
             if block.root is not None and (reason := _zeros_beyond(block.root, block.weights[index].experts, found)):
                 raise Declined(reason)
@@ -68,8 +70,17 @@ def _zeros_beyond(root: nn.Module, experts: Sequence[SlotRefs], coded: CodedFunc
     return ""
 
 
+def why_no_product(coded: CodedFunction) -> str:
+    """Why nothing multiplies by these codes, here or in an engine, a sentence; "" where something does."""
+    if torch.float64 not in (coded.dtype, *(one.format.scale_dtype for one in coded.matrices)):
+        return ""
+    return "its experts are codes with products or scales in float64, and kernels that read codes have those of 32 bits"
+
+
 def why_no_kernel(coded: CodedFunction) -> str:
     """Why the kernel in C++ does not read these codes, a sentence; "" where it does."""
+    if reason := why_no_product(coded):
+        return reason
     if library() is None:
         return "there is no kernel in C++ here, and PyTorch has none that reads codes"
     for one in coded.matrices:

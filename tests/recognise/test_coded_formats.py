@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import moeopt
+from moeopt.distributed.install import expert_ops
+from moeopt.distributed.parts import OwnWeight
 from moeopt.errors import StaleModelWarning
 from moeopt.ops.native import dispatch
 from moeopt.ops.native.library import library
@@ -665,3 +667,39 @@ def test_bits_that_are_no_codes_are_told():
     assert (
         entry.reason == "an expert's view reads the bits of a weight as torch.bfloat16; hold the weight in that dtype"
     )
+
+
+class InItsDtype(Channel):
+    """In the dtype of the rows."""
+
+    @staticmethod
+    def floats(w, x):
+        return w.q.to(x.dtype) * w.s
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_products_in_float64_stay_a_function_of_a_row(backend):
+    """An engine of codes was built and refused, for it computes in 32 bits; on torch the kernel refused each call."""
+    torch.manual_seed(0)
+    model, x = Listed(InItsDtype).double().eval(), torch.randn(9, H).double()
+    opt = moeopt.optimize(model, x, backend=backend, verify="fast")
+    (record,) = [r for r in opt.report.passes if r.name == "read_codes"]
+    assert record.reason.startswith("its experts are codes with products or scales in float64") and not record.fired
+    with torch.no_grad():
+        torch.testing.assert_close(opt(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+@NATIVE
+def test_codes_are_divided_among_ranks_where_they_are_parameters():
+    torch.manual_seed(0)
+    model, notes = Listed(Channel).eval(), []
+    opt = moeopt.optimize(model, torch.randn(9, H), verify="off")
+    says = "experts.0.gate.q: it is a buffer or an attribute; make it a Parameter (requires_grad=False for codes)"
+    assert list(expert_ops(opt.model, notes)) == [] and notes == [f"Listed is not divided: {says}"]
+    for layer in [layer for layer in model.modules() if isinstance(layer, CodedLinear)]:
+        for name in ("q", "s"):
+            held = getattr(layer, name)
+            delattr(layer, name)
+            setattr(layer, name, nn.Parameter(held, requires_grad=False))
+    (op,) = expert_ops(moeopt.optimize(model, torch.randn(9, H), verify="off").model, notes)
+    assert len(op.weights) == 6 * E and all(isinstance(w, OwnWeight) for w in op.weights)
