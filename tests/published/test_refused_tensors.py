@@ -56,6 +56,26 @@ UNREAD = {
         {"x.weight_packed": torch.zeros(4, 8, dtype=torch.uint8), "x.weight_scale": torch.zeros(4, 1)}, CT,
         "x.weight_packed is torch.uint8 (4, 8), without x.weight_shape; packed weights are read as 2-D int32",
     ),
+    "nvfp4 by its config": (
+        layouts.pack_quantized("x", 8, 64, 4, 32)[0], CT | {"format": "nvfp4-pack-quantized"},
+        "x.weight_packed may be of the format NVFP4, 4-bit floats with FP8 scales, that config.json names",
+    ),
+    "a format of one of its groups": (
+        layouts.pack_quantized("x", 8, 64, 4, 32)[0], CT | {"config_groups": {"g": {"format": "marlin-24"}}},
+        "x.weight_packed may be of the format 'marlin-24' that config.json names; pack-quantized is read",
+    ),
+    "nvfp4 of modelopt": (
+        {"x.weight": torch.zeros(4, 8, dtype=torch.uint8), "x.weight_scale": torch.ones(4, 1).to(torch.float8_e4m3fn)},
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "x.weight is NVFP4, two 4-bit floats in a byte with FP8",
+    ),
+    "mxfp4 under the name of a weight": (
+        {"x.weight": torch.zeros(4, 16, dtype=torch.uint8), "x.weight_scale": torch.zeros(4, 1, dtype=torch.uint8)},
+        {"quant_method": "quark"}, "x.weight is MXFP4 under the name of a weight; MXFP4 is read as ..._blocks and",
+    ),
+    "codebooks": (
+        {"x.codes": torch.zeros(4, 8, 1, dtype=torch.int8), "x.codebooks": torch.ones(1, 256, 1, 8)},
+        {"quant_method": "aqlm"}, "x.codes holds codes (torch.int8) as aqlm has them, which is not read",
+    ),
     "eetq": (
         {"x.weight": torch.ones(4, 8, dtype=torch.int8), "x.weight_scales": torch.ones(8)}, {"quant_method": "eetq"},
         "x.weight holds codes (torch.int8), and x.weight_scales may be their scale; 8-bit weights are read with",
