@@ -102,7 +102,30 @@ def quantised_tensors(files: TensorFiles, config: Mapping[str, Any]) -> Quantise
             found.unread[module or name] = str(err)
             continue
         found.matrices |= {m.label: m for m in made}
+    _check_beside(files, found, config)
     return found
+
+
+def _check_beside(files: TensorFiles, found: QuantisedTensors, config: Mapping[str, Any]) -> None:
+    """``CheckpointError`` where a matrix lacks the tensor beside its codes that the others, or the config, say it has.
+
+    Without its zero points or the order of its columns a matrix can be read all the same, as another one.
+    """
+    if len(weights_of(config)) > 1 or config.get("dynamic"):  # settings by module
+        return
+    ordered = config.get("desc_act") is True or any(w.get("actorder") in (True, "group") for w in weights_of(config))
+    for codes, beside, stated in (
+        ("weight_packed", "weight_zero_point", False), ("weight", "weight_zero_point", False),
+        ("weight_packed", "weight_g_idx", ordered), ("qweight", "g_idx", ordered),
+    ):  # fmt: skip
+        modules = [m.name for m in found.matrices.values() if m.tensors[0] == f"{m.name}.{codes}"]
+        absent = [name for name in modules if f"{name}.{beside}" not in files]
+        if absent and (stated or len(absent) < len(modules)):
+            says = "config.json says that there is one" if stated else "other matrices have one"
+            raise CheckpointError(
+                f"{absent[0]}.{beside} is in no file, and {says}: a file is missing, or the index that names it is of "
+                "another version; fetch the files again"
+            )
 
 
 def _lacks_a_scale(files: TensorFiles, name: str, config: Mapping[str, Any]) -> bool:
