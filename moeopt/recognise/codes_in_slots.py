@@ -150,10 +150,12 @@ def _name(guess: _Guess, block: tuple[int | None, int | None], symmetric: bool) 
 
 
 def _zero_point(probe: _SlotProbe) -> int | None:
-    """What codes of zero stand for with scales of one and zero points of zero, less; None where they differ."""
+    """What codes of zero stand for with scales of one and zero points of zero, less; None where they differ, or where
+    no code stands for zero."""
     value = probe(probe.uniform(0), probe.ones())
     first = -float(value.flatten()[0])
-    known = first.is_integer() and bool((value == -first).all())
+    most = 14 if probe.guess.packed else 254  # another code is one more
+    known = first.is_integer() and 0 <= first <= most and bool((value == -first).all())
     return int(first) if known else None
 
 

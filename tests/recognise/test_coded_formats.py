@@ -453,7 +453,22 @@ class Rounded(Channel):
         return (w.q.bfloat16() * w.s.bfloat16()).float()
 
 
-@pytest.mark.parametrize("how", [Clamped, Wrapped, Halves, Rounded], ids=lambda c: c.__name__)
+class FourInAWord(Channel):
+    """GPTQ's 8 bits: four codes about 128 in a word, down the inputs, shifted by a buffer."""
+
+    @staticmethod
+    def make(out, into, g):
+        q = torch.randint(0, 256, (into // 4, out, 4), generator=g, dtype=torch.uint8).view(torch.int32)[..., 0]
+        held = {"q": q, "s": scale(into // 16, out, g=g)}
+        return held | {"w": torch.arange(0, 32, 8, dtype=torch.int32)}
+
+    @staticmethod
+    def floats(w, x):
+        q = ((w.q[:, None, :] >> w.w[None, :, None]) & 255).flatten(0, 1)
+        return ((q.float() - 128).unflatten(0, (-1, 16)) * w.s[:, None]).flatten(0, 1).t()
+
+
+@pytest.mark.parametrize("how", [Clamped, Wrapped, Halves, Rounded, FourInAWord], ids=lambda c: c.__name__)
 def test_what_no_format_says_to_the_bit_stays_a_function_of_a_row(how, monkeypatch):
     monkeypatch.setattr("moeopt.pipeline.block.check_pays", lambda found: None)
     torch.manual_seed(0)
