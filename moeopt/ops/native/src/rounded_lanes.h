@@ -121,6 +121,12 @@ inline void turn_scales(float *to, int32_t *zeros, const View &v, const int64_t 
   for (int i = 0; i < LANES; i++)
     for (int64_t at = 0; at < (v.block == ROW_BLOCK ? count * size : 1); at += 64)
       __builtin_prefetch((const char *)v.scales + ((row[i] + ahead) * v.ss + first * ROW_BLOCK / v.block) * size + at, 0, 2);
+  if (!v.zeros && (first + count - 1) * ROW_BLOCK < v.block) {  // one scale for all of a row
+    alignas(64) float of_row[LANES];
+    for (int i = 0; i < LANES; i++) of_row[i] = scale_at(v, row[i], 0);
+    for (int64_t b = 0; b < count; b++) memcpy(to + b * LANES, of_row, sizeof of_row);
+    return;
+  }
 #if MOEOPT_VNNI
   if (apart && v.scale_dtype == MOEOPT_F32 && v.block == ROW_BLOCK && !v.zeros) {
     const float *at = (const float *)v.scales + row[0] * v.ss + first;
