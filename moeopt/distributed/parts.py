@@ -79,7 +79,7 @@ def _divided(
     parent, _, key = path.rpartition(".")
     parameter = module.get_submodule(parent)._parameters.get(key)
     if parameter is None:
-        return WholeWeight(path, "it is a buffer or an attribute, no Parameter")
+        return WholeWeight(path, "it is a buffer or an attribute; make it a Parameter (requires_grad=False for codes)")
     if id(parameter) in shared:
         return WholeWeight(path, "the model has it under several names")
     if path in others or any(path == k or path.startswith(f"{k}.") for k in kept):

@@ -26,18 +26,21 @@ class SlotPart:
         slot: the number of the slot.
         part: which region of the tensor; its ``path`` is empty.
         shape: what it is expanded to.
-        dtype: the dtype that it is handed out in. Words of more bits that hold packed codes are read as bytes.
+        dtype: the dtype that it is handed out in.
+        bits: whether the bits of the tensor are codes of ``dtype``, in whatever dtype a module stores them; ``part`` is
+            a region of the codes then.
     """
 
     slot: int
     part: PartRef
     shape: tuple[int, ...]
     dtype: torch.dtype
+    bits: bool = False
 
     def read(self, tensor: Tensor) -> Tensor:
         """The region of ``tensor``: a view, but where dtypes differ or words do not lie side by side."""
-        if self.dtype is torch.uint8 and tensor.dtype in (torch.int32, torch.int16):
-            tensor = tensor.contiguous().view(torch.uint8)
+        if self.bits and tensor.dtype is not self.dtype:
+            tensor = (tensor if tensor.dtype.itemsize == 1 else tensor.contiguous()).view(self.dtype)
         found = self.part.read(tensor)
         return (found if found.shape == self.shape else found.expand(self.shape)).to(self.dtype)
 
@@ -81,6 +84,7 @@ class CodedFunction:
         spec: the function.
         w_in, w_out: the matrices, one or two (gate, up) first ones.
         b_in, b_out: biases, which are floats.
+        dtype: of the rows that the matrices multiply.
     """
 
     spec: ExpertsSpec
@@ -88,6 +92,7 @@ class CodedFunction:
     w_out: CodedMatrix
     b_in: tuple[SlotPart | None, ...]
     b_out: SlotPart | None
+    dtype: torch.dtype
 
     @property
     def matrices(self) -> tuple[CodedMatrix, ...]:

@@ -208,7 +208,7 @@ def _float(name: str) -> WeightFormat:
 
 
 FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = map(_float, ("float64", "float32", "float16", "bfloat16"))
-INT8_CHANNEL = WeightFormat("int8", "int8")
+INT8_CHANNEL, UINT8_CHANNEL = WeightFormat("int8", "int8"), WeightFormat("uint8", "uint8")
 INT8_BLOCK16, INT8_BLOCK32, INT8_BLOCK64, INT8_BLOCK128 = (
     WeightFormat(f"int8-block{n}", "int8", (1, n), "bfloat16") for n in (16, 32, 64, 128)
 )

@@ -137,7 +137,7 @@ class QuantizedExpertWeights(ListedVectors):
 
     def w_in(self, e: int) -> tuple[Tensor, ...]:
         """Expert e's first matrices as floats."""
-        floats = [matrices[e].dequantize(self.dtype) for matrices in self.w_in_q]
+        floats = [w.dequantize(self.dtype) for w in self.codes(e)[0]]
         return tuple(floats if self.layouts[0] == "oi" else [w.t() for w in floats])
 
     def codes(self, e: int) -> tuple[tuple[QuantizedWeight, ...], QuantizedWeight]:
@@ -146,12 +146,22 @@ class QuantizedExpertWeights(ListedVectors):
 
     def w_out(self, e: int) -> Tensor:
         """Expert e's second matrix as floats."""
-        w = self.w_out_q[e].dequantize(self.dtype)
+        w = self.codes(e)[1].dequantize(self.dtype)
         return w if self.layouts[1] == "oi" else w.t()
 
     def stacked(self) -> None:
         """Quantised experts have no float stack."""
         return None
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether one of its tensors does."""
+        floats = [t for part in (*self.b_in_l, self.b_out_l, self.norm_l) for t in part or ()]
+        return any(t is not None and t.requires_grad for t in (*floats, *self.tensors().values()))
+
+    def check_first(self) -> None:
+        """``UsageError`` unless the tensors of the first expert have the sizes that the format says."""
+        self.codes(0)
 
     def check(self, name: str = "the experts") -> None:
         """Refuse scales that are no numbers, of every expert; ``UsageError`` says which."""
@@ -200,13 +210,12 @@ def rounds_rows(bank: object) -> bool:
 
 def check_bank(bank: QuantizedExpertWeights, spec: ExpertsSpec) -> None:
     """Raise a ``UsageError`` where the sizes of the matrices are not those of an expert of ``spec``."""
-    pairs, (_, I) = 2 if spec.rows == "separate" else 1, bank.w_out_q.matrix.shape
+    pairs, (_, I) = 2 if spec.rows == "separate" else 1, bank.format.w_out.shape
     rows = 2 * I if spec.gated and pairs == 1 else I
-    shapes = [m.matrix.shape for m in bank.w_in_q]
-    for matrices in (*bank.w_in_q, bank.w_out_q):
-        matrices[0]  # its tensors have the sizes that its format says
+    shapes = [m.shape for m in bank.format.w_in]
+    bank.check_first()
     if len(shapes) != pairs or any(shape != (rows, shapes[0][1]) for shape in shapes):
         raise UsageError(
-            f"quantised experts with W_in {', '.join(map(str, shapes))} and W_out {bank.w_out_q.matrix.shape} do not "
+            f"quantised experts with W_in {', '.join(map(str, shapes))} and W_out {bank.format.w_out.shape} do not "
             f"compute {spec}: rows {spec.rows!r} need {pairs} W_in of {rows} rows, (out, in) whatever the layout is"
         )

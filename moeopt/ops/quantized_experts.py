@@ -50,7 +50,8 @@ def quantized_experts(
         y_TH: Tensor = op(x_TH, ids_TK, weights_TK, *flatten(bank), spec.text, bank.format.text)
         return y_TH
     if needs_grad:
-        lists = flatten(bank)
+        now = getattr(bank, "now", None)  # a bank that is read anew by each look at a part of it
+        lists = flatten(bank if now is None else now())
         gradients = functools.partial(_gradients_of, [len(part) for part in lists], (spec.text, bank.format.text))
         held = [t for part in lists for t in part]
         return recorded(
@@ -66,8 +67,7 @@ def _needs_grad(x: Tensor, weights: Tensor, bank: QuantizedExpertWeights) -> boo
     """Whether x, the routing weights, or what of the bank is floats, wants a gradient."""
     if not torch.is_grad_enabled():
         return False
-    floats = [t for part in (*bank.b_in_l, bank.b_out_l, bank.norm_l) for t in part or ()]
-    return any(t is not None and t.requires_grad for t in (x, weights, *floats, *bank.tensors().values()))
+    return x.requires_grad or weights.requires_grad or bank.wants_gradient
 
 
 def run(x: Tensor, ids: Tensor, weights: Tensor, bank: QuantizedExpertWeights, spec: ExpertsSpec) -> Tensor:

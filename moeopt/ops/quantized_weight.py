@@ -64,13 +64,16 @@ class QuantizedWeight:
                 )
 
     def check(self, name: str) -> None:
-        """Refuse scales that give no finite float32.
+        """Refuse scales that give no finite float32, and zero points that no code is.
 
         Raises:
-            UsageError: a scale is NaN or infinite, or its block's largest code is beyond float32; ``name`` is told.
+            UsageError: a scale is NaN or infinite, or its block's largest code is beyond float32, or a zero point is
+                beyond the codes; ``name`` is told.
         """
         if self.scales is None or not self.scales.numel():
             return
+        if self.zeros is not None and (beyond := zeros_beyond(self.zeros, self.format)):
+            raise UsageError(f"{name}: {beyond}; the checkpoint is damaged or of another format: quantise it again")
         ends = torch.stack(torch.aminmax(self.scales))[None]  # of many scales, so that nothing of their size is made
         largest = scale_values(ends, self.format, torch.float64).abs().max().item()
         if not math.isfinite(largest):
@@ -125,6 +128,18 @@ class QuantizedWeight:
         """Bytes of its tensors."""
         held = (self.codes, self.scales, self.zeros)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+
+def zeros_beyond(zeros: Tensor, format: WeightFormat) -> str:
+    """Which zero point is no number that a code of ``format`` can be, in words; "" where all are.
+
+    Kernels hold a zero point in the bits of a code, in which any other number would be a wrong one.
+    """
+    info = torch.iinfo(format.code_dtype)
+    least, most = (0, 15) if format.packed else (info.min, info.max)
+    ends = [int(end) for end in torch.aminmax(zeros)] if zeros.numel() else []
+    far = next((end for end in ends if not least <= end <= most), None)
+    return "" if far is None else f"a zero point is {far}, and those of {format.codes} are from {least} to {most}"
 
 
 def code_values(codes: Tensor, format: WeightFormat, columns: int, dtype: torch.dtype) -> Tensor:

@@ -76,6 +76,10 @@ def function_of(graph: str, double: bool = False) -> Callable[..., Tensor]:
             lines.append(f"    v{count + number} = {word(args[0])}[{word(args[1])}]")
             continue
         scope[f"op_{number}"] = _quick(op)
+        if op is torch.ops.aten.view.dtype:  # the bits of codes, whatever is computed with them
+            scope[f"bits_{number}"] = args[1]
+            lines.append(f"    v{count + number} = op_{number}({word(args[0])}, bits_{number})")
+            continue
         given = [*map(word, args), *(f"{k}={word(v)}" for k, v in kwargs.items())]
         lines.append(f"    v{count + number} = op_{number}({', '.join(given)})")
     lines.append(f"    return v{body.out}")

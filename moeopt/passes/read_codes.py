@@ -14,11 +14,18 @@ Numerics   ROUNDING: products with codes, whose sums are multiplied by the scale
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
 from moeopt.errors import Declined
 from moeopt.ir.coded_function import CodedFunction
 from moeopt.ir.row_function import RowFunction
+from moeopt.ir.weight_refs import SlotRefs, tensor_at
 from moeopt.ops.native.library import library
 from moeopt.ops.native.matrices import reads_codes
+from moeopt.ops.quantized_weight import zeros_beyond
 from moeopt.passes.base import Level
 from moeopt.recognise.coded_function import coded_function
 from moeopt.rewrite.block_graph import BlockGraph
@@ -45,21 +52,43 @@ class ReadCodes:
             found = coded_function(spec) if isinstance(spec, RowFunction) else None
             if found is None:
                 continue
-            if not self.any_format and (reason := why_no_kernel(found)):
+            reason = why_no_product(found) if self.any_format else why_no_kernel(found)
+            if reason:
+                raise Declined(reason)
+            if block.root is not None and (reason := _zeros_beyond(block.root, block.weights[index].experts, found)):
                 raise Declined(reason)
             block.coded[index] = found
         return len(block.coded)
 
 
+def _zeros_beyond(root: nn.Module, experts: Sequence[SlotRefs], coded: CodedFunction) -> str:
+    """Why the zero points that the module holds are none of the format, a sentence; "" where they are."""
+    for matrix in (m for m in coded.matrices if m.zeros is not None):
+        for path in dict.fromkeys(ref.slots[matrix.zeros.slot].path for ref in experts if matrix.zeros is not None):
+            if beyond := zeros_beyond(tensor_at(root, path), matrix.format):
+                return f"{path}: {beyond}, so its codes are of no format"
+    return ""
+
+
+def why_no_product(coded: CodedFunction) -> str:
+    """Why nothing multiplies by these codes, here or in an engine, a sentence; "" where something does."""
+    if torch.float64 not in (coded.dtype, *(one.format.scale_dtype for one in coded.matrices)):
+        return ""
+    return "its experts are codes with products or scales in float64, and kernels that read codes have those of 32 bits"
+
+
 def why_no_kernel(coded: CodedFunction) -> str:
     """Why the kernel in C++ does not read these codes, a sentence; "" where it does."""
+    if reason := why_no_product(coded):
+        return reason
     if library() is None:
         return "there is no kernel in C++ here, and PyTorch has none that reads codes"
     for one in coded.matrices:
         if not reads_codes(one.format):
             return (
-                f"its experts are {one.format}, and the kernel in C++ reads int8 codes and 4-bit codes about 8, low "
-                "nibble first, with scales for each row and no zero points; an ONNX Runtime engine takes others too"
+                f"its experts are {one.format}, and the kernel in C++ reads int8 codes, 8-bit codes about 128, and "
+                "4-bit codes about 8, low nibble first, with scales for each row and no zero points; an ONNX Runtime "
+                "engine takes others too"
             )
         if not one.in_rows:
             return (

@@ -37,6 +37,13 @@ def rounded_at_each_call(config: Mapping[str, Any]) -> str:
     scheme = config.get("activation_scheme")
     if config.get("quant_method") == "fp8" and scheme in ("dynamic", "static"):
         return f"activation_scheme {scheme!r}"
+    if config.get("quant_method") == "fbgemm_fp8":
+        return "fbgemm_fp8"
+    if config.get("quant_method") == "modelopt" and config.get("quant_algo"):
+        return f"quant_algo {config['quant_algo']!r}"
+    whole_model = config.get("global_quant_config")
+    if isinstance(whole_model, Mapping) and isinstance(whole_model.get("input_tensors"), Mapping):
+        return f"input_tensors of {whole_model['input_tensors'].get('dtype', '8 bits')}"
     groups = config.get("config_groups")
     held = groups.values() if isinstance(groups, Mapping) else ()
     rounded = [g.get("input_activations") for g in held if isinstance(g, Mapping)]

@@ -21,20 +21,44 @@ from moeopt.published.tensor_files import TensorFiles
 _SCALES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
+_PACKED = ("pack-quantized", "mixed-precision", "int-quantized", "float-quantized", "naive-quantized", "dense")
+"""Formats of compressed-tensors, of which the first is the one that has packed weights, and others stand beside it."""
+
+
 class UnreadLayout(Exception):
     """A matrix in a form that is not read; the message says which."""
+
+
+def whole(value: object) -> object:
+    """A number of bits or columns as a config states it, 4.0 and "4" among them, as an int; anything else as it is."""
+    if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def weights_of(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The ``weights`` entries of a compressed-tensors config's groups."""
     groups = config.get("config_groups")
     found = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
-    return [w for w in found if isinstance(w, dict)]
+    numbers = ("num_bits", "group_size")
+    return [w | {key: whole(w[key]) for key in numbers if key in w} for w in found if isinstance(w, dict)]
+
+
+def _check_format(packed: str, config: Mapping[str, Any]) -> None:
+    """:class:`UnreadLayout` where a config of compressed-tensors says that ``packed`` is in another format."""
+    groups = config.get("config_groups")
+    held = groups.values() if isinstance(groups, Mapping) else ()
+    stated = [config.get("format"), *(g.get("format") for g in held if isinstance(g, Mapping))]
+    other = next((f for f in stated if isinstance(f, str) and f not in _PACKED), None)
+    if other is not None:
+        name = "NVFP4, 4-bit floats with FP8 scales," if other.startswith("nvfp4") else repr(other)
+        raise UnreadLayout(f"{packed} may be of the format {name} that config.json names; pack-quantized is read")
 
 
 def pack_quantized(files: TensorFiles, module: str, config: Mapping[str, Any]) -> StoredMatrix:
     """compressed-tensors "pack-quantized": int32 (N, K bits / 32), codes less 2^(bits - 1) are the numbers."""
     packed, scale, size = (f"{module}.weight_{part}" for part in ("packed", "scale", "shape"))
+    _check_format(packed, config)
     (N, K), bits = _packed_sizes(files, packed, scale, size, config)
     groups = files.shape(scale)[1] if len(files.shape(scale)) == 2 else 1
     width = _width(K, groups, [w.get("group_size") for w in weights_of(config)], scale)
@@ -150,7 +174,7 @@ def awq(files: TensorFiles, module: str, config: Mapping[str, Any]) -> StoredMat
 
 def _stated(config: Mapping[str, Any]) -> list[Any]:
     """The group sizes that a config of GPTQ or AWQ states: AutoAWQ's own files say ``q_group_size``."""
-    return [config[key] for key in ("group_size", "q_group_size") if key in config]
+    return [whole(config[key]) for key in ("group_size", "q_group_size") if key in config]
 
 
 def _overrides(config: Mapping[str, Any]) -> list[Any]:
@@ -165,14 +189,15 @@ def _parts(
     """The names of codes, scales and zero points, the sizes of the packed codes, bits and groups."""
     names = (f"{module}.qweight", f"{module}.scales", f"{module}.qzeros")
     missing = [n for n in names if n not in files]
-    bits = config.get("bits", config.get("w_bit", 4))
+    bits = whole(config.get("bits", config.get("w_bit", 4)))
     flat = not missing and all(len(files.shape(n)) == 2 for n in names)
     if not flat or files.dtype(names[0]) != torch.int32 or bits not in (4, 8):
         without = f", without {' and '.join(missing)}" if missing else ""
         raise UnreadLayout(
-            f"{names[0]} is {files.dtype(names[0])} of {bits} bits{without}; 2-D int32 of 4 or 8 bits is read"
+            f"{names[0]} is {files.dtype(names[0])} of {bits!r} bits{without}; 2-D int32 of 4 or 8 bits is read"
         )
     down, across = files.shape(names[0])
+    assert isinstance(bits, int)
     return names, (down, across), bits, files.shape(names[1])[0]
 
 

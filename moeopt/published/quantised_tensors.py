@@ -33,8 +33,15 @@ from moeopt.published.tensor_files import TensorFiles
 
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 _CODES = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}
+_TWO_IN_A_BYTE = {
+    torch.float8_e4m3fn: "NVFP4, two 4-bit floats in a byte with FP8 scales, which is not read",
+    torch.uint8: "MXFP4 under the name of a weight; MXFP4 is read as ..._blocks and ..._scales",
+}
+"""What bytes under the name of a weight are, by the dtype of their scales."""
 _SCALE = re.compile(r"(weight|qweight)?_?scales?$|qscale_weight$")
 """Names under which other libraries keep the scales of a module's weight (EETQ: weight_scales; Mistral's own files)."""
+_IN_STACKS = ("", "fp8", "compressed-tensors", "modelopt", "quark", "fbgemm_fp8")
+"""Methods whose experts may be one tensor of codes under a name of its own, with scales beside it."""
 _E8M0 = (torch.uint8, torch.float8_e8m0fnu)
 
 
@@ -95,7 +102,30 @@ def quantised_tensors(files: TensorFiles, config: Mapping[str, Any]) -> Quantise
             found.unread[module or name] = str(err)
             continue
         found.matrices |= {m.label: m for m in made}
+    _check_beside(files, found, config)
     return found
+
+
+def _check_beside(files: TensorFiles, found: QuantisedTensors, config: Mapping[str, Any]) -> None:
+    """``CheckpointError`` where a matrix lacks the tensor beside its codes that the others, or the config, say it has.
+
+    Without its zero points or the order of its columns a matrix can be read all the same, as another one.
+    """
+    if len(weights_of(config)) > 1 or config.get("dynamic"):  # settings by module
+        return
+    ordered = config.get("desc_act") is True or any(w.get("actorder") in (True, "group") for w in weights_of(config))
+    for codes, beside, stated in (
+        ("weight_packed", "weight_zero_point", False), ("weight", "weight_zero_point", False),
+        ("weight_packed", "weight_g_idx", ordered), ("qweight", "g_idx", ordered),
+    ):  # fmt: skip
+        modules = [m.name for m in found.matrices.values() if m.tensors[0] == f"{m.name}.{codes}"]
+        absent = [name for name in modules if f"{name}.{beside}" not in files]
+        if absent and (stated or len(absent) < len(modules)):
+            says = "config.json says that there is one" if stated else "other matrices have one"
+            raise CheckpointError(
+                f"{absent[0]}.{beside} is in no file, and {says}: a file is missing, or the index that names it is of "
+                "another version; fetch the files again"
+            )
 
 
 def _lacks_a_scale(files: TensorFiles, name: str, config: Mapping[str, Any]) -> bool:
@@ -107,7 +137,11 @@ def _lacks_a_scale(files: TensorFiles, name: str, config: Mapping[str, Any]) -> 
             f"{name} is of bitsandbytes' 8 bits (LLM.int8), whose products round rows of x too and take columns with "
             "large numbers apart; formats of weights alone are read"
         )
-    return bool(config) and weight and files.dtype(name) in _CODES
+    found = bool(config) and weight and files.dtype(name) in _CODES
+    method = str(config.get("quant_method") or "")
+    if found and last != "weight" and method not in _IN_STACKS:
+        raise UnreadLayout(f"{name} holds codes ({files.dtype(name)}) as {method} has them, which is not read")
+    return found
 
 
 def _packed_down(files: TensorFiles, module: str, config: Mapping[str, Any], method: str) -> StoredMatrix:
@@ -121,6 +155,8 @@ def _packed_down(files: TensorFiles, module: str, config: Mapping[str, Any], met
 def _scaled(files: TensorFiles, module: str, weight: str, scale: str, config: Mapping[str, Any]) -> list[StoredMatrix]:
     """8-bit codes as they are, and scales: of the whole tensor, of each row, or of blocks."""
     kind = _CODES.get(files.dtype(weight))  # type: ignore[arg-type]
+    if files.dtype(weight) == torch.uint8 and (two := _TWO_IN_A_BYTE.get(files.dtype(scale))):  # type: ignore[arg-type]
+        raise UnreadLayout(f"{weight} is {two}")
     if kind is None:
         raise UnreadLayout(f"{weight} is {files.dtype(weight)}; 8-bit weights are read as float8_e4m3fn and int8")
     shape, dtype = files.shape(weight), files.dtype(scale)

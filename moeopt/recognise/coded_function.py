@@ -62,7 +62,7 @@ def _read(spec: RowFunction, body: RowBody, operands: list[int]) -> CodedFunctio
         return None
     biases = [None if b is None else _bias(body, b) for b in (*ffn.weights.b_in, ffn.weights.b_out)]
     *w_in, w_out = [m for m in matrices if m is not None]
-    return CodedFunction(_spec(spec, ffn), tuple(w_in), w_out, tuple(biases[:-1]), biases[-1])
+    return CodedFunction(_spec(spec, ffn), tuple(w_in), w_out, tuple(biases[:-1]), biases[-1], body.dtype)
 
 
 def _spec(spec: RowFunction, ffn: DenseFFN) -> ExpertsSpec:

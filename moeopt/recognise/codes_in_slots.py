@@ -66,11 +66,14 @@ def _roles(slots: Slots) -> Iterator[tuple[int, int, int | None]]:
 
 
 def _guesses(dtype: torch.dtype) -> list[_Guess]:
+    """The likeliest first: codes are stored in their own dtype, or as bits that the module reads as another."""
     if dtype is torch.float8_e4m3fn:
         return [_Guess("e4m3")]
-    whole = {torch.int8: [_Guess("int8")], torch.uint8: [_Guess("uint8")]}.get(dtype, [])
+    whole = [_Guess("int8"), _Guess("uint8"), _Guess("e4m3")]
     halves = [_Guess("uint4", packing) for packing in ("low nibble first", "high nibble first")]
-    return [*whole, *halves] if dtype in (torch.uint8, torch.int32, torch.int16) else whole
+    if dtype is torch.int8:
+        return [*whole, *halves]
+    return [whole[1], *halves, whole[0], whole[2]] if dtype in (torch.uint8, torch.int32, torch.int16) else []
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def _read(probe: _SlotProbe) -> CodedMatrix | None:
             return None
         zeros = SlotPart(probe.zero, found[1], format.scale_shape(probe.shape), format.code_dtype)
     held = SlotPart(probe.scale, scales, format.scale_shape(probe.shape), format.scale_dtype)
-    codes = SlotPart(probe.code, places, format.code_shape(probe.shape), format.code_dtype)
+    codes = SlotPart(probe.code, places, format.code_shape(probe.shape), format.code_dtype, bits=True)
     matrix = CodedMatrix(format, probe.shape, codes, held, zeros)
     return matrix if all(_same_bits(probe, matrix, *tried) for tried in _trials(probe)) else None
 
@@ -147,10 +150,12 @@ def _name(guess: _Guess, block: tuple[int | None, int | None], symmetric: bool) 
 
 
 def _zero_point(probe: _SlotProbe) -> int | None:
-    """What codes of zero stand for with scales of one and zero points of zero, less; None where they differ."""
+    """What codes of zero stand for with scales of one and zero points of zero, less; None where they differ, or where
+    no code stands for zero."""
     value = probe(probe.uniform(0), probe.ones())
     first = -float(value.flatten()[0])
-    known = first.is_integer() and bool((value == -first).all())
+    most = 14 if probe.guess.packed else 254  # another code is one more
+    known = first.is_integer() and 0 <= first <= most and bool((value == -first).all())
     return int(first) if known else None
 
 
@@ -167,14 +172,15 @@ def _code_places(probe: _SlotProbe, zero: int) -> PartRef | None:
             return None
         found += made.int() * base**power
     dtype, shape = probe.slots[probe.code]
+    stored = (*shape[:-1], shape[-1] * dtype.itemsize)
     if not probe.guess.packed:
-        return _region(found, tuple(shape), (1, 1))
+        return _region(found, stored, (1, 1))
     first, second = (0, 1) if probe.guess.packing == "low nibble first" else (1, 0)
     low = found[:, ::2]
     pairs = bool((low % 2 == first).all()) and probe.shape[1] % 2 == 0
     if not pairs or not torch.equal(found[:, 1::2], low // 2 * 2 + second):
         return None
-    return _region(low // 2, (*shape[:-1], shape[-1] * dtype.itemsize), (1, 1))
+    return _region(low // 2, stored, (1, 1))
 
 
 def _as_bytes(probe: _SlotProbe, digit: Tensor) -> Tensor:

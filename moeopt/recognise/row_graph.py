@@ -141,6 +141,8 @@ class RowGraphReader(RowGraphWriter):
         name = op_name(node)
         if name in ("new_zeros", "new_ones", "new_full", "new_empty") and (made := made_tensor(self, node)) is not None:
             return made
+        if node.target is aten.view.dtype:
+            raise self.refused(node, "reads the bits of its rows as another dtype")
         if (turned := block_rule(self, node) or channel_rule(self, node)) is not None:
             return turned()
         if name in _SAME:
@@ -182,9 +184,19 @@ class RowGraphReader(RowGraphWriter):
             return self.add(node, aten.linear.default, None, *given)
         if name == "getitem":
             return self.add(node, GETITEM, None, *self.words(node.args))
+        if node.target is aten.view.dtype:
+            return self._bits(node)
         if name in ("view", "_unsafe_view", "_reshape_alias"):  # here a weight may lie otherwise than on the tape
             return self.add(node, aten.reshape.default, None, *self.words(node.args[:2]))
         return self.add(node, node.target, None, *self.words(node.args), **self.kwargs(node))
+
+    def _bits(self, node: fx.Node) -> HeldSlots:
+        """Integers that are read as codes of another dtype."""
+        (stored,), read = node.all_input_nodes, node.meta["dtype"]
+        if stored.meta["dtype"].is_floating_point or read not in CODES:  # floats are widened for the oracle
+            raise self.refused(node, f"reads the bits of a weight as {read}; hold the weight in that dtype")
+        together = self.add(node, aten.contiguous.default, None, self.known[stored].number)
+        return self.add(node, aten.view.dtype, None, together.number, read)
 
     def _only_broadcasts(self, expand: fx.Node) -> bool:
         """Whether all that read ``expand`` broadcast what it repeats, or gather by it, which has a rule for places that

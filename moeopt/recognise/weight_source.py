@@ -72,6 +72,8 @@ def _step_back(tape: Tape, node: fx.Node, index: Index) -> tuple[fx.Node, Index]
         for i, d in enumerate(args[1]):
             out[d % rank] = index[i]
         return base, tuple(out)
+    if node.target is aten.view.dtype:  # other numbers
+        return None
     if name in ("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "_reshape_alias"):
         return base, _unravel(_ravel(index, node.meta["shape"]), shape)
     if name == "select":

@@ -60,6 +60,11 @@ class BankLayout:
         tensors = cast(list[Tensor], list(map(dict.get, self._registries, self._keys)))
         return tensors if _PLAIN.issuperset(map(type, tensors)) else None
 
+    def any_wants_gradient(self) -> bool:
+        """Whether a tensor at one of the places, whatever it is now, wants a gradient."""
+        found = map(dict.get, self._registries, self._keys)
+        return any([isinstance(t, Tensor) and t.requires_grad for t in found])
+
     def arm(self, guard: GuardExpression, tensors: Sequence[Tensor]) -> None:
         """Add terms that hold while every place gives a tensor (``t0``, ``t1`` ...) that lies as one of ``tensors``."""
         for registry, name, child in zip(self._modules, self._names, self._children, strict=True):

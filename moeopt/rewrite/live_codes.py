@@ -139,8 +139,9 @@ class LiveCodes(CodesReadAtCalls):
             known = self._bank = key, self._checked(tensors)
         return known[1]
 
-    def of_one_call(self) -> QuantizedExpertWeights:
+    def of_one_call(self, rows: int) -> QuantizedExpertWeights:
         """The bank read once for a call, where each read copies biases; else this bank itself."""
+        del rows
         return self.now().handed_out(self.layouts, self.dtype) if self._biases.copied else self
 
     def _checked(self, tensors: list[Any]) -> QuantizedExpertWeights:

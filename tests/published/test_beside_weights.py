@@ -19,6 +19,10 @@ def groups(**group):
         (groups(input_activations={"num_bits": 8, "dynamic": True}), "input_activations of 8 bits"),
         ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "activation_scheme 'dynamic'"),
         ({"quant_method": "fp8", "activation_scheme": None}, ""),
+        ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200}, "fbgemm_fp8"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "quant_algo 'FP8'"),
+        ({"global_quant_config": {"input_tensors": {"dtype": "fp8_e4m3"}}}, "input_tensors of fp8_e4m3"),
+        ({"global_quant_config": {"input_tensors": None}}, ""),
     ],
 )
 def test_rounded_activations(config, said):

@@ -206,3 +206,17 @@ def test_bound_and_run_without_being_expanded(tmp_path):
     assert told["finite"] and told["file"] > 27e6
     assert told["held"] - told["before"] < 10e6, told  # the codes stay in the file
     assert told["peak"] - told["before"] < 48e6, told  # a quarter of the floats
+
+
+@pytest.mark.parametrize("number", [float, str])
+def test_numbers_that_a_config_writes_otherwise(tmp_path, number):
+    """4.0 bits ended in an error of Python, "4" in "of 4 bits; 4 or 8 are read"."""
+    cases = [
+        (layouts.gptq, lambda bits, size: GPTQ | {"bits": bits, "group_size": size}),
+        (layouts.pack_quantized, lambda bits, size: grouped(size, bits)),
+    ]
+    for pack, config in cases:
+        tensors, _ = pack("x", 8, 64, 4, 32)
+        plain, other = (config(*map(kind, (4, 32))) for kind in (int, number))
+        found = [found_in(tmp_path, tensors, one).matrices["x"].format for one in (plain, other)]
+        assert found[0] == found[1]

@@ -56,6 +56,26 @@ UNREAD = {
         {"x.weight_packed": torch.zeros(4, 8, dtype=torch.uint8), "x.weight_scale": torch.zeros(4, 1)}, CT,
         "x.weight_packed is torch.uint8 (4, 8), without x.weight_shape; packed weights are read as 2-D int32",
     ),
+    "nvfp4 by its config": (
+        layouts.pack_quantized("x", 8, 64, 4, 32)[0], CT | {"format": "nvfp4-pack-quantized"},
+        "x.weight_packed may be of the format NVFP4, 4-bit floats with FP8 scales, that config.json names",
+    ),
+    "a format of one of its groups": (
+        layouts.pack_quantized("x", 8, 64, 4, 32)[0], CT | {"config_groups": {"g": {"format": "marlin-24"}}},
+        "x.weight_packed may be of the format 'marlin-24' that config.json names; pack-quantized is read",
+    ),
+    "nvfp4 of modelopt": (
+        {"x.weight": torch.zeros(4, 8, dtype=torch.uint8), "x.weight_scale": torch.ones(4, 1).to(torch.float8_e4m3fn)},
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "x.weight is NVFP4, two 4-bit floats in a byte with FP8",
+    ),
+    "mxfp4 under the name of a weight": (
+        {"x.weight": torch.zeros(4, 16, dtype=torch.uint8), "x.weight_scale": torch.zeros(4, 1, dtype=torch.uint8)},
+        {"quant_method": "quark"}, "x.weight is MXFP4 under the name of a weight; MXFP4 is read as ..._blocks and",
+    ),
+    "codebooks": (
+        {"x.codes": torch.zeros(4, 8, 1, dtype=torch.int8), "x.codebooks": torch.ones(1, 256, 1, 8)},
+        {"quant_method": "aqlm"}, "x.codes holds codes (torch.int8) as aqlm has them, which is not read",
+    ),
     "eetq": (
         {"x.weight": torch.ones(4, 8, dtype=torch.int8), "x.weight_scales": torch.ones(8)}, {"quant_method": "eetq"},
         "x.weight holds codes (torch.int8), and x.weight_scales may be their scale; 8-bit weights are read with",
@@ -98,7 +118,32 @@ def test_what_is_not_read_is_named(tmp_path, case):
     assert not found.matrices and text in why
 
 
+def without(tensors, name):
+    return {k: t for k, t in tensors.items() if k != name}
+
+
+def two(pack, **how):
+    return pack("x", 8, 64, 4, 32, **how)[0] | pack("y", 8, 64, 4, 32, **how)[0]
+
+
+ORDER = np.arange(64) % 2
 DAMAGED = {
+    "desc_act without an order": (
+        without(layouts.gptq("x", 8, 64, 4, 32, order=ORDER)[0], "x.g_idx"), GPTQ | {"desc_act": True},
+        "x.g_idx is in no file, and config.json says that there is one: a file is missing, or the index that names it",
+    ),
+    "actorder without an order": (
+        without(layouts.pack_quantized("x", 8, 64, 4, 32, order=ORDER)[0], "x.weight_g_idx"),
+        CT | {"config_groups": {"g": {"weights": {"num_bits": 4, "group_size": 32, "actorder": "group"}}}},
+        "x.weight_g_idx is in no file, and config.json says that there is one",
+    ),
+    "an order that others have": (
+        without(two(layouts.gptq, order=ORDER), "y.g_idx"), GPTQ, "y.g_idx is in no file, and other matrices have one",
+    ),
+    "zero points that others have": (
+        without(two(layouts.pack_quantized, zeros=True), "x.weight_zero_point"), CT,
+        "x.weight_zero_point is in no file, and other matrices have one",
+    ),
     "fp8 without its scale": (
         {"x.weight": layouts.fp8_block("x", 20, 15)[0]["x.weight"]}, FP8,
         "x.weight holds codes (torch.float8_e4m3fn), and no file has a scale for them (x.weight_scale_inv or",
@@ -164,6 +209,13 @@ DAMAGED = {
         "x.qzeros holds a zero point of 15, which stands for 16 or for 0",
     ),
 }  # fmt: skip
+
+
+def test_groups_with_settings_of_their_own_need_not_be_alike(tmp_path):
+    weights = [{"weights": {"num_bits": 4, "group_size": 32, "symmetric": symmetric}} for symmetric in (True, False)]
+    config = CT | {"config_groups": {"a": weights[0], "b": weights[1]}}
+    tensors = without(two(layouts.pack_quantized, zeros=True), "x.weight_zero_point")
+    assert [m.format.symmetric for m in found_in(tmp_path, tensors, config).matrices.values()] == [True, False]
 
 
 @pytest.mark.parametrize("case", DAMAGED)

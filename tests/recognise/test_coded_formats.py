@@ -9,9 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import moeopt
+from moeopt.distributed.install import expert_ops
+from moeopt.distributed.parts import OwnWeight
+from moeopt.errors import StaleModelWarning
 from moeopt.ops.native import dispatch
 from moeopt.ops.native.library import library
 from moeopt.recognise.codes_in_slots import read_codes
+from moeopt.rewrite import slot_codes
 from moeopt.rewrite.install import rewritten_forward
 from moeopt.rewrite.module_guard import Watch
 from moeopt.rewrite.same_layout import SameLayout
@@ -152,7 +156,7 @@ class ZeroPointsOfRows(Channel):
 class Unsigned(Channel):
     """Unsigned codes about 128."""
 
-    format, kernel = "uint8 (uint8, one float32 scale per channel)", False
+    format = "uint8 (uint8, one float32 scale per channel)"
 
     @staticmethod
     def make(out, into, g):
@@ -178,9 +182,58 @@ class InOut(Channel):
         return (w.q.float() * w.s).t()
 
 
+class BytesOfFloats(Channel):
+    """FP8 in a buffer of bytes."""
+
+    format, kernel = "fp8 (e4m3, one float32 scale per channel)", False
+
+    @staticmethod
+    def make(out, into, g):
+        q = torch.randint(0, 127, (out, into), generator=g, dtype=torch.uint8)
+        return {"q": q | torch.randint(0, 2, (out, into), generator=g, dtype=torch.uint8) << 7, "s": scale(out, 1, g=g)}
+
+    @staticmethod
+    def floats(w, x):
+        return w.q.view(torch.float8_e4m3fn).float() * w.s
+
+
+class SignedBytes(Channel):
+    """int8 in a buffer of unsigned bytes."""
+
+    @staticmethod
+    def make(out, into, g):
+        return {"q": int8(out, into, g).view(torch.uint8), "s": scale(out, 1, g=g)}
+
+    @staticmethod
+    def floats(w, x):
+        return w.q.view(torch.int8).float() * w.s
+
+
+class Words(LowFirst):
+    """The same bytes in words of 32 bits, which do not have to lie side by side."""
+
+    @staticmethod
+    def make(out, into, g):
+        return LowFirst.make(out, into, g) | {"q": nibbles(out, into, g).view(torch.int32)}
+
+    @staticmethod
+    def floats(w, x):
+        codes = low_first(w.q.contiguous().view(torch.uint8))
+        return ((codes.to(torch.int8) - 8).unflatten(-1, (-1, 16)) * w.s).flatten(-2)
+
+
+class WideZeroPoints(ZeroPoints):
+    """A zero point in 32 bits for each block."""
+
+    @staticmethod
+    def make(out, into, g):
+        held = ZeroPoints.make(out, into, g)
+        return held | {"z": held["z"].int()}
+
+
 SPELLINGS = (
     Channel, VectorInHalf, Tensorwise, BlocksOfRows, Repeated, LowFirst, HighFirst, ZeroPoints, ZeroPointsOfRows,
-    Unsigned, InOut,
+    Unsigned, InOut, BytesOfFloats, SignedBytes, Words, WideZeroPoints,
 )  # fmt: skip
 
 
@@ -307,7 +360,8 @@ def test_read_into_a_format(how, form, on_codes, monkeypatch):
                 buffer.copy_(buffer.flip(0))
         torch.testing.assert_close(opt(x), model(x), rtol=1e-4, atol=1e-5)
     held = {t.untyped_storage().data_ptr() for t in opt.model.buffers()}
-    copies = [t for name, t in bank.tensors().items() if t.untyped_storage().data_ptr() not in held]
+    made = {name: t for name, t in bank.tensors().items() if t.untyped_storage().data_ptr() not in held}
+    copies = [t for name, t in made.items() if "zeros" not in name]  # zero points of 32 bits become bytes
     assert all(t.numel() < I for t in copies) and not opt.model.state_dict().keys() - model.state_dict().keys()
 
 
@@ -399,7 +453,22 @@ class Rounded(Channel):
         return (w.q.bfloat16() * w.s.bfloat16()).float()
 
 
-@pytest.mark.parametrize("how", [Clamped, Wrapped, Halves, Rounded], ids=lambda c: c.__name__)
+class FourInAWord(Channel):
+    """GPTQ's 8 bits: four codes about 128 in a word, down the inputs, shifted by a buffer."""
+
+    @staticmethod
+    def make(out, into, g):
+        q = torch.randint(0, 256, (into // 4, out, 4), generator=g, dtype=torch.uint8).view(torch.int32)[..., 0]
+        held = {"q": q, "s": scale(into // 16, out, g=g)}
+        return held | {"w": torch.arange(0, 32, 8, dtype=torch.int32)}
+
+    @staticmethod
+    def floats(w, x):
+        q = ((w.q[:, None, :] >> w.w[None, :, None]) & 255).flatten(0, 1)
+        return ((q.float() - 128).unflatten(0, (-1, 16)) * w.s[:, None]).flatten(0, 1).t()
+
+
+@pytest.mark.parametrize("how", [Clamped, Wrapped, Halves, Rounded, FourInAWord], ids=lambda c: c.__name__)
 def test_what_no_format_says_to_the_bit_stays_a_function_of_a_row(how, monkeypatch):
     monkeypatch.setattr("moeopt.pipeline.block.check_pays", lambda found: None)
     torch.manual_seed(0)
@@ -470,3 +539,182 @@ def test_codes_and_scales_are_read_where_they_are_now_and_looked_at_once(monkeyp
                 if words == "turned":
                     for layer in (opt.model.experts[1]["down"], model.experts[1]["down"]):
                         setattr(layer, name, getattr(layer, name).contiguous())
+
+
+def hit(model, x):
+    return sorted(set(model.gate(x).topk(K, -1).indices.flatten().tolist()))
+
+
+@pytest.fixture
+def of_many(monkeypatch):
+    """How a bank of many buffers is looked at: where few rows hit few experts, these alone. What was looked at."""
+    monkeypatch.setattr(slot_codes, "FEW", 3)
+    looks = []
+    look, expert = SameLayout.look, Watch.expert
+    monkeypatch.setattr(SameLayout, "look", lambda self: (looks.append("all"), look(self))[1])
+    monkeypatch.setattr(Watch, "expert", lambda self, key: (looks.append(key[1]), expert(self, key))[1])
+    return looks
+
+
+def installed(how, bias=False):
+    torch.manual_seed(0)
+    model = Listed(how, bias).eval()
+    opt = moeopt.optimize(copy.deepcopy(model), torch.randn(9, H), verify="off", inplace=True)
+    rewritten_forward(opt.model).original_calls = None
+    return model, opt
+
+
+@NATIVE
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_token_looks_at_its_own_experts_alone(grad, of_many, on_codes):
+    model, opt = installed(Channel, bias=True)
+    x = torch.randn(1, H)
+    one = hit(model, x)
+    for held in (model, opt.model):
+        held.requires_grad_(False)
+    with torch.set_grad_enabled(grad):
+        for words, change in CHANGES.items():
+            for name in ("q", "s"):
+                for layer in (opt.model.experts[one[0]]["down"], model.experts[one[0]]["down"]):
+                    change(layer, name, getattr(layer, name))
+                for _ in range(2):
+                    of_many.clear(), on_codes.clear()
+                    torch.testing.assert_close(opt(x), model(x), rtol=1e-4, atol=1e-5, msg=f"{name}: {words}")
+                assert set(of_many) == set(one), (name, words)
+                assert on_codes or (words, name) == ("turned", "q")
+                if words == "turned":
+                    for layer in (opt.model.experts[one[0]]["down"], model.experts[one[0]]["down"]):
+                        setattr(layer, name, getattr(layer, name).contiguous())
+
+
+@NATIVE
+def test_a_hook_is_seen_on_an_expert_that_runs(of_many):
+    model, opt = installed(Channel)
+    x = torch.randn(1, H)
+    one = hit(model, x)
+    other = next(e for e in range(E) if e not in one)
+    with torch.no_grad():
+        opt(x)
+        for held in (model, opt.model):
+            held.experts[other]["up"].register_forward_hook(lambda *a: a[2] + 1)
+        torch.testing.assert_close(opt(x), model(x), rtol=1e-4, atol=1e-5)
+        for held in (model, opt.model):
+            held.experts[one[1]]["up"].register_forward_hook(lambda *a: a[2] + 1)
+        with pytest.warns(StaleModelWarning, match=r"a hook was registered on experts\.\d\.up"):
+            torch.testing.assert_close(opt(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@NATIVE
+def test_a_part_that_is_copied_is_read_at_each_call(of_many, on_codes):
+    model, opt = installed(Words)
+    x = torch.randn(1, H)
+    down = [held.experts[hit(model, x)[0]]["down"] for held in (model, opt.model)]
+    with torch.no_grad():
+        opt(x)
+        for layer in down:
+            layer.q = layer.q.t().contiguous().t()
+        for _ in range(3):
+            on_codes.clear()
+            torch.testing.assert_close(opt(x), model(x), rtol=1e-4, atol=1e-5)
+            assert on_codes
+            for layer in down:
+                layer.q.copy_(layer.q.roll(1, 0))
+
+
+@NATIVE
+def test_the_first_call_looks_no_oftener_where_there_are_more_experts(of_many, monkeypatch):
+    """Each expert of the first call of all was read by looking at all of them: minutes for 256."""
+    monkeypatch.setattr("tests.recognise.test_coded_formats.E", 12)
+    _, opt = installed(Channel)
+    of_many.clear()
+    with torch.no_grad():
+        opt(torch.randn(9, H))
+    assert of_many.count("all") <= 3
+
+
+def far(how, value):
+    """The same with one zero point that no code is."""
+
+    class Far(how):
+        @staticmethod
+        def make(out, into, g):
+            held = how.make(out, into, g)
+            held["z"].flatten()[3] = value
+            return held
+
+    return Far
+
+
+@pytest.mark.parametrize(
+    ("how", "value", "says"),
+    [
+        (ZeroPointsOfRows, -5, "a zero point is -5, and those of uint8 are from 0 to 255"),
+        (ZeroPointsOfRows, 300, "a zero point is 300, and those of uint8 are from 0 to 255"),
+        (ZeroPoints, 16, "a zero point is 16, and those of uint4 are from 0 to 15"),
+    ],
+)
+def test_zero_points_that_no_code_is_are_of_no_format(how, value, says):
+    """An engine held them in the bits of a code: other numbers, by nine tenths of the result."""
+    torch.manual_seed(0)
+    model, x = Listed(far(how, value)).eval(), torch.randn(9, H)
+    opt = moeopt.optimize(model, x, backend="onnxruntime", verify="off")
+    (record,) = [r for r in opt.report.passes if r.name == "read_codes"]
+    assert record.reason.startswith("experts.0.gate.z: ") and says in record.reason and not record.fired
+    with torch.no_grad():
+        torch.testing.assert_close(opt(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class OtherFloats(Channel):
+    """Floats in a buffer of words: no codes."""
+
+    @staticmethod
+    def make(out, into, g):
+        return {"q": torch.randn(out, into, generator=g).bfloat16().view(torch.int16)}
+
+    @staticmethod
+    def floats(w, x):
+        return w.q.view(torch.bfloat16).float()
+
+
+def test_bits_that_are_no_codes_are_told():
+    (entry,) = moeopt.explain(Listed(OtherFloats).eval(), torch.randn(9, H)).blocks
+    assert (
+        entry.reason == "an expert's view reads the bits of a weight as torch.bfloat16; hold the weight in that dtype"
+    )
+
+
+class InItsDtype(Channel):
+    """In the dtype of the rows."""
+
+    @staticmethod
+    def floats(w, x):
+        return w.q.to(x.dtype) * w.s
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime"])
+def test_products_in_float64_stay_a_function_of_a_row(backend):
+    """An engine of codes was built and refused, for it computes in 32 bits; on torch the kernel refused each call."""
+    torch.manual_seed(0)
+    model, x = Listed(InItsDtype).double().eval(), torch.randn(9, H).double()
+    opt = moeopt.optimize(model, x, backend=backend, verify="fast")
+    (record,) = [r for r in opt.report.passes if r.name == "read_codes"]
+    assert record.reason.startswith("its experts are codes with products or scales in float64") and not record.fired
+    with torch.no_grad():
+        torch.testing.assert_close(opt(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+@NATIVE
+def test_codes_are_divided_among_ranks_where_they_are_parameters():
+    torch.manual_seed(0)
+    model, notes = Listed(Channel).eval(), []
+    opt = moeopt.optimize(model, torch.randn(9, H), verify="off")
+    says = "experts.0.gate.q: it is a buffer or an attribute; make it a Parameter (requires_grad=False for codes)"
+    assert list(expert_ops(opt.model, notes)) == [] and notes == [f"Listed is not divided: {says}"]
+    for layer in [layer for layer in model.modules() if isinstance(layer, CodedLinear)]:
+        for name in ("q", "s"):
+            held = getattr(layer, name)
+            delattr(layer, name)
+            setattr(layer, name, nn.Parameter(held, requires_grad=False))
+    (op,) = expert_ops(moeopt.optimize(model, torch.randn(9, H), verify="off").model, notes)
+    assert len(op.weights) == 6 * E and all(isinstance(w, OwnWeight) for w in op.weights)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moeopt.backends.onnxrt.custom_op import native_library
 from moeopt.backends.onnxrt.lowerings.native import Native
-from moeopt.backends.onnxrt.lowerings.quantized import UnrolledCodes
+from moeopt.backends.onnxrt.lowerings.quantized import UnrolledBytes, UnrolledCodes
 from moeopt.backends.onnxrt.measured_sites import MeasuredRun, measured_calls
 from moeopt.backends.onnxrt.providers import runtime
 from moeopt.ir.row_function import RowFunction
@@ -82,7 +82,7 @@ def _rounds_alike(site: ExpertsNode, plain: Lowering) -> bool:
         return True
     blocks = [(m.matrix.format.block[1], m.matrix.shape[1]) for m in (*site.bank.w_in_q, site.bank.w_out_q)]
     whole = all(block is None or block >= columns or block % ROW_BLOCK == 0 for block, columns in blocks)
-    return plain.name == UnrolledCodes.name and whole
+    return plain.name in (UnrolledCodes.name, UnrolledBytes.name) and whole
 
 
 def _runs(calls: list[list[MeasuredRun]], sessions: Mapping[int, Runnable]) -> Way:

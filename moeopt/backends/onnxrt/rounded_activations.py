@@ -22,7 +22,7 @@ from torch import Tensor
 from moeopt.backends.onnxrt.check_quantized import LEVEL, OP
 from moeopt.backends.onnxrt.lowerings import by_name
 from moeopt.backends.onnxrt.lowerings.native import Native
-from moeopt.backends.onnxrt.lowerings.quantized import ACCURACY_LEVELS, UnrolledCodes
+from moeopt.backends.onnxrt.lowerings.quantized import ACCURACY_LEVELS, UnrolledBytes, UnrolledCodes
 from moeopt.backends.onnxrt.plan import session_of
 from moeopt.backends.onnxrt.rounded_nodes import count_of, products, set_rounding
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE, VERIFIED, VERIFIED_NATIVE, Session
@@ -41,6 +41,8 @@ KEY = "activations"
 """Of the manifest: "int8" where products of codes round their activations."""
 _NEAR = 0.01
 """Of a step: what is so near to the middle between two is moved."""
+_CODES, _STORED = {4: "uint4", 8: "uint8"}, {4: UnrolledCodes.name, 8: UnrolledBytes.name}
+"""By the bits of a code: what codes beside rows of 8 bits are, and the lowering that stores them."""
 _SCALES = {1: "float32", 10: "float16", 16: "bfloat16"}
 """Of scales, by ONNX's number of a dtype."""
 
@@ -125,7 +127,9 @@ def _format(node: OnnxNode, held: Mapping[str, OnnxModel]) -> BankFormat:
 
     def matrix(at: int, columns: int) -> MatrixFormat:
         codes, scales = (held[name] for name in node.input[3 + 2 * at : 5 + 2 * at])
-        format = WeightFormat("codes", "uint4", (1, int(values["block"].i) or None), _SCALES[scales.data_type])
+        format = WeightFormat(
+            "codes", _CODES[values["codes"].i], (1, int(values["block"].i) or None), _SCALES[scales.data_type]
+        )
         return MatrixFormat(format, (int(codes.dims[0]), columns), False)
 
     w_in = tuple(matrix(part, int(values["hidden"].i)) for part in range(parts))
@@ -138,7 +142,8 @@ def _sizes(format: BankFormat) -> str:
 
 def _ask_operator(x: Tensor, ids: Tensor, weights: Tensor, bank: QuantizedExpertWeights, spec: ExpertsSpec) -> Tensor:
     site = ExpertsNode("block", bank, spec, torch.float32, ids.shape[1], torch.float32)
-    session = session_of(site, Native(by_name(UnrolledCodes.name)), rounds=True)
+    stored = by_name(_STORED[bank.format.w_out.format.bits])
+    session = session_of(site, Native(stored), rounds=True)
     return session.run({"x": x, "ids": ids, "weights": weights})[0]
 
 

@@ -125,7 +125,7 @@ def prepared_call(
     for t in (x, ids, weights):
         plain(t)
     (T, K), E, H = ids.shape, bank.num_experts, x.shape[1]
-    held: list[Tensor] = []
+    held: list[KernelWeight] = []
     entries, index, steps, D = _experts(bank, ids, spec, held, known)
     y = x.new_empty(T, D, dtype=dtypes(x, spec)[2])
     words = array("q", (
@@ -149,15 +149,16 @@ def prepared_call(
 
 
 def _experts(
-    bank: ExpertWeights, ids: Tensor, spec: ExpertsSpec, held: list[Tensor], known: dict[Any, Any] | None
+    bank: ExpertWeights, ids: Tensor, spec: ExpertsSpec, held: list[KernelWeight], known: dict[Any, Any] | None
 ) -> CallWords:
     """The entries of ``moeopt_expert``, which expert has which, the steps between stacked ones, and D."""
     stacked = bank.stacked()
     if stacked is not None:
         whole = [*stacked.w_in_s, stacked.w_out_s, *stacked.b_in_s, stacked.b_out_s, stacked.norm_s]
-        held += [t for t in whole if t is not None]
+        present = [t for t in whole if t is not None]
+        held += present
         last = stacked.known
-        now = how_they_lie(held)
+        now = how_they_lie(present)
         if last is not None and last[0] is spec and last[1] == now:
             return cast(CallWords, last[2])
         found = _stack(whole, spec)
@@ -181,7 +182,7 @@ def _of_all(bank: ExpertWeights, spec: ExpertsSpec) -> CallWords | None:
         return None
 
 
-def _listed(bank: ExpertWeights, experts: Iterable[int], spec: ExpertsSpec, held: list[Tensor]) -> CallWords:
+def _listed(bank: ExpertWeights, experts: Iterable[int], spec: ExpertsSpec, held: list[KernelWeight]) -> CallWords:
     """The entries of those ``experts`` that the bank has."""
     E = bank.num_experts
     index, entries, D = array("q", [-1]) * E, array("q"), 0
@@ -198,7 +199,7 @@ def _listed(bank: ExpertWeights, experts: Iterable[int], spec: ExpertsSpec, held
     return entries, index, (0,) * 7, D
 
 
-def _entry_of(bank: ExpertWeights, e: int, spec: ExpertsSpec, held: list[Tensor]) -> tuple[array[int], int]:
+def _entry_of(bank: ExpertWeights, e: int, spec: ExpertsSpec, held: list[KernelWeight]) -> tuple[array[int], int]:
     """The entry of expert ``e``, and its D; worked out anew where its weights do not lie as they lay the last time."""
     lies_alone = getattr(bank, "lies_alone", None)
     now = None if lies_alone is None else lies_alone(e)
@@ -229,7 +230,7 @@ def _stack(whole: list[Tensor | None], spec: ExpertsSpec) -> CallWords:
 
 
 def _entry(
-    parts: Sequence[KernelWeight | None], spec: ExpertsSpec, held: list[Tensor], rounds: bool = False
+    parts: Sequence[KernelWeight | None], spec: ExpertsSpec, held: list[KernelWeight], rounds: bool = False
 ) -> tuple[array[int], int]:
     """One ``moeopt_expert`` as its words, and its D; ``parts``: w_in, w_out, b_in, b_out, norm; one or two ins."""
     pair = len(parts) == 7
@@ -248,5 +249,5 @@ def _entry(
         words += vector(b, width)
         if not pair and b is b_in[0] and len(words) == 3 * len(NO_MATRIX) + len(ABSENT):
             words += ABSENT
-    held += [t for t in parts if isinstance(t, Tensor)]  # codes live as long as their bank
+    held += [t for t in parts if t is not None]
     return array("q", words), widths[-1]

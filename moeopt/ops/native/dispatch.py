@@ -86,7 +86,7 @@ def quantized_on_cpu(
     That is not measured first: torch's matmuls would make every expert that is hit float at each call.
     """
     of_one_call = getattr(bank, "of_one_call", None)
-    bank = bank if of_one_call is None else of_one_call()
+    bank = bank if of_one_call is None else of_one_call(ids_TK.numel())
     if ids_TK.numel() and (native := library()) is not None:
         remembered = getattr(bank, "remembered", None)
         # its second entry are the tensors, which live until the kernel has read them

@@ -12,7 +12,7 @@ from moeopt.ops.unfit import Unfit
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 7}
 _LOW = "low nibble first"
-CODES = {("int8", True, _LOW): 5, ("uint4", True, _LOW): 6}
+CODES = {("int8", True, _LOW): 5, ("uint8", True, _LOW): 5, ("uint4", True, _LOW): 6}
 """What the kernel reads of quantised weights: (codes, symmetric, packing), with the dtype's number in its header."""
 KernelWeight = Tensor | QuantizedWeight
 ABSENT = (0, 0, 0)
@@ -20,6 +20,8 @@ ABSENT = (0, 0, 0)
 NO_MATRIX = (0,) * 12
 """``moeopt_matrix`` of what is not there."""
 _NO_SCALES = (0,) * 6
+_ABOUT_128 = (0, 128)
+"""Zero points of bytes that have no sign: none, and a step that says so."""
 
 
 def matrix(w: KernelWeight | None, layout: str, rounds: bool = False) -> tuple[int, ...]:
@@ -69,7 +71,8 @@ def _codes(w: QuantizedWeight, rounds: bool) -> tuple[int, ...]:
     if zeros is not None and zeros.stride(1) != 1:
         raise Unfit(f"zero points of strides {zeros.stride()}")
     scales = w.scales.data_ptr(), FLOATS[w.scales.dtype], w.scales.stride(0), block
-    offsets = (0, 0) if zeros is None else (zeros.data_ptr(), zeros.stride(0))
+    without = _ABOUT_128 if format.codes == "uint8" else (0, 0)
+    offsets = without if zeros is None else (zeros.data_ptr(), zeros.stride(0))
     return w.codes.data_ptr(), dtype, N, K, w.codes.stride(0) * per_byte, 1, *scales, *offsets
 
 

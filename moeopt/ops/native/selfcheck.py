@@ -10,7 +10,14 @@ import itertools
 import torch
 
 from moeopt.ir.specs import ExpertsSpec, Layout, Rows
-from moeopt.ir.weight_format import INT4_ASYMMETRIC32, INT4_BLOCK32, INT8_BLOCK32, INT8_CHANNEL, WeightFormat
+from moeopt.ir.weight_format import (
+    INT4_ASYMMETRIC32,
+    INT4_BLOCK32,
+    INT8_BLOCK32,
+    INT8_CHANNEL,
+    UINT8_CHANNEL,
+    WeightFormat,
+)  # fmt: skip
 from moeopt.ops.expert_weights import ExpertWeights, ListExpertWeights, StackedExpertWeights
 from moeopt.ops.native.call import NATIVE_ACTIVATIONS, NativeRun, call
 from moeopt.ops.quantize import quantize
@@ -69,8 +76,9 @@ def first_difference(run: NativeRun, isa: int) -> str:
                     return f"{spec}, {str(dtype).removeprefix('torch.')}: {far:.1e} apart"
         if found := next(filter(None, (_many_rows_differ(run, isa, layout, rng) for layout in layouts)), ""):
             return found
-        checks = [(_codes_differ, format) for format in (INT8_CHANNEL, INT4_BLOCK32)]
-        checks += [(_rounded_rows_differ, f) for f in (INT8_CHANNEL, INT8_BLOCK32, INT4_BLOCK32, INT4_ASYMMETRIC32)]
+        checks = [(_codes_differ, format) for format in (INT8_CHANNEL, UINT8_CHANNEL, INT4_BLOCK32)]
+        rounded = (INT8_CHANNEL, INT8_BLOCK32, UINT8_CHANNEL, INT4_BLOCK32, INT4_ASYMMETRIC32)
+        checks += [(_rounded_rows_differ, format) for format in rounded]
         return next(filter(None, (differ(run, isa, format, rng) for differ, format in checks)), "")
 
 

@@ -30,8 +30,7 @@ from tests.backends.onnxrt.native import choose_native, needs_operator
 from tests.backends.onnxrt.toys import call, net
 from tests.ops.native.test_rounded import exact_bank, exact_rows, routed
 
-PLAN = QuantPlan(default="int4", activations="int8")
-CODES = Native(by_name("unrolled-codes"))
+CODES, BYTES = (Native(by_name(f"unrolled-{stored}")) for stored in ("codes", "bytes"))
 
 
 @pytest.fixture(autouse=True)
@@ -42,13 +41,14 @@ def operator():
 @pytest.mark.parametrize(
     "spec", [ExpertsSpec(activation="relu"), ExpertsSpec(rows="plain", activation="relu")], ids=str
 )
-@pytest.mark.parametrize("name", ["int4", "int4-block128"])
+@pytest.mark.parametrize("name", ["int4", "int4-block128", "int8", "int8-block64"])
 def test_it_rounds_rows_as_the_reference_does_and_stays_within_the_stated_bound(name, spec):
     """Exact before each rounding, so that no float32 sum decides between two steps."""
     for H, I in ((33, 24), (300, 136)):
         bank = exact_bank(FORMATS[name], H, I, spec=spec)
         site = ExpertsNode("block", bank, spec, torch.float32, 2, torch.float32)
-        session, floats = (session_of(site, CODES, rounds=rounds) for rounds in (True, False))
+        native = BYTES if name.startswith("int8") else CODES
+        session, floats = (session_of(site, native, rounds=rounds) for rounds in (True, False))
         for T in (0, 1, 5, 40):
             args = exact_rows(max(T, 1), H)[:T], *(t[:T] for t in routed(max(T, 1)))
             feeds = dict(zip(("x", "ids", "weights"), args, strict=True))
@@ -96,16 +96,18 @@ def test_both_forms_of_a_block_round_or_neither():
     assert _rounds_alike(make_site(), by_name("unrolled"))
     assert _rounds_alike(quantized(make_site(), INT4_BLOCK32), codes)
     assert not _rounds_alike(quantized(make_site(), INT4_BLOCK32), floats)
-    assert not _rounds_alike(quantized(make_site(), FORMATS["int8"]), bytes_)
+    assert _rounds_alike(quantized(make_site(), FORMATS["int8"]), bytes_)
+    assert not _rounds_alike(quantized(make_site(), FORMATS["int8"]), floats)
     assert not _rounds_alike(quantized(make_site(H=96, I=96), FORMATS["int4-block16"]), codes)
 
 
-@pytest.fixture(scope="module")
-def rounding():
+@pytest.fixture(scope="module", params=["int4", "int8"])
+def rounding(request):
     needs_operator()
+    plan = QuantPlan(default=request.param, activations="int8")
     with pytest.MonkeyPatch.context() as patch:
         choose_native(patch)
-        return moeopt.optimize(net(), call(), backend="onnxruntime", quantize=PLAN, verify="fast")
+        return moeopt.optimize(net(), call(), backend="onnxruntime", quantize=plan, verify="fast")
 
 
 def test_an_engine_is_verified_with_float_rows_and_rounds_then(rounding):

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from moeopt.ir import weight_format
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ir.weight_format import FORMATS
+from moeopt.ir.weight_format import INT8_BLOCK32, UINT8_CHANNEL
 from moeopt.ops import experts_reference
 from moeopt.ops.kernels import cpu
 from moeopt.ops.native import dispatch
@@ -16,7 +17,10 @@ from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
 from moeopt.ops.unfit import Unfit
 
 E, K = 3, 2
-TAKEN = ("int8", "int4", "int4-block16", "int4-block128", "int4-channel", "int8-block32")
+FORMATS = weight_format.FORMATS | {
+    f.name: f for f in (UINT8_CHANNEL, dataclasses.replace(INT8_BLOCK32, name="uint8-block32", codes="uint8"))
+}
+TAKEN = ("int8", "int4", "int4-block16", "int4-block128", "int4-channel", "int8-block32", "uint8-block32")
 BUDGET = 16  # eps, as for floats: sums in another order, one rounding of each stage
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ir.weight_format import FORMATS
 from moeopt.ops import experts_reference, reference
 from moeopt.ops.native import build, dispatch
 from moeopt.ops.native.selfcheck import dyadic
@@ -18,9 +17,11 @@ from moeopt.ops.quantized_weight import QuantizedWeight
 from moeopt.ops.rounded_rows import LEAST, ROW_BLOCK, STEPS, rounded_rows
 from moeopt.ops.unfit import Unfit
 from tests.ops.native.conftest import Kernel
-from tests.ops.native.test_codes import BUDGET, E, K, bank_of, call_of, eps_off
+from tests.ops.native.test_codes import BUDGET, FORMATS, E, K, bank_of, call_of, eps_off
 
-TAKEN = ("int8", "int8-block32", "int4", "int4-block128", "int4-channel", "int4-asymmetric32", "int4-asymmetric128")
+TAKEN = (
+    "int8", "int8-block32", "uint8", "int4", "int4-block128", "int4-channel", "int4-asymmetric32", "int4-asymmetric128",
+)  # fmt: skip
 RELU = ExpertsSpec(activation="relu")  # computed to the bit alike everywhere, so what is rounded next is the same
 NEAR = 5e-4  # of a step: so near to the middle between two, a float32 sum decides which it is
 SIZES = [(33, 24), (80, 37), (1100, 136), (1120, 160), (2080, 64)]

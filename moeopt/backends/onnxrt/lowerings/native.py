@@ -56,7 +56,7 @@ STORAGES = {
     "moe-expand": _KERNEL,
     "dense": Storage("gate_up.weight", "down.weight", "gate_up.bias", "down.bias", "io", stacked=True),
 }
-CODED = ("unrolled-codes", "unrolled-floats")
+CODED = ("unrolled-codes", "unrolled-bytes", "unrolled-floats")
 """Lowerings that store codes as the kernel reads them."""
 _SCALES = ("float32", "float16", "bfloat16")
 _NORM = "norm.weight"
@@ -139,8 +139,8 @@ def _refuses_codes(site: ExpertsNode, base: str) -> str:
         return f"the native kernel does not read {format} in a graph"
     if format.block[0] != 1:
         return "the native kernel reads scales of single rows"
-    if base == "unrolled-codes" and format.codes != "uint4":
-        return f"unrolled-codes does not store {format} as the native kernel reads it"
+    if (base, format.bits) in (("unrolled-codes", 8), ("unrolled-bytes", 4)):
+        return f"{base} does not store {format}"
     if _coded_rows(site, base) is None:
         return "rows of gate and up lie in another order than their scales or biases"
     return ""

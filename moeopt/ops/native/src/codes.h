@@ -1,7 +1,9 @@
 // Products on quantised W: codes become floats in registers for few rows of x, else four rows of W at a time in the
 // nearest cache.
 //
-//   W[o][i] = (code - zero) * scales[o * scale_stride + i / block]        I8: zero is 0; U4: zero is 8, low half of a byte first
+//   W[o][i] = (code - zero) * scales[o * scale_stride + i / block]
+//
+// I8: zero is 0, or of bytes that have no sign (View::zs) 128; U4: zero is 8, low half of a byte first.
 //
 // Each weight is rounded once to float32, and once more to the compute dtype, as the reference makes it. In memory W stays
 // as it is: what is read of it are its codes and scales.
@@ -14,20 +16,26 @@ inline bool is_code(int64_t dtype) { return dtype == MOEOPT_I8 || dtype == MOEOP
 
 // Weights i .. i + L of a row under one scale, each (code - zero) * scale rounded once. Intrinsics: compilers take
 // conversions from 8 bits apart. Decoding one token is bound by these few instructions, not by the memory that they read.
-struct I8 {
+template <int ZERO>
+struct CodesOf8Bits {
   typedef V Scale;
+#if defined(__AVX2__)
+  static __m128i to_signed(__m128i bytes) { return ZERO ? _mm_xor_si128(bytes, _mm_set1_epi8((char)0x80)) : bytes; }  // exact: less 128
+#endif
+  static float one(const char *row, int64_t i) { return ZERO ? (float)((int)(uint8_t)row[i] - ZERO) : (float)(int8_t)row[i]; }
   static Scale scale(float s) { return splat(s); }
   static V weights(const char *row, int64_t i, Scale scale) {
 #if defined(__AVX512F__)
-    return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(row + i)))) * scale;
+    return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(to_signed(_mm_loadu_si128((const __m128i *)(row + i))))) * scale;
 #elif defined(__AVX2__)
-    return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(row + i)))) * scale;
+    return (V)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(to_signed(_mm_loadl_epi64((const __m128i *)(row + i))))) * scale;
 #elif defined(MOEOPT_NEON)
-    int32_t four; memcpy(&four, row + i, 4);
-    return (V)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))))) * scale;
+    uint32_t four; memcpy(&four, row + i, 4);
+    if (ZERO) four ^= 0x80808080u;
+    return (V)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four)))))) * scale;
 #else
     V v;
-    for (int j = 0; j < L; j++) v[j] = (float)((const int8_t *)row)[i + j];
+    for (int j = 0; j < L; j++) v[j] = one(row, i + j);
     return v * scale;
 #endif
   }
@@ -36,6 +44,8 @@ struct I8 {
   static Block block(const char *at) { return at; }
   static V part(Block codes, int q, Scale scale) { return weights(codes, q, scale); }
 };
+typedef CodesOf8Bits<0> I8;
+typedef CodesOf8Bits<128> U8;
 struct U4 {  // i is a multiple of 8, of L on AVX-512: a lane shifts its code down, from a word that lanes share
 #if defined(__AVX512F__)
   typedef __m512 Scale;  // the 16 weights that a code can stand for
@@ -76,6 +86,7 @@ struct U4 {  // i is a multiple of 8, of L on AVX-512: a lane shifts its code do
 #endif
   }
 #endif
+  static float one(const char *row, int64_t i) { return (float)((((uint8_t)row[i / 2] >> (i % 2 * 4)) & 15) - 8); }
   static constexpr int64_t bytes(int64_t codes) { return codes / 2; }
   typedef const char *Block;
   static Block block(const char *at) { return at; }
@@ -100,11 +111,6 @@ inline float scale_at(const View &v, int64_t o, int64_t block) {
   return scale;
 }
 
-inline float load_code(const void *row, int64_t dtype, int64_t i) {
-  if (dtype == MOEOPT_I8) return (float)((const int8_t *)row)[i];
-  return (float)(((((const uint8_t *)row)[i / 2] >> (i % 2 * 4)) & 15) - 8);
-}
-
 // the scales of row o from block `first` on, as floats
 inline void scales_of_row(float *to, const View &v, int64_t o, int64_t first, int64_t count) {
   int64_t b = 0;
@@ -124,7 +130,7 @@ inline void row_of_codes(float *to, const View &v, int64_t o, int64_t k, int64_t
       const V w = C::weights(row, k + i, held);
       store(to + i, compute == MOEOPT_F32 ? w : round_to(w, compute));
     }
-    for (; i < end; i++) to[i] = round_one(load_code(row, v.dtype, k + i) * scale, compute);
+    for (; i < end; i++) to[i] = round_one(C::one(row, k + i) * scale, compute);
   }
 }
 
@@ -173,7 +179,7 @@ inline void codes_tile(const View &v, const int64_t *row, int64_t k, int64_t n, 
     if (i < stop) {  // the last of a row
       UNROLL for (int j = 0; j < NW; j++) {
         V a{};
-        for (int64_t c = i; c < stop; c++) a[c - i] = load_code(w[j], v.dtype, k + c) * scales[j][b];
+        for (int64_t c = i; c < stop; c++) a[c - i] = C::one(w[j], k + c) * scales[j][b];
         UNROLL for (int m = 0; m < NX; m++) acc[m][j] += a * load(x + m * ldx + i);  // x has zeros behind its end
       }
       i = stop;
@@ -284,8 +290,8 @@ void dot_codes(const View &v, int64_t compute, int64_t first, int64_t n, const f
 #if defined(__AVX512F__)
   if (v.evens) return dot_codes_of<Evens>(v, compute, first, n, x, ldx, K, M, to, ldt, panel);
 #endif
-  if (v.dtype == MOEOPT_I8) dot_codes_of<I8>(v, compute, first, n, x, ldx, K, M, to, ldt, panel);
-  else dot_codes_of<U4>(v, compute, first, n, x, ldx, K, M, to, ldt, panel);
+  const auto of = v.dtype != MOEOPT_I8 ? dot_codes_of<U4> : v.zs ? dot_codes_of<U8> : dot_codes_of<I8>;
+  of(v, compute, first, n, x, ldx, K, M, to, ldt, panel);
 }
 
 }  // namespace

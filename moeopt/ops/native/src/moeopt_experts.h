@@ -38,7 +38,7 @@ typedef struct { /* W[o][i] is data + o * stride_out + i * stride_in; of codes t
   const void *scales; /* of float32, bfloat16 or float16; NULL where W is of floats */
   int64_t scale_dtype, scale_stride, block;
   const void *zeros; /* NULL, or of U4 what is taken from codes in place of 8, a byte for each scale; where spec.rounds is 1 */
-  int64_t zero_stride;
+  int64_t zero_stride; /* of I8, which has no zeros: 0, or any other number where its bytes have no sign and are codes about 128 */
 } moeopt_matrix;
 
 typedef struct { /* data NULL: absent */

@@ -105,14 +105,16 @@ struct Node {
   }
 
   void matrix_of_codes(const ort::KernelInfo *info, size_t &next, moeopt_matrix &to, int64_t bits, int64_t in, int64_t block) const {
-    const Tensor codes = constant(info, next, bits == 8 ? ort::INT8 : ort::UINT8), scales = constant(info, next + 1, ANY);
+    const Tensor codes = constant(info, next, bits == 8 ? ANY : ort::UINT8), scales = constant(info, next + 1, ANY);
     next += 2;
+    if (codes.type != ort::UINT8 && codes.type != ort::INT8) throw Bad{"codes of 8 bits are int8, or uint8 about 128"};
     if (codes.sizes.size() < 2 || scales.sizes.size() < 2) throw Bad{"codes or scales are no matrix"};
     const int64_t a_row = codes.after_first() * (8 / bits), b = block ? block : in, blocks = (in + b - 1) / b;
     if (a_row < in || scales.sizes[0] != codes.sizes[0] || scales.after_first() != blocks) throw Bad{"codes and scales do not fit one another"};
     if (spec.rounds && b % 32 && b < in) throw Bad{"rows are rounded in blocks of 32, which its scales cut"};
     to.data = codes.data, to.dtype = bits == 8 ? MOEOPT_I8 : MOEOPT_U4;
     to.out = codes.sizes[0], to.in = in, to.stride_out = a_row, to.stride_in = 1;
+    to.zero_stride = bits == 8 && codes.type == ort::UINT8 ? 128 : 0;
     to.scales = scales.data, to.scale_stride = blocks, to.block = b;
     if (scales.type == ort::FLOAT) to.scale_dtype = MOEOPT_F32;
     else if (scales.type == ort::FLOAT16) to.scale_dtype = MOEOPT_F16;

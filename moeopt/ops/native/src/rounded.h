@@ -101,7 +101,7 @@ void dot_rounded_of(const View &v, int64_t first, int64_t n, const char *x, int6
       int8_t codes[ROW_BLOCK] = {};  // signed, or from 0 on and those of even places first
       const char *at = block_at<C>(v, first + j, b);
       for (int64_t i = 0; i < smaller(ROW_BLOCK, K - b * ROW_BLOCK); i++) {
-        if (C::SIZE == 32) codes[i] = (int8_t)at[i];
+        if constexpr (C::SIZE == 32) codes[i] = (int8_t)(C::SHIFTED ? at[i] ^ 0x80 : at[i]);
         else codes[i / 2 + i % 2 * 16] = (uint8_t)at[i / 2] >> (i % 2 * 4) & 15;
       }
       float scale;
@@ -122,7 +122,7 @@ void dot_rounded_of(const View &v, int64_t first, int64_t n, const char *x, int6
 
 // x: rows of RowBlock, of which ldx floats lie from one to the next; the columns of `to` behind n are garbage
 void dot_rounded(const View &v, int64_t first, int64_t n, const void *x, int64_t ldx, int64_t K, int64_t M, float *to, int64_t ldt, float *scratch) {
-  const auto of = v.dtype == MOEOPT_I8 ? dot_rounded_of<Bytes> : dot_rounded_of<Nibbles>;
+  const auto of = v.dtype != MOEOPT_I8 ? dot_rounded_of<Nibbles> : v.zs ? dot_rounded_of<BytesAbout128> : dot_rounded_of<Bytes>;
   of(v, first, n, (const char *)x, ldx * 4, K, M, to, ldt, scratch);
 }
 

@@ -32,11 +32,11 @@ inline void line_rounded(Scaled (&acc)[NX], const char *w, int64_t step, const R
     }
     turn4(r);
     UNROLL for (int i = 0; i < 4; i++) {
-      if (C::SIZE == 16) {
+      if constexpr (C::SIZE == 16) {
         codes[i] = _mm512_and_si512(r[i], _mm512_set1_epi8(15));
         codes[4 * SETS - 4 + i] = _mm512_and_si512(_mm512_srli_epi16(r[i], 4), _mm512_set1_epi8(15));
       } else {
-        codes[i] = _mm512_xor_si512(r[i], _mm512_set1_epi8((char)0x80));
+        codes[i] = C::SHIFTED ? _mm512_xor_si512(r[i], _mm512_set1_epi8((char)0x80)) : r[i];
       }
     }
     UNROLL for (int m = 0; m < NX; m++) {

@@ -12,9 +12,10 @@ inline __m256i codes_at(const char *at) {
   if constexpr (C::SIZE == 16) {
     const __m128i w = _mm_loadu_si128((const __m128i *)at);
     return _mm256_and_si256(_mm256_inserti128_si256(_mm256_castsi128_si256(w), _mm_srli_epi16(w, 4), 1), _mm256_set1_epi8(15));
+  } else {
+    const __m256i w = _mm256_loadu_si256((const __m256i *)at);
+    return C::SHIFTED ? _mm256_xor_si256(w, _mm256_set1_epi8((char)0x80)) : w;
   }
-  const __m256i w = _mm256_loadu_si256((const __m256i *)at);
-  return MOEOPT_VNNI ? _mm256_xor_si256(w, _mm256_set1_epi8((char)0x80)) : w;
 }
 
 // block b of eight rows of K codes; those behind K are any
@@ -120,6 +121,12 @@ inline void turn_scales(float *to, int32_t *zeros, const View &v, const int64_t 
   for (int i = 0; i < LANES; i++)
     for (int64_t at = 0; at < (v.block == ROW_BLOCK ? count * size : 1); at += 64)
       __builtin_prefetch((const char *)v.scales + ((row[i] + ahead) * v.ss + first * ROW_BLOCK / v.block) * size + at, 0, 2);
+  if (!v.zeros && (first + count - 1) * ROW_BLOCK < v.block) {  // one scale for all of a row
+    alignas(64) float of_row[LANES];
+    for (int i = 0; i < LANES; i++) of_row[i] = scale_at(v, row[i], 0);
+    for (int64_t b = 0; b < count; b++) memcpy(to + b * LANES, of_row, sizeof of_row);
+    return;
+  }
 #if MOEOPT_VNNI
   if (apart && v.scale_dtype == MOEOPT_F32 && v.block == ROW_BLOCK && !v.zeros) {
     const float *at = (const float *)v.scales + row[0] * v.ss + first;

@@ -65,6 +65,10 @@ struct Bytes {
   static constexpr int SIZE = 32;  // bytes of a block
   static constexpr int32_t ZERO = MOEOPT_VNNI ? 128 : 0;
   static constexpr bool SIGNS = !MOEOPT_VNNI;
+  static constexpr bool SHIFTED = MOEOPT_VNNI;  // by 128 from what is stored, which flips the highest bit
+};
+struct BytesAbout128 : Bytes {
+  static constexpr bool SHIFTED = !MOEOPT_VNNI;
 };
 struct Nibbles {
   static constexpr int SIZE = 16;
@@ -79,14 +83,24 @@ inline int32_t zero_of(int64_t dtype, bool zeros) {  // what round_row takes, fo
 template <class C>
 inline const char *block_at(const View &v, int64_t o, int64_t b) { return (const char *)v.data + o * v.so * C::SIZE / ROW_BLOCK + b * C::SIZE; }
 
+// which of a row's scales each of `count` blocks of 32 from `first` on has: one division, as each takes as long as a block's products
+template <class F>
+inline void each_by_32(const View &v, int64_t first, int64_t count, F of) {
+  int64_t at = first * ROW_BLOCK / v.block, end = (at + 1) * v.block;
+  for (int64_t b = 0; b < count; b++) {
+    if ((first + b) * ROW_BLOCK >= end) at++, end += v.block;
+    of(b, at);
+  }
+}
+
 // scales and zero points of row o of W for `count` blocks of 32 from `first` on
 inline void scales_by_32(float *to, const View &v, int64_t o, int64_t first, int64_t count) {
   if (v.block == ROW_BLOCK) return scales_of_row(to, v, o, first, count);
-  for (int64_t b = 0; b < count; b++) to[b] = scale_at(v, o, (first + b) * ROW_BLOCK / v.block);
+  each_by_32(v, first, count, [&](int64_t b, int64_t at) { to[b] = scale_at(v, o, at); });
 }
 inline void zeros_by_32(int32_t *to, const View &v, int64_t o, int64_t first, int64_t count) {
   const uint8_t *row = (const uint8_t *)v.zeros + o * v.zs;
-  for (int64_t b = 0; b < count; b++) to[b] = row[(first + b) * ROW_BLOCK / v.block];
+  each_by_32(v, first, count, [&](int64_t b, int64_t at) { to[b] = row[at]; });
 }
 
 }  // namespace
