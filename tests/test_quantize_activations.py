@@ -129,7 +129,7 @@ def _left(opt, words, plan):
 
 def test_a_format_that_the_kernel_does_not_read_keeps_float_rows():
     opt = optimized(QuantPlan(default="fp8", activations="int8"))
-    _left(opt, "activations stay floats in Block: the kernel reads int8 and int4 with scales for each row, not", "fp8")
+    _left(opt, "activations stay floats in Block: the kernel reads int8, 8-bit codes about 128 and int4 with", "fp8")
 
 
 def test_without_a_kernel_rows_stay_floats(monkeypatch):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from moeopt.errors import NotSaveableError
-from moeopt.rewrite.legality import is_plain, package_of
+from moeopt.rewrite.plain_tensors import is_plain, package_of
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ so, or to leave the model alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from moeopt.listed import listed
 
 _IN_WEIGHTS = ("weight_input", "weight_output")
 """Where compressed-tensors multiplies a transform into the weights before they are saved."""
+_WEIGHTS_ALONE = re.compile(r"A16|WO$")
+"""In the name of an algorithm of modelopt (W4A16_AWQ, FP8_PB_WO) that leaves activations as they are."""
 
 
 def turned_at_each_call(config: Mapping[str, Any]) -> str:
@@ -39,8 +42,9 @@ def rounded_at_each_call(config: Mapping[str, Any]) -> str:
         return f"activation_scheme {scheme!r}"
     if config.get("quant_method") == "fbgemm_fp8":
         return "fbgemm_fp8"
-    if config.get("quant_method") == "modelopt" and config.get("quant_algo"):
-        return f"quant_algo {config['quant_algo']!r}"
+    algorithm = str(config.get("quant_algo") or "")
+    if config.get("quant_method") == "modelopt" and algorithm and not _WEIGHTS_ALONE.search(algorithm):
+        return f"quant_algo {algorithm!r}"
     whole_model = config.get("global_quant_config")
     if isinstance(whole_model, Mapping) and isinstance(whole_model.get("input_tensors"), Mapping):
         return f"input_tensors of {whole_model['input_tensors'].get('dtype', '8 bits')}"

@@ -42,6 +42,12 @@ _SCALE = re.compile(r"(weight|qweight)?_?scales?$|qscale_weight$")
 """Names under which other libraries keep the scales of a module's weight (EETQ: weight_scales; Mistral's own files)."""
 _IN_STACKS = ("", "fp8", "compressed-tensors", "modelopt", "quark", "fbgemm_fp8")
 """Methods whose experts may be one tensor of codes under a name of its own, with scales beside it."""
+_BY_GROUP = (True, "group", "dynamic")
+"""What compressed-tensors calls an order of columns that is stored beside the codes."""
+_NEVER_SET = (
+    " (compressed-tensors also leaves out an order never set, as of an expert that no calibration row reaches, "
+    "which files do not tell from a loss: then quantise with rows for each expert, or with actorder 'weight')"
+)
 _E8M0 = (torch.uint8, torch.float8_e8m0fnu)
 
 
@@ -111,20 +117,22 @@ def _check_beside(files: TensorFiles, found: QuantisedTensors, config: Mapping[s
 
     Without its zero points or the order of its columns a matrix can be read all the same, as another one.
     """
-    if len(weights_of(config)) > 1 or config.get("dynamic"):  # settings by module
-        return
-    ordered = config.get("desc_act") is True or any(w.get("actorder") in (True, "group") for w in weights_of(config))
+    settings = weights_of(config)
+    by_module = len(settings) > 1 or bool(config.get("dynamic"))
+    ordered = bool(settings) and all(w.get("actorder") in _BY_GROUP for w in settings)
+    ordered |= config.get("desc_act") is True and not by_module
     for codes, beside, stated in (
         ("weight_packed", "weight_zero_point", False), ("weight", "weight_zero_point", False),
         ("weight_packed", "weight_g_idx", ordered), ("qweight", "g_idx", ordered),
     ):  # fmt: skip
         modules = [m.name for m in found.matrices.values() if m.tensors[0] == f"{m.name}.{codes}"]
         absent = [name for name in modules if f"{name}.{beside}" not in files]
-        if absent and (stated or len(absent) < len(modules)):
+        if absent and (stated or (not by_module and len(absent) < len(modules))):
             says = "config.json says that there is one" if stated else "other matrices have one"
+            never_set = beside == "weight_g_idx" and len(absent) < len(modules)
             raise CheckpointError(
                 f"{absent[0]}.{beside} is in no file, and {says}: a file is missing, or the index that names it is of "
-                "another version; fetch the files again"
+                f"another version; fetch the files again{_NEVER_SET if never_set else ''}"
             )
 
 

@@ -7,14 +7,17 @@ One by one this takes milliseconds of Python; ``map`` over all of them, which ru
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
 from moeopt.rewrite.guard_expression import GuardExpression
 
 _PLAIN = {Tensor, nn.Parameter}
+_LAYOUT = attrgetter("layout")
 _HOOKS = attrgetter("_forward_hooks"), attrgetter("_forward_pre_hooks")
 _GEOMETRY: tuple[Callable[[Any], object], ...] = (
     Tensor.data_ptr,
@@ -58,7 +61,8 @@ class BankLayout:
         if any(any(map(hooks, self._owners)) for hooks in _HOOKS):
             return None
         tensors = cast(list[Tensor], list(map(dict.get, self._registries, self._keys)))
-        return tensors if _PLAIN.issuperset(map(type, tensors)) else None
+        plain = _PLAIN.issuperset(map(type, tensors)) and all(map(is_, map(_LAYOUT, tensors), repeat(torch.strided)))
+        return tensors if plain else None
 
     def any_wants_gradient(self) -> bool:
         """Whether a tensor at one of the places, whatever it is now, wants a gradient."""

@@ -17,11 +17,10 @@ from moeopt.obstacles import Rank
 from moeopt.recognise.named_obstacles import computed_weight
 from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.kept_steps import KeptSteps
+from moeopt.rewrite.plain_tensors import package_named, unread
 from moeopt.value_types import PyObject
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
-"""Classes of the tensors that the ops read."""
 MOST_FROZEN = 1 << 20
 """Elements of a tensor that is copied and compared because the rewritten code holds what it decided."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -31,33 +30,16 @@ def check_module(module: nn.Module) -> None:
     """Parameters that cannot be probed at all.
 
     Raises:
-        Declined: meta tensors, DTensors or other tensor subclasses, PyTorch's quantised tensors, a scripted module.
+        Declined: meta tensors, DTensors or other tensor subclasses, PyTorch's quantised tensors, sparse Parameters, a
+            scripted module.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise Declined(
             "it is a TorchScript module, whose code cannot be traced; pass the Python module", rank=Rank.FORBIDS
         )
     for path, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.device.type == "meta":
-            raise Declined(f"{path} is on the meta device and has no values; load the weights first", rank=Rank.FORBIDS)
-        if type(tensor) not in PLAIN:
-            raise Declined(
-                f"{path} is a {type(tensor).__name__}, which the op cannot read; convert it to a plain tensor "
-                f"(for example dequantize() or full_tensor()) and optimise again{_maker(tensor)}",
-                rank=Rank.FORBIDS,
-            )
-        if tensor.is_quantized:
-            raise Declined(
-                f"{path} is a tensor of {tensor.dtype}, one of PyTorch's own quantised tensors, which neither the op "
-                "nor an engine reads; give the float model, or make floats of it (dequantize()), and optimise again: "
-                "quantize='int8' keeps experts as small",
-                rank=Rank.FORBIDS,
-            )
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds its own numbers: no quantiser's class, nor PyTorch's quantised dtypes."""
-    return type(tensor) in PLAIN and not tensor.is_quantized
+        if what := unread(tensor):
+            raise Declined(f"{path} is {what}", rank=Rank.FORBIDS)
 
 
 def non_finite_reason(module: nn.Module, infinite_too: bool = True) -> str:
@@ -147,13 +129,13 @@ def check_skipped(path: str, module: nn.Module) -> None:
     if "forward" in module.__dict__:
         forward = module.__dict__["forward"]
         code = getattr(getattr(forward, "__func__", forward), "__globals__", {})  # of a wrapper too, unlike its module
-        package = _package(code.get("__name__"))
+        package = package_named(code.get("__name__"))
         raise Declined(
             f"forward was replaced on the instance {path}; undo the patch and optimise again"
             + (
                 f" (it is one of {package}: if that is a quantiser, load the model with plain weights, and give "
                 "quantize='int8' or 'int4' to moeopt.optimize)"
-                if package not in ("", _package(type(module).__module__))
+                if package not in ("", package_named(type(module).__module__))
                 else ""
             )
         )
@@ -281,18 +263,3 @@ def _values(tensor: torch.Tensor) -> str:
     first = tensor.reshape(-1)[:1]
     alike = bool(first.numel()) and bool((tensor == first).all())
     return f"all {first.item():g}" if alike else f"{tensor.numel()} numbers"
-
-
-def package_of(tensor: torch.Tensor) -> str:
-    """The package that brings a tensor's class; "" for torch itself and a script's own."""
-    return _package(type(tensor).__module__)
-
-
-def _package(module: str | None) -> str:
-    package = (module or "").partition(".")[0]
-    return "" if package in ("torch", "__main__") else package
-
-
-def _maker(tensor: torch.Tensor) -> str:
-    package = package_of(tensor)
-    return f"; its class is one of {package}, and quantize='int8' keeps experts as small" if package else ""

@@ -72,6 +72,8 @@ class Place:
             raise Stale(f"{self.path} is no longer a plain Parameter (parametrised or removed)")
         if tensor.is_meta:
             raise Stale(f"{self.path} is on the meta device (offloaded?) and has no values")
+        if tensor.layout is not torch.strided:
+            raise Stale(f"{self.path} is {tensor.layout} now, whose numbers do not lie at one address")
         if tensor.dtype is not self.dtype or tensor.shape != self.shape:
             raise Stale(f"{self.path} changed from {self.dtype} {tuple(self.shape)} "
                         f"to {tensor.dtype} {tuple(tensor.shape)}")  # fmt: skip

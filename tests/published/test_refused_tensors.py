@@ -126,6 +126,11 @@ def two(pack, **how):
     return pack("x", 8, 64, 4, 32, **how)[0] | pack("y", 8, 64, 4, 32, **how)[0]
 
 
+def by_activations(groups):
+    weights = {"num_bits": 4, "group_size": 32, "actorder": "dynamic"}
+    return CT | {"config_groups": {str(n): {"weights": weights} for n in range(groups)}}
+
+
 ORDER = np.arange(64) % 2
 DAMAGED = {
     "desc_act without an order": (
@@ -136,6 +141,14 @@ DAMAGED = {
         without(layouts.pack_quantized("x", 8, 64, 4, 32, order=ORDER)[0], "x.weight_g_idx"),
         CT | {"config_groups": {"g": {"weights": {"num_bits": 4, "group_size": 32, "actorder": "group"}}}},
         "x.weight_g_idx is in no file, and config.json says that there is one",
+    ),
+    "actorder by its other name, in each of two groups": (
+        without(layouts.pack_quantized("x", 8, 64, 4, 32, order=ORDER)[0], "x.weight_g_idx"), by_activations(2),
+        "x.weight_g_idx is in no file, and config.json says that there is one",
+    ),
+    "an order that was never set, or is lost": (
+        without(two(layouts.pack_quantized, order=ORDER), "y.weight_g_idx"), by_activations(1),
+        "fetch the files again (compressed-tensors also leaves out an order never set, as of an expert that no",
     ),
     "an order that others have": (
         without(two(layouts.gptq, order=ORDER), "y.g_idx"), GPTQ, "y.g_idx is in no file, and other matrices have one",

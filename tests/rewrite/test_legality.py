@@ -31,6 +31,8 @@ def test_a_plain_module_passes():
         (lambda: MoE().to("meta"), "router.weight is on the meta device and has no values; load the weights first"),
         (lambda: _with_buffer(rand(2).as_subclass(Subclass)),
          "table is a Subclass, which the op cannot read; convert it to a plain tensor"),
+        (lambda: _with_parameter(rand(2, 2).to_sparse()),
+         "table is a Parameter of torch.sparse_coo, whose numbers neither the op nor an engine reads; give the dense"),
     ],
 )  # fmt: skip
 def test_parameters_that_cannot_be_probed(make, text):
@@ -42,6 +44,12 @@ def test_parameters_that_cannot_be_probed(make, text):
 def _with_buffer(tensor):
     module = ffn()
     module.register_buffer("table", tensor)
+    return module
+
+
+def _with_parameter(tensor):
+    module = ffn()
+    module.table = nn.Parameter(tensor)
     return module
 
 

@@ -55,8 +55,8 @@ def _codes(w: QuantizedWeight, rounds: bool) -> tuple[int, ...]:
     zeros = w.zeros if rounds and format.codes == "uint4" else None
     kind = format.codes, format.symmetric or zeros is not None, format.packing
     if kind not in CODES or format.block[0] != 1 or w.scales is None:
-        which = "int8 and int4" if rounds else "int8 and symmetric int4"
-        raise Unfit(f"the kernel reads {which} with scales for each row, not {format}")
+        which = "int4" if rounds else "symmetric int4"
+        raise Unfit(f"the kernel reads int8, 8-bit codes about 128 and {which} with scales for each row, not {format}")
     for t in (w.codes, w.scales, zeros):
         if t is not None:
             plain(t)

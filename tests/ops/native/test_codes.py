@@ -7,13 +7,14 @@ import torch
 
 from moeopt.ir import weight_format
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ir.weight_format import INT8_BLOCK32, UINT8_CHANNEL
+from moeopt.ir.weight_format import INT8_BLOCK32, UINT8_CHANNEL, WeightFormat
 from moeopt.ops import experts_reference
 from moeopt.ops.kernels import cpu
 from moeopt.ops.native import dispatch
 from moeopt.ops.native.selfcheck import specs as all_fields
 from moeopt.ops.quantize import quantize
 from moeopt.ops.quantized_bank import QuantizedExpertWeights, QuantizedMatrices
+from moeopt.ops.quantized_weight import QuantizedWeight
 from moeopt.ops.unfit import Unfit
 
 E, K = 3, 2
@@ -100,11 +101,46 @@ def test_a_row_s_bits_are_the_same_beside_any_number_of_rows(kernel, name, H, I)
         assert torch.equal(kernel(x[:M], ids[:M], weights[:M], bank, spec), whole[:M]), M
 
 
+def matrices_of(codes, scales, kind, block):
+    """int8 ``codes`` as codes of ``kind``, with ``scales`` (N, blocks) of so many columns."""
+    held = [q if kind == "int8" else q.view(torch.uint8) ^ 128 for q in codes]
+    format = WeightFormat("twin", kind, (1, block), str(scales[0].dtype).removeprefix("torch."))
+    made = [QuantizedWeight(q, s, None, format, tuple(q.shape)) for q, s in zip(held, scales, strict=True)]
+    return QuantizedMatrices.of(made)
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize(("H", "I"), [(33, 24), (1100, 136)])
+@pytest.mark.parametrize(("dtype", "block"), [(torch.float32, None), (torch.bfloat16, 64), (torch.float16, 96)])
+def test_the_same_numbers_said_otherwise_give_the_same_bits(kernel, H, I, rounds, dtype, block):
+    """Codes about 128 as those about 0, -128 among them; and of rounded rows, blocks of 32 that share a scale."""
+    rng, spec, sizes = torch.Generator().manual_seed(3), ExpertsSpec(), [(2 * I, H), (H, I)]
+    codes = [[torch.randint(-128, 128, size, generator=rng, dtype=torch.int8) for _ in range(E)] for size in sizes]
+    scales = [[torch.rand(n, -(-into // (block or into)), generator=rng) / 64 for _ in range(E)] for n, into in sizes]
+    for one in (scale for part in scales for scale in part):
+        one.view(-1)[:3] = torch.tensor([-0.0, 1e-39, -0.5])
+    shared = [[scale.to(dtype) for scale in part] for part in scales]
+    of_32 = [
+        [s[:, torch.arange(0, n, 32) // (block or n)] for s in one] for one, (_, n) in zip(shared, sizes, strict=True)
+    ]
+    x, ids = torch.randn(13, H, generator=rng), torch.randint(0, E, (13, K), generator=rng)
+
+    def result(kind, scales, block):
+        w_in, w_out = (matrices_of(q, s, kind, block) for q, s in zip(codes, scales, strict=True))
+        bank = QuantizedExpertWeights([w_in], w_out)
+        return kernel(x, ids, torch.ones(13, K), bank.reading("int8") if rounds else bank, spec)
+
+    want = result("int8", shared, block)
+    assert want.isfinite().all() and torch.equal(result("uint8", shared, block), want)
+    if rounds:  # of float rows, lanes are added up where a scale ends
+        assert torch.equal(result("uint8", of_32, 32), want)
+
+
 @pytest.mark.parametrize("name", ["fp8", "mxfp4", "int4-asymmetric32", "nf4"])
 def test_what_it_does_not_read_is_left_to_torch(kernel, name):
     spec = ExpertsSpec()
     args = call_of(bank_of(spec, FORMATS[name], 64, 32, torch.float32), spec, 5, 64, torch.float32)
-    with pytest.raises(Unfit, match="the kernel reads int8 and symmetric int4 with scales for each row, not"):
+    with pytest.raises(Unfit, match="reads int8, 8-bit codes about 128 and symmetric int4 with scales for each row"):
         kernel(*args)
     torch.testing.assert_close(dispatch.quantized_on_cpu(*args), cpu.experts_cpu(*args), rtol=0, atol=0)
 

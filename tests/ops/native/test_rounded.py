@@ -239,7 +239,7 @@ def test_the_rounding_of_a_row():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("fp8", "the kernel reads int8 and int4 with scales for each row, not fp8"),
+        ("fp8", "the kernel reads int8, 8-bit codes about 128 and int4 with scales for each row, not fp8"),
         ("int4-block16", "rows are rounded in blocks of 32, which int4-block16 .* cuts: its scales are for 16"),
     ],
 )
