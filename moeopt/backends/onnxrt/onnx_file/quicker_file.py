@@ -178,7 +178,8 @@ def _saves(rewrite: Rewrite, small: bool) -> bool:
         assert isinstance(one.spec, RowFunction), "other experts have operators"
         work = work_of(one, one.spec)
         calls += work.calls - AROUND - work.experts * len(one.spec.body.nodes)
-        rows += work.rows - work.rows_grouped
+        sites = max(1.0, len(one.tokens.token) / work.experts)  # products that each expert begins with
+        rows += sum(map(len, one.tokens.token.values())) / sites - work.rows_grouped
     return rows > 0 or (rows == 0 and small and calls > 0)
 
 
