@@ -134,3 +134,24 @@ def resized(feeds: GraphFeeds, dims: Mapping[str, list[Any]]) -> GraphFeeds | No
                 value, changed = value.index_select(axis, at), True
         made[name] = value
     return made if changed else None
+
+
+def in_tokens(feeds: GraphFeeds, dims: Mapping[str, list[Any]], tokens: int) -> Iterator[GraphFeeds]:
+    """The same inputs for so many tokens, values repeated: of one sequence, and of so many sequences of one token.
+
+    Sizes of images are such that their squares are tokens. A size that its name calls that of a cache stays.
+    """
+    free = [{(axis, d) for axis, d in enumerate(shape) if not isinstance(d, int)} for shape in dims.values()]
+    axes = max((len({axis for axis, _ in one if axis}) for one in free), default=0)
+    each = max(1, round(tokens ** (1 / max(axes, 1))))
+    batches = {d for one in free for axis, d in one if axis == 0 and isinstance(d, str)}
+    for batch, length in ((1, each), (tokens, 1)) if axes else ((tokens, tokens),):
+        made: GraphFeeds = {}
+        for name, value in feeds.items():
+            for axis, dim in enumerate(dims[name]):
+                if not isinstance(dim, int) and value.shape[axis]:
+                    first = dim in batches if isinstance(dim, str) else axis == 0
+                    size = _size(dim or "", batch, batch if first else length, value.shape[axis])
+                    value = value.index_select(axis, torch.arange(size) % value.shape[axis])
+            made[name] = value
+        yield made

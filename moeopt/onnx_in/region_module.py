@@ -25,6 +25,7 @@ from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.interpreter import InterpretedGraph, live_steps, steps_of
 from moeopt.onnx_in.operators.call import NodeCall
 from moeopt.onnx_in.operators.table import OPERATORS
+from moeopt.onnx_in.places import from_zero_told
 from moeopt.onnx_in.products import CONVOLUTIONS, MOVING, shape_of
 from moeopt.onnx_in.program import NodeStep, SizeTerm, SizeTerms, program_of
 from moeopt.onnx_in.regions import CandidateRegion
@@ -134,7 +135,7 @@ def region_module(
     """
     codes = CodedConstants(opset, region.nodes) if codes is None else codes
     steps, constants = steps_of(region.nodes, codes)
-    steps = live_steps(steps, [region.exit.name])
+    steps = from_zero_told(live_steps(steps, [region.exit.name]))
     if to_lower:
         steps = [replace(s, attributes={**s.attributes, "unbounded": 1}) if s.op_type == "Clip" else s for s in steps]
     made = {name for step in steps for name in step.outputs}

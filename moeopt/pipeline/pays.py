@@ -13,6 +13,7 @@ Experts that are codes which the kernel in C++ reads have a grouped kernel (``pa
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,22 +75,10 @@ def _dispatch_stays(recognition: Recognition) -> str:
 
 
 def _reason(recognition: Recognition, spec: RowFunction) -> str:
-    body = spec.body
-    sources = [recognition.tokens.node, recognition.routing.weights.source, recognition.base]
-    sources += recognition.tokens.beside
-    sources += [recognition.routing.ids.source] if recognition.routing.ids is not None else []
-    before = ancestors([n for n in sources if n is not None])
-    own = [
-        n for n in ancestors([recognition.combine.node]) - before if n.op == "call_function" and op_name(n) not in _FREE
-    ]
+    body, work = spec.body, work_of(recognition, spec)
     per_row = sum(shape[0] * shape[1] for _, shape in body.slots if len(shape) == 2)
-    hit = len(set(recognition.experts))
-    rows = Value(1 + len(body.slots)) if recognition.tokens.beside else Value(0)  # the first part of a row, or all
-    readers = sum(rows in args for _, args, _ in body.nodes)  # each is a site with all rows of its expert
-    rows_own = sum(len(t) for t in recognition.tokens.token.values()) / max(readers, 1)
-    rows_new = recognition.tokens.count * (recognition.routing.per_token or hit)
-    calls_new = AROUND + hit * (NODE * len(body.nodes) + EXPERT)
-    if _quicker(len(own) - calls_new, rows_own - rows_new, body.features, per_row):
+    calls_new = AROUND + work.experts * (NODE * len(body.nodes) + EXPERT)
+    if _quicker(work.calls - calls_new, work.rows - work.rows_grouped, body.features, per_row):
         return ""
     if recognition.kept_from_grouped:
         return recognition.kept_from_grouped
@@ -100,6 +89,39 @@ def _reason(recognition: Recognition, spec: RowFunction) -> str:
         f"its experts are {what}, a function of a row that no grouped kernel has; PyTorch would run it expert "
         "by expert, which would not pay here: the block's own code makes as few calls on as few rows; " + TAKEN
     )
+
+
+@dataclass(frozen=True)
+class CountedWork:
+    """What a block's own code does on a recorded call that reached every expert.
+
+    Attributes:
+        calls: ops between what the experts read and their sum.
+        rows: on which an expert ran; ``rows_grouped``: on which the op would run one, a row for each choice.
+        experts: that were hit.
+    """
+
+    calls: int
+    rows: float
+    rows_grouped: int
+    experts: int
+
+
+def work_of(recognition: Recognition, spec: RowFunction) -> CountedWork:
+    """The counts of a block whose experts are ``spec``."""
+    body = spec.body
+    sources = [recognition.tokens.node, recognition.routing.weights.source, recognition.base]
+    sources += recognition.tokens.beside
+    sources += [recognition.routing.ids.source] if recognition.routing.ids is not None else []
+    before = ancestors([n for n in sources if n is not None])
+    own = [
+        n for n in ancestors([recognition.combine.node]) - before if n.op == "call_function" and op_name(n) not in _FREE
+    ]
+    hit = len(set(recognition.experts))
+    rows = Value(1 + len(body.slots)) if recognition.tokens.beside else Value(0)  # the first part of a row, or all
+    readers = sum(rows in args for _, args, _ in body.nodes)  # each is a site with all rows of its expert
+    ran = sum(len(t) for t in recognition.tokens.token.values()) / max(readers, 1)
+    return CountedWork(len(own), ran, recognition.tokens.count * (recognition.routing.per_token or hit), hit)
 
 
 def _quicker(calls: float, rows: float, features: int, per_row: int) -> bool:

@@ -13,6 +13,7 @@ import torch.utils._pytree as pytree
 from moeopt.backends.onnxrt.accuracy import version_notes
 from moeopt.backends.onnxrt.custom_op import native_library, register
 from moeopt.backends.onnxrt.session import GRAPH, NATIVE, VERIFIED, VERIFIED_NATIVE, Session, data_of, no_change
+from moeopt.backends.onnxrt.without_elements import CallsWithoutElements
 from moeopt.backends.registry import open_bundle
 from moeopt.bundle import values
 from moeopt.bundle.binding import Binding
@@ -115,11 +116,16 @@ class GraphEngine(BundledEngine):
         if self.device.type != "cpu":
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.to(self.device), (tuple(args), dict(kwargs)))
         bound = self._binding.bind(tuple(args), dict(kwargs))
-        results = self.session.run({name: bound[leaf] for name, leaf in self._feeds.items()})
+        feeds = {name: bound[leaf] for name, leaf in self._feeds.items()}
+        self._before_run(feeds)
+        results = self.session.run(feeds)
         return build(
             self.signature["out_tree"],
             iter([o.value if isinstance(o, _Constant) else results[o] for o in self._outputs]),
         )
+
+    def _before_run(self, feeds: Mapping[str, torch.Tensor]) -> None:
+        """Raise where the runtime would not survive a call."""
 
     def run_flat(self, leaves: Sequence[Any]) -> PyObject:
         """Call it with the leaves of ``(args, kwargs)``, as golden runs store them."""
@@ -155,6 +161,7 @@ class OnnxEngine(GraphEngine):
         super().__init__(directory, signature, open_session, device, keep, manifest)
         self.notes, self.graph = [*notes, *version_notes(provider)], graph
         self._resident: ResidentFile | None = None
+        self._without_elements = CallsWithoutElements(Path(directory) / graph)
 
     def keep_resident(self, budget: int) -> None:
         """Hold at most ``budget`` bytes of weights in memory between calls, as ``moeopt.load(resident=)`` says."""
@@ -184,6 +191,10 @@ class OnnxEngine(GraphEngine):
     def within(self, seconds: float) -> contextlib.AbstractContextManager[None]:
         allowed: contextlib.AbstractContextManager[None] = self.session.within(seconds)
         return allowed
+
+    def _before_run(self, feeds: Mapping[str, torch.Tensor]) -> None:
+        if self.provider == "cpu":
+            self._without_elements.check(feeds)
 
     def _reopening(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return open_bundle, (self.provider,)

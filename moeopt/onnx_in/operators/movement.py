@@ -123,19 +123,24 @@ def _gather(call: NodeCall) -> Tensor:
     index = tensor(at)
     axis = axis % x.dim()
     if index.dim() == 0:
-        return x.index_select(axis, _wrapped(index.reshape(1), x.shape[axis])).squeeze(axis)
-    flat = x.index_select(axis, _wrapped(index.reshape(-1), x.shape[axis]))
+        return x.index_select(axis, _wrapped(call, index.reshape(1), x.shape[axis])).squeeze(axis)
+    flat = x.index_select(axis, _wrapped(call, index.reshape(-1), x.shape[axis]))
     return flat.reshape([*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]])
 
 
-def _wrapped(index: Tensor, size: PyObject) -> Tensor:
-    """Indices that count from the end, as ONNX takes them and torch does not."""
+def _wrapped(call: NodeCall, index: Tensor, size: PyObject) -> Tensor:
+    """Indices that count from the end, as ONNX takes them and torch does not.
+
+    The attribute ``from_zero``, of steps and not of ONNX, says that none does.
+    """
+    if call.attribute("from_zero", 0):
+        return index
     return torch.where(index < 0, index + size, index)
 
 
 def _gather_elements(call: NodeCall) -> Tensor:
     x, axis = call.tensor(0), call.attribute("axis", 0)
-    return x.gather(axis, _wrapped(call.tensor(1), x.shape[axis]))
+    return x.gather(axis, _wrapped(call, call.tensor(1), x.shape[axis]))
 
 
 def _gather_nd(call: NodeCall) -> Tensor:
@@ -149,7 +154,7 @@ def _gather_nd(call: NodeCall) -> Tensor:
 
 def _scatter_elements(call: NodeCall) -> Tensor:
     x, axis = call.tensor(0), call.attribute("axis", 0)
-    at, updates = _wrapped(call.tensor(1), x.shape[axis]), call.tensor(2)
+    at, updates = _wrapped(call, call.tensor(1), x.shape[axis]), call.tensor(2)
     how = call.attribute("reduction", "none")
     if how == "none":
         return x.scatter(axis, at, updates)
@@ -179,7 +184,7 @@ def _one_hot(call: NodeCall) -> Tensor:
     shape = [1] * (at.dim() + 1)
     shape[axis] = depth
     rows = torch.arange(depth, device=at.device, dtype=torch.int64).reshape(shape)
-    hit = _wrapped(at.long(), depth).unsqueeze(axis) == rows
+    hit = _wrapped(call, at.long(), depth).unsqueeze(axis) == rows
     return torch.where(hit, values[1], values[0])
 
 

@@ -25,6 +25,7 @@ from moeopt.backends.onnxrt.onnx_file.file_reports import UNREACHED, decline, in
 from moeopt.backends.onnxrt.onnx_file.kept_codes import keep_codes, with_codes
 from moeopt.backends.onnxrt.onnx_file.original import NO_MORE_ROUNDS, fingerprint, session_on
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, file_parts, widest_run
+from moeopt.backends.onnxrt.onnx_file.quicker_file import SlowerRegions
 from moeopt.backends.onnxrt.onnx_file.write import untouched, write_stitched
 from moeopt.backends.onnxrt.open_engine import opened_file
 from moeopt.backends.onnxrt.plan import OrtPlan
@@ -123,7 +124,8 @@ def _tried(
     candidates = list(candidate_regions(GraphIndex(file.model.graph)))
     parts = file_parts(file, candidates, calls, options.say)
     try:
-        made = _rewritten(file, parts, calls, options, plan, backend) if parts.parts else None
+        slower = SlowerRegions(given, file, parts, calls, options, plan)
+        made = _rewritten(file, parts, calls, options, plan, backend, slower) if parts.parts else None
     except NotEquivalentError as err:  # the file that was given stays
         made = None
         for part in parts.parts:
@@ -220,7 +222,7 @@ def _runs(session: PyObject, feeds: GraphFeeds) -> str | None:
 
 def _rewritten(
     file: OnnxFile, parts: FileParts, calls: Sequence[GraphFeeds], options: Options, plan: OrtPlan,
-    backend: type[GraphBackend],
+    backend: type[GraphBackend], slower: SlowerRegions,
 ) -> Made | None:  # fmt: skip
     """The file with what could be rewritten of its parts; None where that is nothing."""
     order = {value.name: at for at, node in enumerate(file.model.graph) for value in node.outputs}
@@ -238,6 +240,7 @@ def _rewritten(
         assert isinstance(twin, GraphRegions), "the pipeline copies the regions as what they are"
         if of_codes is not options:
             keep_codes(twin, outcome)
+        slower.leave(twin, outcome)
         seen.append((twin, outcome))
         for one in (twin, regions):
             one.keep(list(outcome.rewrites))

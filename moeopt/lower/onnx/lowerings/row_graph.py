@@ -20,6 +20,7 @@ from moeopt.ir.row_function import RowFunction
 from moeopt.lower.onnx.accurate import accurate_graph
 from moeopt.lower.onnx.build import Builder
 from moeopt.lower.onnx.experts_node import ExpertsNode
+from moeopt.lower.onnx.lowerings.gemm_bias import join_biases
 from moeopt.ops.row_function import SlotBank, function_of
 from moeopt.value_types import OnnxValue, PyObject
 
@@ -155,6 +156,7 @@ def _converted(spec: RowFunction) -> OnnxValue:
     except (NotSaveableError, RuntimeError, ValueError) as err:
         raise Declined(f"its experts are a function of a row with no ONNX form: {str(err).splitlines()[0]}") from err
     accurate_graph(model)
+    join_biases(model)
     if any(node.graph is not model.graph for node in model.graph.all_nodes()):
         raise Declined("its experts are a function of a row whose ONNX form has branches or loops of its own")
     if len(_KNOWN) >= 64:

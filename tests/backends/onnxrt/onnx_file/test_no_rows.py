@@ -5,6 +5,7 @@ import torch
 from onnx import TensorProto, helper
 
 import moeopt
+from moeopt.backends.onnxrt import without_elements
 from moeopt.errors import UsageError
 from tests.onnx_in.by_hand import E, File, H
 
@@ -36,6 +37,40 @@ def test_a_call_that_ends_the_process_is_an_error(make, tmp_path):
     assert moeopt.verify(found.save(tmp_path / "out"), original=model, inputs=torch.ones(3, H)).passed
     with pytest.raises(UsageError, match=said):
         moeopt.verify(tmp_path / "out", original=model, inputs=torch.zeros(0, H))
+
+
+def test_a_call_that_ends_the_process_is_an_error_of_the_engine(tmp_path):
+    """Of one whose experts were rewritten, behind nodes that stay; and of the bundle that is loaded."""
+    file = File()
+    columns = file.node("Unsqueeze", "x", file.constant([1]))
+    every, _ = file.node("GRU", columns, file.weight(1, 3 * H, H), file.weight(1, 3 * H, H), results=2, hidden_size=H)
+    rows = file.node("Squeeze", every, file.constant([1, 2]))
+    table = file.table(*file.router(x=rows))
+    found = moeopt.optimize(file.model(file.weighed(rows, table, lambda x, e: file.expert(x, f"e.{e}"))), verify="off")
+    assert [b.status for b in found.report.blocks] == ["rewritten"]
+    said = (
+        r"ONNX Runtime .* ends the process that runs this graph on these sizes \(signal \d+, in a process of its own\)"
+        r": x \(0, 8\); answer a call without elements without the engine"
+    )
+    for engine in (found, moeopt.load(found.save(tmp_path / "out"))):
+        with pytest.raises(UsageError, match=said):
+            engine(x=torch.zeros(0, H))
+        assert engine(x=torch.zeros(2, H)).shape == (2, H)
+
+
+def test_a_kind_of_call_is_tried_once_and_only_on_nodes_that_may_end_it(monkeypatch):
+    tried = []
+    monkeypatch.setattr(without_elements, "ended_by", lambda *given: tried.append(given))
+    file = File()
+    plain = moeopt.optimize(file.model(file.dense()), verify="off")
+    assert plain(x=torch.zeros(0, H)).shape == (0, H) and not tried
+    file = File()
+    rows = file.node("Einsum", "x", file.weight(H, H), equation="th,ho->to")
+    table = file.table(*file.router(x=rows))
+    found = moeopt.optimize(file.model(file.weighed(rows, table, lambda x, e: file.expert(x, f"e.{e}"))), verify="off")
+    for _ in range(2):
+        assert found(x=torch.zeros(0, H)).shape == (0, H)
+    assert len(tried) == 1
 
 
 def test_a_call_without_rows_that_the_file_takes_is_none():

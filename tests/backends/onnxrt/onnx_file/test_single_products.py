@@ -1,6 +1,7 @@
 """Experts of one product each in a file: the chosen alone run where a choice is seen; where none is, all stay."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx import numpy_helper
@@ -179,6 +180,14 @@ def test_it_is_verified_and_the_file_as_a_module_agrees():
     module = moeopt.from_onnx(model)
     again = moeopt.optimize(module, (torch.randn(5, H),), backend="onnxruntime", verify="off")
     assert [(b.status, b.experts) for b in again.report.blocks] == [("rewritten", E)]
+
+
+def test_a_bias_is_an_input_of_its_product_as_it_was(tmp_path):
+    file = File()
+    optimized(file.model(by_table(file))).save(tmp_path / "bundle")
+    nodes = onnx.load(tmp_path / "bundle" / "model.onnx").graph.node
+    assert [len(node.input) for node in nodes if node.op_type == "Gemm"] == [3] * E
+    assert "Add" not in [node.op_type for node in nodes]
 
 
 def test_two_blocks_that_one_router_weighs():
