@@ -44,10 +44,11 @@ def powers(x):
 
 
 ONE_MATRIX = "its experts are one matrix each, and every row passes all of them, weighed by a gate"
+ONE_STACK = "its experts are matrices of one stack (w), and one product multiplies every row by all of them"
 FORMS = {
     "one einsum": (lambda s, x, g: torch.einsum("bse,bsd,edo->bso", g.softmax(-1), x, s.w), ONE_MATRIX),
-    "one einsum, chosen": (lambda s, x, g: torch.einsum("bse,bsd,edo->bso", chosen(g), x, s.w), ONE_MATRIX),
-    "weighed last": (lambda s, x, g: torch.einsum("bsd,edo,bse->bso", x, s.w, chosen(g)), ONE_MATRIX),
+    "one einsum, chosen": (lambda s, x, g: torch.einsum("bse,bsd,edo->bso", chosen(g), x, s.w), ONE_STACK),
+    "weighed last": (lambda s, x, g: torch.einsum("bsd,edo,bse->bso", x, s.w, chosen(g)), ONE_STACK),
     "cubes": (
         lambda s, x, g: (torch.einsum("bsip,eiop->bseo", powers(x), s.cubes) * chosen(g)[..., None]).sum(-2),
         ONE_MATRIX,
