@@ -184,6 +184,7 @@ REFUSED = {
     "searchsorted ranks rows among numbers of other rows": lambda s, h: torch.searchsorted(
         s.table.sort(-1).values[: len(h)], h
     ).float(),
+    "bucketize ranks rows among numbers of other rows": lambda s, h: h * torch.bucketize(h[:, 0], h[:, 1])[:, None],
     "index_put writes values of other rows": lambda s, h: written(h, (slice(None), [1, 3]), s.table[: len(h), :2]),
     "copy writes values of other rows": lambda s, h: written(h, (slice(None), 3), s.table[: len(h), 1]),
     "index picks by several indices in dimensions that do not": lambda s, h: planes(h)[:, [0, 1], :, [1, 2]],
