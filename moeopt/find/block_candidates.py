@@ -146,10 +146,11 @@ def laid_out_flat(weight: fx.Node) -> int:
     """How many matrices of one stack a matrix ``weight`` holds side by side; 1 where it is no stack laid out.
 
     Of a stack of cubes (E, I, O, degrees) they lie in the columns of what rows are multiplied by; one kernel has no
-    such columns.
+    such columns. The kernel of a convolution is one of three dimensions as it lies, and no stack.
     """
     whole = math.prod(weight.meta["shape"])
-    leaves = [n.meta["shape"] for n in ancestors([weight]) if n.op == "get_attr"]
+    kernel = weight.meta["shape"] if any(op_name(u) == "convolution" for u in weight.users) else None
+    leaves = [n.meta["shape"] for n in ancestors([weight]) if n.op == "get_attr" and n.meta["shape"] != kernel]
     wide = weight.meta["shape"][-1] if any(u.args and u.args[-1] is weight for u in weight.users) else 0
     stacks = (s for s in leaves if len(s) == 3 or (len(s) == 4 and wide > s[0] and wide % s[0] == 0))
     return next((int(shape[0]) for shape in stacks if math.prod(shape) == whole), 1)
@@ -160,7 +161,7 @@ def len_of_stack(product: fx.Node) -> int:
     found = weight_and_operand(product, {})
     if found is None:
         return 1
-    if len(found[0].meta["shape"]) != 3 or found[0].meta["shape"][0] == 1:
+    if len(found[0].meta["shape"]) != 3 or found[0].meta["shape"][0] == 1 or op_name(product) == "convolution":
         return laid_out_flat(found[0])
     picked = next((n for n in ancestors([found[0]]) if op_name(n) in ("index", "index_select")), None)
     stack = found[0] if picked is None else picked.all_input_nodes[0]

@@ -17,6 +17,7 @@ from torch import fx
 
 from moeopt.capture.op_kinds import GATES, WEIGH, is_matmul, is_pointwise, moves_rows, op_name
 from moeopt.find.block_candidates import BlockCandidate
+from moeopt.find.forward_walk import ForwardWalk
 from moeopt.find.light_sites import leaf_of
 from moeopt.find.module_lists import gate_width, made_by
 from moeopt.find.unread_blocks import UnreadBlocks
@@ -39,9 +40,11 @@ def gated_parts(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
 def _parts_of_a_product(unread: UnreadBlocks, gate: fx.Node, memo: dict[fx.Node, bool]) -> Iterator[BlockCandidate]:
     width = gate_width(gate)
     rows = math.prod(gate.meta["shape"]) // width
-    for other in _weighed(gate):
+    for weighing, other in _weighed(gate):
         products = _products_before(other, rows * width, memo)
-        first = _first_product(products, memo) if products else _cut_product(gate, other, rows * width, memo)
+        first = _first_product(products, memo) if products else None
+        if not products and _adds_up(weighing, other, width):
+            first = _cut_product(gate, other, rows * width, memo)
         if first is None or math.prod(first.meta["shape"][:-1]) != rows or first.meta["shape"][-1] % width:
             continue
         paths = [_path(unread, p, memo) for p in (first, *products)]
@@ -77,13 +80,25 @@ def _cut_product(gate: fx.Node, other: fx.Node, parts: int, memo: dict[fx.Node, 
     return None
 
 
-def _weighed(gate: fx.Node) -> Iterator[fx.Node]:
-    """What the ``gate``, moved, is multiplied with."""
+def _adds_up(weighing: fx.Node, parts: fx.Node, width: int) -> bool:
+    """Whether the call that weighs ``parts``, or a sum behind it, leaves one of ``width``: else they stay side by side,
+    as groups of features do."""
+    size = math.prod(parts.meta["shape"])
+    for node, user in (walk := ForwardWalk(weighing, _STEPS)):
+        if math.prod(node.meta.get("shape") or ()) * width == size or op_name(user) in ("sum", "mean"):
+            return True
+        if moves_rows(user) or is_pointwise(user):
+            walk.follow(user)
+    return False
+
+
+def _weighed(gate: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The calls that multiply by the ``gate``, moved, each with what is multiplied."""
     node = gate
     for _ in range(8):
         for user in node.users:
             if op_name(user) in WEIGH:
-                yield from (a for a in user.all_input_nodes if a is not node)
+                yield from ((user, a) for a in user.all_input_nodes if a is not node)
         moved = next((u for u in node.users if moves_rows(u) or op_name(u) in ("div", "clamp")), None)
         if moved is None:
             return

@@ -20,12 +20,12 @@ from collections.abc import Iterable, Iterator
 
 from torch import fx
 
-from moeopt.capture.op_kinds import CHOICES_AMONG, GATES, WEIGH, is_matmul, is_pointwise, moves_rows, op_name
-from moeopt.capture.replay import ancestors
+from moeopt.capture.op_kinds import CHOICES_AMONG, WEIGH, is_matmul, is_pointwise, moves_rows, op_name
+from moeopt.capture.replay import ancestors, descendants
 from moeopt.find.block_candidates import BlockCandidate, identity_of, laid_out_flat, len_of_stack
 from moeopt.find.forward_walk import ForwardWalk
+from moeopt.find.gates import choice_of_table, chooser_of, chosen_among, leaves_out, size_of
 from moeopt.find.light_sites import leaf_of
-from moeopt.find.module_lists import made_by
 from moeopt.find.unread_blocks import UnreadBlocks
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.product_of_all import ONE_MATRIX_EACH
@@ -43,8 +43,6 @@ _OF_ONE_STACK = (
     "run the chosen alone, loop over the experts with the rows that chose them (row, slot = torch.where(ids == e); "
     "y.index_add_(0, row, (x[row] @ W[e]) * weights[row, slot, None]))"
 )
-_PUT = ("scatter", "scatter_add")
-_MASKS = ("where", "masked_fill", *_PUT)
 _STEPS = 256
 """Calls that are looked at on the way from a gate to its products."""
 
@@ -54,11 +52,12 @@ def gated_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
     memo: dict[fx.Node, bool] = {}
     mixtures: list[tuple[int, dict[fx.Node, None]]] = []
     chosen = set[fx.Node]()  # all run, and a choice leaves some out of the sum: a reader may take them
-    for gate in unread.tape.nodes:
-        choice = _chooser(gate)
-        width, rows = _size_of(gate if choice is None else choice)
+    inputs = [n for n in unread.tape.nodes if n.op == "placeholder"]
+    for gate in descendants(unread.tape, inputs):  # a blend that is the same for all inputs routes nothing
+        choice = chooser_of(gate)
+        width, rows = size_of(gate if choice is None else choice)
         reached, some = _reached(gate, choice, width, memo) if width > 1 else ([], False)
-        some = some or (bool(reached) and _leaves_out(gate))
+        some = some or (bool(reached) and leaves_out(gate))
         chosen.update(p for p in reached if some and not _of_cubes(p))
         for products in _sets(unread, reached, memo):
             if not _one_each(products, width, rows) or any(
@@ -128,50 +127,6 @@ def _nearest_product(found: tuple[fx.Node, fx.Node, bool] | None, memo: dict[fx.
     return None
 
 
-def _size_of(gate: fx.Node) -> tuple[int, int]:
-    """Over how many things a softmax, a sigmoid or a table is, and for how many rows; (0, 0) of another call. A softmax
-    over the chosen is over all that were chosen among."""
-    axis = -1 if op_name(gate) == "sigmoid" else gate.args[1] if op_name(gate) in GATES else None
-    shape = gate.meta.get("shape") or ()
-    if (choice := _choice_of_table(gate)) is not None and shape:  # it may have a row for each of those chosen
-        scores = choice.all_input_nodes[0].meta["shape"]
-        return shape[-1], math.prod(scores) // max(1, scores[-1])
-    if op_name(gate) in CHOICES_AMONG:
-        shape, axis = gate.all_input_nodes[0].meta["shape"], -1
-    if not shape or not isinstance(axis, int) or not shape[axis]:
-        return 0, 0
-    chosen = _chosen_among(gate) if op_name(gate) in GATES and axis in (-1, len(shape) - 1) else 0
-    return chosen or shape[axis], math.prod(shape) // shape[axis]
-
-
-def _chosen_among(gate: fx.Node) -> int:
-    """Among how many things a choice took what the ``gate`` is over; 0 where none did."""
-    node = gate.all_input_nodes[0] if gate.all_input_nodes else gate
-    for _ in range(8):
-        if op_name(node) in CHOICES_AMONG:
-            return int(node.all_input_nodes[0].meta["shape"][-1])
-        if not moves_rows(node) or not node.all_input_nodes:
-            return 0
-        node = node.all_input_nodes[0]
-    return 0
-
-
-def _leaves_out(gate: fx.Node) -> bool:
-    """Whether a gate is zeros but for what was chosen."""
-    if op_name(gate) in GATES:
-        scores = gate.all_input_nodes[0]
-        return op_name(scores) in _MASKS and made_by(scores, CHOICES_AMONG) is not None
-    return _choice_of_table(gate) is not None or op_name(gate) in CHOICES_AMONG
-
-
-def _choice_of_table(node: fx.Node) -> fx.Node | None:
-    """The choice that says where something is put into zeros, or ones into a row for each chosen."""
-    name, given = op_name(node), node.all_input_nodes
-    if len(given) < 2 or name not in (*_PUT, "eq"):
-        return None
-    return made_by(given[0 if name == "eq" else 1], CHOICES_AMONG)
-
-
 def _path(unread: UnreadBlocks, product: fx.Node, memo: dict[fx.Node, bool]) -> str:
     found = weight_and_operand(product, memo)
     return "" if found is None else leaf_of(unread.tape, found[0])[0]
@@ -194,11 +149,14 @@ def _one_each(products: list[fx.Node], width: int, rows: int) -> bool:
         return len({identity_of(p) for p in products}) == width
     if not products or _count(products) != width or len({p.meta["shape"][-1] for p in products}) > 1:
         return False
+    shape = products[0].meta["shape"]
     if len({math.prod(p.meta["shape"]) for p in products}) > 1:  # of rows that a choice picked for each
         return False
+    if op_name(products[0]) == "convolution":  # one number for an image, or for each place of one: else for channels
+        return rows in (shape[0], math.prod(shape) // shape[1])
     weight, _, _ = weight_and_operand(products[0], {}) or (products[0], None, None)
     side_by_side = laid_out_flat(weight) > 1  # else a stack's rows lie one matrix behind the other
-    each = math.prod(products[0].meta["shape"][:-1]) // (1 if side_by_side else len_of_stack(products[0]))
+    each = math.prod(shape[:-1]) // (1 if side_by_side else len_of_stack(products[0]))
     return rows > 0 and each > 0 and each % rows == 0
 
 
@@ -212,20 +170,7 @@ def _reached(
     found = weighed or _weighed(gate, memo, choices=True)
     if not found:
         return _of_weighed_rows(gate, width, memo), False
-    return found, not weighed or _chosen_among(gate) > 0
-
-
-def _chooser(lookup: fx.Node) -> fx.Node | None:
-    """The choice by whose ids ``lookup`` picks, moved and cast on the way."""
-    if op_name(lookup) not in ("gather", "index", "index_select", "take_along_dim"):
-        return None
-    queue = lookup.all_input_nodes[1:]
-    for node in queue:  # it grows
-        if op_name(node) in CHOICES_AMONG:
-            return node
-        if len(queue) < _STEPS and (moves_rows(node) or is_pointwise(node)):
-            queue.extend(a for a in node.all_input_nodes if a not in queue)
-    return None
+    return found, not weighed or chosen_among(gate) > 0
 
 
 def _picked(lookup: fx.Node, memo: dict[fx.Node, bool]) -> list[fx.Node]:
@@ -240,7 +185,7 @@ def _weighed(gate: fx.Node, memo: dict[fx.Node, bool], choices: bool = False) ->
     """The products whose results the ``gate``, moved and cast, is multiplied with; or with ``choices`` what a choice
     left of it."""
     found: dict[fx.Node, None] = {}
-    table = _choice_of_table(gate) is not None
+    table = choice_of_table(gate) is not None
     own = set(_products_behind(gate, memo))  # a mask of the scores is no expert's result
     for node, user in (walk := ForwardWalk(gate, _STEPS)):
         if op_name(node) in CHOICES_AMONG and user.target is operator.getitem and user.args[1] == 1:
@@ -274,9 +219,26 @@ def _of_weighed_rows(gate: fx.Node, width: int, memo: dict[fx.Node, bool]) -> li
             k, m = read[0].meta["shape"][-2:]
             if node.meta["shape"][-1] == k and k % width == 0 and k > width and laid_out_flat(read[0]) == width:
                 found[user] = None
-        elif moves_rows(user) or is_pointwise(user) or op_name(user) in ("topk", "sort"):
+        elif moves_rows(user) or op_name(user) in ("topk", "sort") or (is_pointwise(user) and _repeats(user, node)):
             walk.follow(user)
     return list(found)
+
+
+def _repeats(weighing: fx.Node, weights: fx.Node) -> bool:
+    """Whether what ``weights`` weigh is repeated for each of them, as rows are, or is no more than they; heads of an
+    attention have a part for each."""
+    size = math.prod(weighing.meta["shape"])
+    others = [a for a in weighing.all_input_nodes if a is not weights]
+    return size == math.prod(weights.meta["shape"]) or all(_unrepeated(a) < size for a in others)
+
+
+def _unrepeated(node: fx.Node) -> int:
+    """How many elements ``node`` has before it was repeated."""
+    size: int = math.prod(node.meta["shape"])
+    while moves_rows(node) and len(node.all_input_nodes) == 1:
+        (node,) = node.all_input_nodes
+        size = min(size, math.prod(node.meta.get("shape") or (size,)))
+    return size
 
 
 def _products_behind(node: fx.Node, memo: dict[fx.Node, bool]) -> list[fx.Node]:

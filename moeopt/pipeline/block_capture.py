@@ -22,6 +22,7 @@ from moeopt.capture.tree import ArgsKwargs, tree_leaves
 from moeopt.control_flow.routing_branches import RoutingBranches
 from moeopt.control_flow.untaken_branches import DispatchFacts
 from moeopt.errors import Declined
+from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import RouterSpec
 from moeopt.obstacles import Rank
 from moeopt.options import Options
@@ -154,17 +155,16 @@ class Capture:
             try:
                 found = self.reader.again(tape, self.found)
             except Declined as err:
-                if aimed is not None or times > 1:
+                if (aimed is not None or times > 1) and not isinstance(self.found[0].spec, RowFunction):
                     raise
-                unread = err.with_traceback(None)
+                unread = err.with_traceback(None)  # the one row of an expert may look like several of a part
                 continue
-            if any(f.routing.missing for f in found):
-                unread = Declined(_NOT_ALL.format(tokens=times * tokens), found[0].source or None)
-                continue
-            self.tapes.append(tape)
-            self.founds.append(found)
-            self.calls.append(call)
-            return found
+            if not any(f.routing.missing for f in found):
+                self.tapes.append(tape)
+                self.founds.append(found)
+                self.calls.append(call)
+                return found
+            unread = Declined(_NOT_ALL.format(tokens=times * tokens), found[0].source or None)
         raise unread
 
     def block(self) -> BlockGraph:

@@ -118,7 +118,7 @@ def covering(
             unseen = last is None and not kept_all and keeps_all(tape)
             if last is not None:
                 last.others = (*last.others, err.obstacle, *err.others)
-            elif not _left_idle(module, tape) and not unseen:
+            elif not (_left_idle(module, tape) or _picks_one_row(tape) or unseen):
                 raise
             elif unread is None:  # of experts that no token chose nothing is on the tape, not even that they are missed
                 unread = err.with_traceback(None)
@@ -169,6 +169,12 @@ def _left_idle(module: nn.Module, tape: Tape) -> bool:
     ran = {call.module for call in tape.calls}
     lists = [m for m in module.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))]
     return any(0 < sum(child in ran for child in one.children()) < len(one) for one in lists)
+
+
+def _picks_one_row(tape: Tape) -> bool:
+    """Whether some expert was given one row, whose dimension is then not told from others of one element."""
+    picked = (n for n in tape.nodes if picks_rows(n) and (n.meta.get("shape") or (0,))[0] == 1)
+    return any(len(n.meta["shape"]) > 1 and n.all_input_nodes[0].meta["shape"][0] > 1 for n in picked)
 
 
 def keeps_all(tape: Tape) -> bool:

@@ -71,6 +71,7 @@ class Flow:
         self._bit_of_region: dict[Any, int] = {}
         self._keys: dict[fx.Node, frozenset[Any]] = {}
         self._made: set[fx.Node] = set()
+        self._repeated: set[fx.Node] = set()
         for node in tape.nodes:
             self._add(node)
 
@@ -101,8 +102,14 @@ class Flow:
 
     def _weight_signature(self, node: fx.Node) -> int:
         """Dtype and shape: parallel experts differ in the place of a weight; what is repeated keeps its operand's."""
+        given = node.all_input_nodes
         if op_name(node) in ("expand", "repeat"):
-            return self.computed_as[node.all_input_nodes[0]]
+            self._repeated.add(node)
+            return self.computed_as[given[0]]
+        if not self._repeated.isdisjoint(given):  # as often as there are rows
+            self._repeated.add(node)
+            of = tuple(self.computed_as.get(a) for a in given)
+            return hash(("repeated", op_name(node), str(node.meta.get("dtype")), of))
         if node.op == "call_function" and self._made.issuperset(node.all_input_nodes):
             self._made.add(node)  # of sizes alone, which may be the number of rows
             return hash(("made", op_name(node), str(node.meta.get("dtype"))))

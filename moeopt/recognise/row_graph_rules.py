@@ -226,7 +226,7 @@ def _ranks(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     """Where each number of a row stands among the sorted numbers of a weight, or of the row itself."""
     given = [graph.known[a] for a in node.args[:2]]  # type: ignore[index]
     values, bounds = given if op_name(node) == "bucketize" else given[::-1]
-    own = bounds.lead == values.lead and len(bounds.shape) == len(values.shape)
+    own = bounds.lead == values.lead and len(bounds.features) == len(values.features) > 0  # else rows are ranked
     if values.lead is None or not (own or (bounds.lead is None and len(bounds.shape) == 1)):
         raise graph.refused(node, "ranks rows among numbers of other rows")
     return graph.add(node, node.target, values.lead, *graph.words(node.args), **graph.kwargs(node))

@@ -39,15 +39,21 @@ def weighed(weights, x, matrices):
     return sum(weights[..., e, None] * (x @ matrices[e]) for e in range(N))
 
 
+def heads(mixture, x):
+    parts = mixture.wide(x).unflatten(-1, (N, D)).transpose(1, 2)
+    return F.scaled_dot_product_attention(parts, parts, parts)
+
+
 def powers(x):
     return torch.stack([x, x.sin(), x.cos()], -1)
 
 
 ONE_MATRIX = "its experts are one matrix each, and every row passes all of them, weighed by a gate"
+ONE_STACK = "its experts are matrices of one stack (w), and one product multiplies every row by all of them"
 FORMS = {
     "one einsum": (lambda s, x, g: torch.einsum("bse,bsd,edo->bso", g.softmax(-1), x, s.w), ONE_MATRIX),
-    "one einsum, chosen": (lambda s, x, g: torch.einsum("bse,bsd,edo->bso", chosen(g), x, s.w), ONE_MATRIX),
-    "weighed last": (lambda s, x, g: torch.einsum("bsd,edo,bse->bso", x, s.w, chosen(g)), ONE_MATRIX),
+    "one einsum, chosen": (lambda s, x, g: torch.einsum("bse,bsd,edo->bso", chosen(g), x, s.w), ONE_STACK),
+    "weighed last": (lambda s, x, g: torch.einsum("bsd,edo,bse->bso", x, s.w, chosen(g)), ONE_STACK),
     "cubes": (
         lambda s, x, g: (torch.einsum("bsip,eiop->bseo", powers(x), s.cubes) * chosen(g)[..., None]).sum(-2),
         ONE_MATRIX,
@@ -83,6 +89,15 @@ OTHERS = {
         F.conv2d(x.reshape(8, 1, 4, 8), s.cubes[:, :1, :3])
         * g.mean(1).softmax(-1).repeat_interleave(4, 0)[:, :, None, None]
     ),
+    "gates of heads": lambda s, x, g: torch.einsum("bhsd,hdo->bso", heads(s, x) * g.sigmoid().mT[..., None], s.w),
+    "shares of heads": lambda s, x, g: torch.einsum("bhsd,hdo->bso", heads(s, x) * g.softmax(-1).mT[..., None], s.w),
+    "shares of groups of features": lambda s, x, g: (g.softmax(-1)[..., None] * s.wide(x).unflatten(-1, (N, D))).tanh(),
+    "gates of a sequence's channels": lambda s, x, g: F.conv1d(x.mT, s.w, padding=8) * g.mean(1).sigmoid()[..., None],
+    "shares of kernels for each channel": lambda s, x, g: (
+        torch.stack([F.conv1d(x.mT, kernel[:2, :, None]) for kernel in s.each[:2]], 1)
+        * g.mean(1).view(-1, 2, 2).softmax(1)[..., None]
+    ).sum(1),
+    "one blend for all rows": lambda s, x, g: weighed(s.each[0][0, :N].softmax(-1), x, s.w),
     "a stack without a gate": lambda s, x, g: torch.einsum("bsd,edo->bso", x, s.w),
 }
 

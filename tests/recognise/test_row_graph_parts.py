@@ -184,6 +184,7 @@ REFUSED = {
     "searchsorted ranks rows among numbers of other rows": lambda s, h: torch.searchsorted(
         s.table.sort(-1).values[: len(h)], h
     ).float(),
+    "bucketize ranks rows among numbers of other rows": lambda s, h: h * torch.bucketize(h[:, 0], h[:, 1])[:, None],
     "index_put writes values of other rows": lambda s, h: written(h, (slice(None), [1, 3]), s.table[: len(h), :2]),
     "copy writes values of other rows": lambda s, h: written(h, (slice(None), 3), s.table[: len(h), 1]),
     "index picks by several indices in dimensions that do not": lambda s, h: planes(h)[:, [0, 1], :, [1, 2]],
@@ -217,6 +218,38 @@ class Loop(nn.Module):
             t, k = torch.where(ids == number)
             y = y.index_add(0, t, expert(x[t]) * weights[t, k, None])
         return y
+
+
+@pytest.mark.parametrize("what", READ)
+@pytest.mark.sample(12)
+def test_experts_with_several_numbers_of_rows_are_read_as_one_function(what):
+    torch.manual_seed(0)
+    found = recognize_functions(record(Loop(READ[what]).eval(), (torch.randn(40, D),), {}))
+    assert [len(block.experts) for block in found] == [4]
+
+
+class ManyExperts(Loop):
+    """So many that some are given one row by calls of few tokens, and skipped where they are given none."""
+
+    def __init__(self, body):
+        super().__init__(None)
+        self.gate, self.experts = nn.Linear(D, 16), nn.ModuleList(Expert(body) for _ in range(16))
+
+    def forward(self, x):
+        weights, ids = self.gate(x).softmax(-1).topk(2)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            t, k = torch.where(ids == number)
+            if len(t):
+                y = y.index_add(0, t, expert(x[t]) * weights[t, k, None])
+        return y
+
+
+def test_a_single_row_of_one_of_many_experts_does_not_hide_them():
+    torch.manual_seed(4)
+    model = ManyExperts(READ["places written"]).eval()
+    (block,) = moeopt.optimize(model, torch.randn(40, D), verify="off").report.blocks
+    assert (block.status, block.experts, block.reason) == ("rewritten", 16, "")
 
 
 def ones_of_a_fixed_size(counts):

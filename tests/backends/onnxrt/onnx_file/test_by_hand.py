@@ -208,7 +208,6 @@ def bilinear(file, x):
 
 ALONE = {
     "MatMul": bilinear,
-    "Mul, Add": lambda file, x: file.node("Add", file.node("Mul", x, file.weight(H)), file.weight(H)),
     "ConvTranspose": lambda file, x: file.node(
         "Squeeze",
         file.node("ConvTranspose", file.node("Unsqueeze", x, file.constant([2])), file.weight(H, 6, 1)),
@@ -225,6 +224,19 @@ def test_experts_that_no_region_is_cut_around_have_an_entry(operators):
     assert (block.kind, block.status, block.experts) == ("moe", "declined", E)
     alone = f"each of its 4 experts has {operators} with constants of its own, and blocks are cut out of a file around"
     assert block.reason.startswith(alone)
+
+
+def test_vectors_that_a_router_weighs_are_rewritten_as_a_module():
+    file = File()
+    model = file.model(file.dense(lambda x, e: file.node("Add", file.node("Mul", x, file.weight(H)), file.weight(H))))
+    (block,) = optimized(model).report.blocks
+    assert (block.kind, block.status, block.experts) == ("moe", "declined", E)
+    assert (
+        "its experts have no such products" in block.reason and "read as a module it can be rewritten" in block.reason
+    )
+    module = moeopt.from_onnx(model)
+    found = moeopt.optimize(module, module.example, backend="onnxruntime", verify="off")
+    assert [(b.status, b.experts) for b in found.report.blocks] == [("rewritten", E)]
 
 
 def test_branches_that_no_router_weighs_have_no_entry():
