@@ -176,7 +176,11 @@ def _experts(slots: list[tuple[PartRef, ...]], known: list[Recognition] | None, 
     every = [{r.slots: r for r in k.experts if isinstance(r, SlotRefs)} for k in known]
     keys: dict[Any, SlotRefs] | None = next((own for own in every if not own.keys().isdisjoint(slots)), None)
     if keys is None:
-        raise Declined("these are no experts of the first probe", rank=Rank.READING)
+        raise Declined(
+            "on a second call its experts read other weights than on the first, as one that is given a single row may "
+            "be read otherwise; pass example inputs with several tokens for each expert",
+            rank=Rank.READING,
+        )
     if any(s not in keys for s in slots):
         raise ExpertsNotHit("a probe reached an expert that the first probe did not", source)
     return list(keys.values())

@@ -1,5 +1,6 @@
 """Experts of any function of a row: which graph and slots are read, and which functions are refused."""
 
+import dataclasses
 import re
 
 import pytest
@@ -15,7 +16,7 @@ from moeopt.ops.row_function import function_of
 from moeopt.pipeline.pays import words
 from moeopt.recognise.any_experts import recognize
 from moeopt.recognise.experts_hit import ExpertsNotHit
-from moeopt.recognise.row_function import recognize_functions
+from moeopt.recognise.row_function import _experts, recognize_functions
 from moeopt.recognise.row_graph import RowGraphReader
 
 D, HID, N = 8, 12, 4
@@ -324,3 +325,10 @@ def test_a_buffer_of_places_is_a_slot(places):
         slots = [p.read(held[p.path.split(".", 2)[2]]) for p in ref.slots]
         assert any(s is expert.places or torch.equal(s, expert.places) for s in slots if s.dtype == places.dtype)
         torch.testing.assert_close(function_of(found.spec.graph)(x, *slots), expert(x), rtol=1e-5, atol=1e-6)
+
+
+def test_experts_that_a_second_call_reads_from_other_weights_are_told_so():
+    (found,), *_ = read(of(lambda self, x: self.down(self.up(x).sin())))
+    other = dataclasses.replace(found, experts=found.experts[:2])
+    with pytest.raises(Declined, match="read other weights than on the first.*several tokens for each expert"):
+        _experts([ref.slots for ref in found.experts[2:]], [other], None)
