@@ -39,6 +39,7 @@ from moeopt.options import Options, measuring
 from moeopt.pipeline.block import Rewrite
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.pipeline.pays import work_of
+from moeopt.untrusted import shown_line
 from moeopt.value_types import OnnxModel, OrtObject
 
 FILE, NEW = "file", "new"
@@ -53,9 +54,9 @@ TIMED = (
     _LEFT + "at {rows} rows a call, timed on this machine, ONNX Runtime runs the file's own nodes as fast or faster; "
     "if your calls have other numbers of rows, name them with tokens="
 )
-COUNTED = (
-    _LEFT + "that would multiply as many rows as the file's own nodes do; with MOEOPT_MEASURE=on both are timed where "
-    f"the weights are at most {MOST >> 20} MB, and the faster is taken"
+_COUNTED = _LEFT + "that would multiply as many rows as the file's own nodes do; {why}"
+_UNTIMED = (
+    f"with MOEOPT_MEASURE=on both are timed where the weights are at most {MOST >> 20} MB, and the faster is taken"
 )
 
 
@@ -98,7 +99,7 @@ class SlowerRegions:
         old = next((one for one in regions if one is not None), None)
         small = _bytes_of(part) <= MOST
         if old is None or not small or not measuring():
-            return "" if _saves(rewrite, small) else COUNTED
+            return "" if _saves(rewrite, small) else _COUNTED.format(why=_UNTIMED)
         runs = self._runs(part)
         rows = [_rows(part, run) for run in runs]
         functions = [(one.spec.encode(), len(set(one.experts)), one.routing.per_token) for one in rewrite.found]
@@ -107,9 +108,12 @@ class SlowerRegions:
             f"onnxruntime {runtime().__version__}"
         )
         self._options.say(f"timing {part.name} as it is in the file, and rewritten")
-        if fastest(question, lambda: self._ways(twin, part, old, runs), FILE, ADVANTAGE) == NEW:
-            return ""
-        return TIMED.format(rows=_in_words(rows))
+        try:
+            taken = fastest(question, lambda: self._ways(twin, part, old, runs), FILE, ADVANTAGE)
+        except MoeoptError as err:  # one of both stops where the region stands alone, or on these sizes
+            why = f"the two could not be timed beside each other ({shown_line(err)[:200]})"
+            return "" if _saves(rewrite, small) else _COUNTED.format(why=why)
+        return "" if taken == NEW else TIMED.format(rows=_in_words(rows))
 
     def _runs(self, part: FilePart) -> list[Values]:
         """What flows into a region when the file runs in the sizes that count, each number of rows once."""

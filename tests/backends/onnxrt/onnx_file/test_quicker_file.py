@@ -7,6 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moeopt.backends.onnxrt.onnx_file import quicker_file
 from moeopt.backends.onnxrt.onnx_file.region_file import described, only_region
+from moeopt.errors import UsageError
 from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.read import OnnxFile
 from tests.backends.onnxrt.onnx_file.test_by_hand import optimized, right, run
@@ -147,6 +148,20 @@ def test_where_nothing_is_timed_rows_and_nodes_are_counted(monkeypatch):
         "the weights are at most 64 MB, and the faster is taken"
     )
     right(dense(), optimized(dense()))
+
+
+def test_what_cannot_be_timed_is_counted_too(monkeypatch):
+    def stops(*args, **more):
+        raise UsageError("the engine stopped on these inputs: a shape")
+
+    monkeypatch.setattr(quicker_file, "measuring", lambda: True)
+    monkeypatch.setattr(quicker_file, "fastest", lambda question, ways, *more: ways())  # no stored answer
+    monkeypatch.setattr(quicker_file, "_session", stops)
+    right(dense(), optimized(dense()))
+    monkeypatch.setattr(quicker_file, "AROUND", 200)
+    file = File()
+    (block,) = optimized(file.model(picked_rows(file))).report.blocks
+    assert block.reason.endswith("could not be timed beside each other (the engine stopped on these inputs: a shape)")
 
 
 def test_many_weights_are_not_timed(asked, monkeypatch):
