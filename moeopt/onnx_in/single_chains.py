@@ -37,8 +37,9 @@ def single_chains(index: GraphIndex, within: Collection[int]) -> Iterator[Expert
             yield from _from_one_root(index, [(own[0], own[-1]) for own in found.products])
             for product in (p for own in found.products for p in own):
                 open_.pop(product.at)
-    picked = _each_its_own([(_rows_picked(index, p), p) for p in open_.values()])
-    scaled = _each_its_own([(_weighed_by(index, p), p) for p in open_.values()])
+    every = weight_products(index).values()  # one of a gated pair may be in a chain of two, and the other open
+    picked = _each_its_own([(_rows_picked(index, p), p) for p in every], open_)
+    scaled = _each_its_own([(_weighed_by(index, p), p) for p in every], open_)
     for several in (picked, scaled, *_joined_and_picked(index, list(open_.values()))):
         yield from _from_one_root(index, [(p, p) for p in several if p.at in open_])
         for product in several:
@@ -55,10 +56,11 @@ def _matrix(product: WeightProduct) -> Hashable:
     return product.function if product.stacked == 1 else weight_input(product)
 
 
-def _each_its_own(found: Sequence[tuple[Hashable, WeightProduct]]) -> list[WeightProduct]:
-    """The products that have a part of a choice for their own: projections of the same chosen rows are no experts."""
+def _each_its_own(found: Sequence[tuple[Hashable, WeightProduct]], open_: Collection[int]) -> list[WeightProduct]:
+    """The products at the ``open_`` positions that have a part of a choice for their own: projections of the same
+    chosen rows are no experts."""
     times = Counter(part for part, _ in found)
-    return [product for part, product in found if part is not None and times[part] == 1]
+    return [product for part, product in found if part is not None and times[part] == 1 and product.at in open_]
 
 
 def _from_one_root(index: GraphIndex, pairs: Collection[tuple[WeightProduct, WeightProduct]]) -> Iterator[ExpertChains]:

@@ -7,8 +7,12 @@ import torch
 from onnx import numpy_helper
 
 import moeopt
+from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.products import weight_products
+from moeopt.onnx_in.read import read_onnx
+from moeopt.onnx_in.single_chains import single_chains
 from tests.backends.onnxrt.onnx_file.test_by_hand import optimized, reason, right
-from tests.onnx_in.by_hand import E, File, H
+from tests.onnx_in.by_hand import E, File, H, I
 
 O = 6
 
@@ -55,7 +59,13 @@ def one_of_them(file):
     return total
 
 
-def picked_rows(file):
+def gated_pair(file, x, e):
+    up, gate = (file.node("MatMul", x, file.weight(H, I, name=f"experts.{e}.{n}")) for n in ("up", "gate"))
+    hidden = file.node("Mul", file.node("Mul", gate, file.node("Sigmoid", gate)), up)
+    return file.node("MatMul", hidden, file.weight(I, O, name=f"experts.{e}.down"))
+
+
+def picked_rows(file, expert=gemm):
     weights, ids, _ = file.router()
     rows = file.node("Slice", file.node("Shape", "x"), file.constant([0]), file.constant([1]))
     total = file.node("Expand", file.constant(np.float32(0)), file.node("Concat", rows, file.constant([O]), axis=0))
@@ -64,7 +74,7 @@ def picked_rows(file):
         mine = file.node("Gather", where, file.constant(np.int64(0)), axis=0)
         share = file.node("GatherND", weights, file.node("Transpose", where, perm=[1, 0]))
         last = file.constant([-1])
-        part = file.node("Mul", gemm(file, file.node("Gather", "x", mine), e), file.node("Unsqueeze", share, last))
+        part = file.node("Mul", expert(file, file.node("Gather", "x", mine), e), file.node("Unsqueeze", share, last))
         total = file.node("ScatterND", total, file.node("Unsqueeze", mine, last), part, reduction="add")
     return total
 
@@ -263,6 +273,16 @@ def test_projections_of_what_a_router_chose_are_no_experts(chosen):
     q, k, v = (file.node("MatMul", rows, file.weight(H, H, name=f"attention.{n}.w")) for n in "qkv")
     seen = file.node("Softmax", file.node("MatMul", q, file.node("Transpose", k, perm=[1, 0])), axis=-1)
     assert optimized(file.model(file.node("MatMul", seen, v))).report.blocks == ()
+
+
+@pytest.mark.parametrize("half", ["up", "gate"])
+def test_the_other_half_of_gated_experts_is_no_mixture_of_its_own(half):
+    """Of what a chain of two products holds one half, and the other reads the same chosen rows."""
+    file = File()
+    index = GraphIndex(read_onnx(file.model(picked_rows(file, gated_pair))).model.graph)
+    found = weight_products(index).items()
+    within = {at for at, p in found if p.weight.name.endswith((half, "down"))}
+    assert len(within) == 2 * E and list(single_chains(index, within)) == []
 
 
 def test_projections_that_nothing_chooses_among_have_no_entry():
