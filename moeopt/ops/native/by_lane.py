@@ -24,6 +24,8 @@ HAVE_LANES = ("avx512", "avx512_vnni", "avx512_bf16", "amx_bf16")
 ADVANTAGE = 1.03
 """How many times as fast the product by lane must be."""
 DTYPES = torch.float32, torch.bfloat16
+TIMED_ROWS = 16, 48
+"""Near the fewest that are multiplied so, which turn W for little, and many: each counts the same."""
 
 
 def by_lane_differs(run: NativeRun, isa: int) -> str:
@@ -41,7 +43,9 @@ def by_lane_pays(run: NativeRun, isa: int, name: str) -> bool:
 
     def ways() -> dict[str, list[TimedCall]]:
         # weights of 44 and 22 megabytes, as memory gives them: out of a cache, dot products may be the faster
-        calls = [_many_rows(run, rows=48, H=1024, I=64, dtype=dtype, repeats=56) for dtype in DTYPES]
+        calls = [
+            _many_rows(run, rows=rows, H=1024, I=64, dtype=dtype, repeats=56) for dtype in DTYPES for rows in TIMED_ROWS
+        ]
         return {
             "dot products": [partial(one, isa) for one in calls],
             "by lane": [partial(one, isa | BY_LANE) for one in calls],
