@@ -7,7 +7,6 @@ One by one this takes milliseconds of Python; ``map`` over all of them, which ru
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any, Protocol, cast
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from moeopt.rewrite.guard_expression import GuardExpression
 
 _PLAIN = {Tensor, nn.Parameter}
-_LAYOUT = attrgetter("layout")
+_LAYOUT, _WITH_ADDRESS = attrgetter("layout"), {torch.strided}
 _HOOKS = attrgetter("_forward_hooks"), attrgetter("_forward_pre_hooks")
 _GEOMETRY: tuple[Callable[[Any], object], ...] = (
     Tensor.data_ptr,
@@ -61,7 +60,7 @@ class BankLayout:
         if any(any(map(hooks, self._owners)) for hooks in _HOOKS):
             return None
         tensors = cast(list[Tensor], list(map(dict.get, self._registries, self._keys)))
-        plain = _PLAIN.issuperset(map(type, tensors)) and all(map(is_, map(_LAYOUT, tensors), repeat(torch.strided)))
+        plain = _PLAIN.issuperset(map(type, tensors)) and _WITH_ADDRESS.issuperset(map(_LAYOUT, tensors))
         return tensors if plain else None
 
     def any_wants_gradient(self) -> bool:
