@@ -23,16 +23,20 @@ D, HID, N = 8, 12, 4
 
 
 class Loop(nn.Module):
-    def __init__(self, make, n=N):
+    """``guarded``: an expert that no token chose is not called."""
+
+    def __init__(self, make, n=N, guarded=False):
         super().__init__()
         self.router, self.experts = nn.Linear(D, n), nn.ModuleList(make() for _ in range(n))
+        self.guarded = guarded
 
     def forward(self, x):
         w, ids = self.router(x).softmax(-1).topk(2)
         y = torch.zeros_like(x)
         for e, expert in enumerate(self.experts):
             t, k = torch.where(ids == e)
-            y = y.index_add(0, t, expert(x[t]) * w[t, k, None])
+            if len(t) or not self.guarded:
+                y = y.index_add(0, t, expert(x[t]) * w[t, k, None])
         return y
 
 

@@ -1,6 +1,7 @@
 """Calls on parts of each row that an expert may make: each is read, and gives what the code gives for any number of
 rows, in PyTorch and in ONNX Runtime; those that would mix rows are refused by their name."""
 
+import functools
 import re
 
 import onnxruntime
@@ -17,6 +18,7 @@ from moeopt.ir.row_function import RowFunction
 from moeopt.ops.row_function import function_of
 from moeopt.recognise.row_function import recognize_functions
 from moeopt.recognise.row_graph import RowGraphReader
+from tests.recognise.test_row_function import Loop
 
 D, H = 8, 24
 
@@ -206,48 +208,18 @@ def test_a_call_on_several_rows_is_refused_by_its_name(why):
         read(made(REFUSED[why]), rows=7)
 
 
-class Loop(nn.Module):
-    def __init__(self, body):
-        super().__init__()
-        self.gate, self.experts = nn.Linear(D, 4), nn.ModuleList(Expert(body) for _ in range(4))
-
-    def forward(self, x):
-        weights, ids = self.gate(x).softmax(-1).topk(2)
-        y = torch.zeros_like(x)
-        for number, expert in enumerate(self.experts):
-            t, k = torch.where(ids == number)
-            y = y.index_add(0, t, expert(x[t]) * weights[t, k, None])
-        return y
-
-
 @pytest.mark.parametrize("what", READ)
 @pytest.mark.sample(12)
 def test_experts_with_several_numbers_of_rows_are_read_as_one_function(what):
     torch.manual_seed(0)
-    found = recognize_functions(record(Loop(READ[what]).eval(), (torch.randn(40, D),), {}))
+    found = recognize_functions(record(Loop(lambda: Expert(READ[what])).eval(), (torch.randn(40, D),), {}))
     assert [len(block.experts) for block in found] == [4]
 
 
-class ManyExperts(Loop):
-    """So many that some are given one row by calls of few tokens, and skipped where they are given none."""
-
-    def __init__(self, body):
-        super().__init__(None)
-        self.gate, self.experts = nn.Linear(D, 16), nn.ModuleList(Expert(body) for _ in range(16))
-
-    def forward(self, x):
-        weights, ids = self.gate(x).softmax(-1).topk(2)
-        y = torch.zeros_like(x)
-        for number, expert in enumerate(self.experts):
-            t, k = torch.where(ids == number)
-            if len(t):
-                y = y.index_add(0, t, expert(x[t]) * weights[t, k, None])
-        return y
-
-
 def test_a_single_row_of_one_of_many_experts_does_not_hide_them():
+    """Calls of few tokens give some of them one row, and skip others."""
     torch.manual_seed(4)
-    model = ManyExperts(READ["places written"]).eval()
+    model = Loop(lambda: Expert(READ["places written"]), 16, guarded=True).eval()
     (block,) = moeopt.optimize(model, torch.randn(40, D), verify="off").report.blocks
     assert (block.status, block.experts, block.reason) == ("rewritten", 16, "")
 
@@ -259,8 +231,8 @@ def ones_of_a_fixed_size(counts):
 
 def test_a_fixed_size_that_is_by_chance_the_number_of_rows():
     torch.manual_seed(0)
-    module, x = Loop(None).eval(), torch.randn(40, D)
-    counts = module.gate(x).topk(2)[1].flatten().bincount(minlength=4).tolist()
+    module, x = Loop(lambda: Expert(None)).eval(), torch.randn(40, D)
+    counts = module.router(x).topk(2)[1].flatten().bincount(minlength=4).tolist()
     assert len(set(counts)) > 1
     for expert in module.experts:
         expert.body = ones_of_a_fixed_size(counts)
@@ -305,7 +277,7 @@ FIRST_WITHOUT_WEIGHTS = {
 class OneBehindAnother(nn.Module):
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(Loop(body) for body in FIRST_WITHOUT_WEIGHTS.values())
+        self.blocks = nn.ModuleList(Loop(functools.partial(Layer, body)) for body in FIRST_WITHOUT_WEIGHTS.values())
 
     def forward(self, x):
         for block in self.blocks:
@@ -315,10 +287,8 @@ class OneBehindAnother(nn.Module):
 
 def test_an_engine_takes_experts_that_begin_without_weights():
     torch.manual_seed(0)
-    model = OneBehindAnother()
-    for block in model.blocks:
-        block.experts = nn.ModuleList(Layer(expert.body) for expert in block.experts)
-    fast = moeopt.optimize(model.eval(), torch.randn(40, D), backend="onnxruntime", verify="fast")
+    model = OneBehindAnother().eval()
+    fast = moeopt.optimize(model, torch.randn(40, D), backend="onnxruntime", verify="fast")
     found = [(b.status, b.experts, b.reason) for b in fast.report.blocks]
     assert found == [("rewritten", 4, "")] * len(FIRST_WITHOUT_WEIGHTS)
     for rows in (1, 17):
