@@ -181,7 +181,8 @@ def test_an_instruction_set_is_checked_before_anything_is_done(monkeypatch, tmp_
     }[start]
     monkeypatch.setenv("MOEOPT_NATIVE_ISA", "avx1024")
     with pytest.raises(
-        UsageError, match="MOEOPT_NATIVE_ISA is 'avx1024'; it must be one of generic, avx2, avx512, .*or unset"
+        UsageError,
+        match="MOEOPT_NATIVE_ISA is 'avx1024'; it must be one of generic, avx2, avx2_vnni, avx512, .*or unset",
     ):
         begin()
     monkeypatch.setattr(environment, "isas_here", lambda: ["generic", "avx2"])

@@ -14,8 +14,8 @@ Choices of the whole process, which are no fields, for a call of the op has no `
     MOEOPT_CACHE    the folder of what was measured and built here; else the user's cache directory
     MOEOPT_MEASURE  off: measure nothing on this machine, each choice has its safe default
     MOEOPT_NATIVE   off: do without the kernel in C++
-    MOEOPT_NATIVE_ISA  the instruction set that it plays: generic, avx2, avx512,
-                       avx512_vnni, avx512_bf16, amx_bf16 or neon
+    MOEOPT_NATIVE_ISA  the instruction set that it plays: generic, avx2, avx2_vnni,
+                       avx512, avx512_vnni, avx512_bf16, amx_bf16 or neon
     MOEOPT_CXX      the compiler that builds it
 
 ``fields`` has the dataclass, ``checks`` what a field can take, ``quant_plan`` and ``loss_limits`` what ``quantize`` and

@@ -102,12 +102,17 @@ def test_no_instruction_set_that_a_virtual_cpu_has_in_part(monkeypatch):
     for name in ("avx2", "avx512", "avx512_bf16", "vnni"):
         monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx_vnni": True}, raising=False)
     assert instruction_sets.isas_here() == list(all_isas()) == list(instruction_sets.INSTRUCTION_SETS[:-1])
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert instruction_sets.isas_here()[-1] == "avx512_vnni"
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     assert instruction_sets.isas_here()[-1] == "avx512"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    assert instruction_sets.isas_here()[-1] == "avx2_vnni"  # a laptop's
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    assert instruction_sets.isas_here()[-1] == "avx2"
 
 
 @pytest.mark.parametrize("name", ["aarch64", "arm64", "ARM64"])  # of Linux, macOS and Windows

@@ -23,7 +23,7 @@ from moeopt.ops.quantized_bank import QuantizedExpertWeights, rounds_rows
 from moeopt.ops.reference import dtypes
 from moeopt.ops.unfit import Unfit
 
-ABI = 5
+ABI = 6
 INTEGERS = {torch.int32: 3, torch.int64: 4}
 _ROWS = ("gate|up", "up|gate", "interleaved", "interleaved_up", "separate", "plain")
 NATIVE_ACTIVATIONS = (

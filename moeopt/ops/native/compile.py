@@ -19,12 +19,16 @@ SOURCES = Path(__file__).parent / "src"
 PREBUILT = Path(__file__).parent / "prebuilt"
 """Where a wheel carries the library."""
 
-ISAS = {"generic": 1, "avx2": 2, "avx512": 4, "avx512_vnni": 8, "avx512_bf16": 16, "amx_bf16": 32, "neon": 64}
+ISAS = {
+    "generic": 1, "avx2": 2, "avx2_vnni": 4, "avx512": 8, "avx512_vnni": 16, "avx512_bf16": 32, "amx_bf16": 64,
+    "neon": 128,
+}  # fmt: skip
 """Instruction sets by name, with their bit in the C interface: x86's, weakest first, and that of 64-bit ARM."""
 TILES = "amx_bf16"
 """The one with tiles, which multiply bfloat16; for all else it has the code of the one before it."""
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX_VNNI = "-mavxvnni"
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 _VNNI = (*_AVX512, "-mavx512vnni")
 _BF16 = (*_VNNI, "-mavx512bf16")
@@ -32,6 +36,7 @@ _AMX = (*_BF16, "-mamx-tile", "-mamx-bf16")
 _ISA_FLAGS = {
     "generic": (),
     "avx2": _AVX2,
+    "avx2_vnni": (*_AVX2, _AVX_VNNI),
     "avx512": _AVX512,
     "avx512_vnni": _VNNI,
     "avx512_bf16": _BF16,
@@ -114,9 +119,10 @@ def compile_library(
     defines = [f"-DMOEOPT_HAVE_{isa.upper()}" for isa in isas]
     whole = [isa for isa in reversed(isas) if isa != TILES]  # what an older compiler refuses comes first
     units = [([*tile_flags], "tiles.cpp", "tiles.o")] * (TILES in isas)
-    units += [([*_ISA_FLAGS[isa], f"-DMOEOPT_KERNELS=kernels_{isa}", f"-DMOEOPT_ISA=ISA_{isa.upper()}"], "isa.cpp",
+    of_isa = {isa: _flags_of(compiler, isa) for isa in whole}
+    units += [([*of_isa[isa], f"-DMOEOPT_KERNELS=kernels_{isa}", f"-DMOEOPT_ISA=ISA_{isa.upper()}"], "isa.cpp",
               f"{isa}.o") for isa in whole]  # fmt: skip
-    units += [([*_ISA_FLAGS[isa], f"-DMOEOPT_KERNELS64=kernels64_{isa}", f"-DMOEOPT_ISA=ISA_{isa.upper()}"],
+    units += [([*of_isa[isa], f"-DMOEOPT_KERNELS64=kernels64_{isa}", f"-DMOEOPT_ISA=ISA_{isa.upper()}"],
                "isa64.cpp", f"{isa}-64.o") for isa in whole]  # fmt: skip
     units += [(defines, name, f"{name}.o") for name in UNITS]
     running = [
@@ -127,6 +133,17 @@ def compile_library(
     objects = [str(aside / name) for _, _, name in units]
     _run_all([[compiler, *flags, "-shared", *objects, "-o", str(out), *LIBRARIES]])
     return out
+
+
+def _flags_of(compiler: str, isa: str) -> tuple[str, ...]:
+    """A compiler that knows AVX-512's instruction sets may not know AVX-VNNI: code of AVX2 does, to the same bits."""
+    flags = _ISA_FLAGS[isa]
+    return _AVX2 if _AVX_VNNI in flags and not _knows(compiler, _AVX_VNNI) else flags
+
+
+def _knows(compiler: str, flag: str) -> bool:
+    words = [compiler, flag, "-x", "c++", "-E", os.devnull]
+    return subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=SECONDS).returncode == 0
 
 
 def _run_all(commands: Iterable[Sequence[str]]) -> None:

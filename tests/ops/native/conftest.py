@@ -84,16 +84,23 @@ def arm():
 ELSEWHERE = {compile.TILES, "neon"} - set(build.isas_here())
 
 
-# avx512_vnni has the code of avx512 for floats and of avx512_bf16 for rows of 8 bits, with one test that these agree;
-# where no tiles are, they are played, and test_tiles.py is the sample; NEON is emulated where it is not
-@pytest.fixture(
-    params=[
+# avx512_vnni has the code of avx512 for floats and of avx512_bf16 for rows of 8 bits, with one test that these agree,
+# and avx2_vnni that of avx2 for floats; where no tiles are, they are played, and test_tiles.py is the sample; NEON is
+# emulated where it is not
+def other_isas(*alike):
+    return [
         pytest.param(isa, marks=pytest.mark.nightly if isa in ELSEWHERE else ())
         for isa in build.ISAS
-        if isa != "avx512_vnni"
+        if isa not in alike
     ]
-)
+
+
+@pytest.fixture(params=other_isas("avx512_vnni", "avx2_vnni"))
 def kernel(request, whole_library):
+    return kernel_of(request, whole_library)
+
+
+def kernel_of(request, whole_library):
     if request.param in here(whole_library):
         return Kernel(whole_library, request.param)
     if request.param == compile.TILES:

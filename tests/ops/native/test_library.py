@@ -191,6 +191,21 @@ def test_build_all_leaves_out_what_the_compiler_does_not_know(monkeypatch, tmp_p
     assert [len(isas) for isas in asked] == list(range(len(build.all_isas()), 0, -1))
 
 
+def test_a_compiler_without_avx_vnni_makes_code_of_avx2_in_its_place(monkeypatch, tmp_path):
+    """GCC 10 knows AVX-512 BF16 and not AVX-VNNI: the instruction sets behind it are not lost for that."""
+    commands = []
+    monkeypatch.setattr(compile, "_run_all", commands.extend)
+    monkeypatch.setattr(compile, "_knows", lambda compiler, flag: flag != "-mavxvnni")
+    compile.compile_library("g++", ("avx2_vnni", "avx512"), tmp_path)
+    (made,) = [words for words in commands if "-DMOEOPT_KERNELS=kernels_avx2_vnni" in words]
+    assert "-mavx2" in made and "-mavxvnni" not in made and any("-mavx512f" in words for words in commands)
+
+
+def test_a_compiler_is_asked_what_it_knows(whole_library):
+    assert compile._knows(build.find_compiler(), "-O2")
+    assert not compile._knows(build.find_compiler(), "-mno-such-instructions")
+
+
 def test_two_processes_build_at_once(tmp_path, whole_library):
     code = "from moeopt.ops.native import build; build._FLAGS += ('-O0',); print(build.build(('generic',)))"
     env = {**os.environ, "MOEOPT_CACHE": str(tmp_path)}

@@ -16,7 +16,7 @@ from moeopt.ops.quantized_experts import in_float64
 from moeopt.ops.quantized_weight import QuantizedWeight
 from moeopt.ops.rounded_rows import LEAST, ROW_BLOCK, STEPS, rounded_rows
 from moeopt.ops.unfit import Unfit
-from tests.ops.native.conftest import Kernel
+from tests.ops.native.conftest import Kernel, kernel_of, other_isas
 from tests.ops.native.test_codes import BUDGET, FORMATS, E, K, bank_of, call_of, eps_off
 
 TAKEN = (
@@ -25,6 +25,12 @@ TAKEN = (
 RELU = ExpertsSpec(activation="relu")  # computed to the bit alike everywhere, so what is rounded next is the same
 NEAR = 5e-4  # of a step: so near to the middle between two, a float32 sum decides which it is
 SIZES = [(33, 24), (80, 37), (1100, 136), (1120, 160), (2080, 64)]
+
+
+@pytest.fixture(params=other_isas("avx512_vnni"))
+def kernel(request, whole_library):
+    """With AVX-VNNI too, whose own code is here and nowhere else."""
+    return kernel_of(request, whole_library)
 
 
 def exact_bank(format, H, I, seed=0, spec=RELU):

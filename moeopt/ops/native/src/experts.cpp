@@ -5,6 +5,9 @@
 #include <memory>
 #include <new>
 #include <vector>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "isa.h"
 #include "pool.h"
@@ -333,10 +336,16 @@ const Kernels *kernels_with_tiles() {
 #endif
 
 #if defined(__x86_64__)
+bool has_avx_vnni() {  // compilers learnt its name later than that of AVX-512's
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
 int64_t cpu_isas() {
   __builtin_cpu_init();
   int64_t found = ISA_GENERIC;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found |= ISA_AVX2;
+  if (found & ISA_AVX2 && has_avx_vnni()) found |= ISA_AVX2_VNNI;
   if (found & ISA_AVX2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     found |= ISA_AVX512;
@@ -364,6 +373,9 @@ const Kernels *kernels_of(int64_t isa, bool wide = false) {
 #endif
 #if defined(MOEOPT_HAVE_AVX2)
   if (isa == ISA_AVX2) return wide ? kernels64_avx2() : kernels_avx2();
+#endif
+#if defined(MOEOPT_HAVE_AVX2_VNNI)
+  if (isa == ISA_AVX2_VNNI) return wide ? kernels64_avx2_vnni() : kernels_avx2_vnni();
 #endif
 #if defined(MOEOPT_HAVE_AVX512)
   if (isa == ISA_AVX512) return wide ? kernels64_avx512() : kernels_avx512();

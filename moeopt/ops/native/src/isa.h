@@ -4,7 +4,10 @@
 
 #include "moeopt_experts.h"
 
-enum { ISA_GENERIC = 1, ISA_AVX2 = 2, ISA_AVX512 = 4, ISA_AVX512_VNNI = 8, ISA_AVX512_BF16 = 16, ISA_AMX_BF16 = 32, ISA_NEON = 64 };
+enum {
+  ISA_GENERIC = 1, ISA_AVX2 = 2, ISA_AVX2_VNNI = 4, ISA_AVX512 = 8, ISA_AVX512_VNNI = 16, ISA_AVX512_BF16 = 32, ISA_AMX_BF16 = 64,
+  ISA_NEON = 128
+};
 
 #if defined(__AVX512F__) || defined(MOEOPT_NEON)
 constexpr bool MANY_REGISTERS = true;  // for 32 vectors, else for 16: as many sums has a tile
@@ -95,12 +98,14 @@ constexpr int64_t ROUNDED_COLUMNS = 32;  // the least of a task on rows of 8 bit
 const Kernels *kernels64_generic();
 const Kernels *kernels64_neon();
 const Kernels *kernels64_avx2();
+const Kernels *kernels64_avx2_vnni();
 const Kernels *kernels64_avx512();
 const Kernels *kernels64_avx512_vnni();
 const Kernels *kernels64_avx512_bf16();
 const Kernels *kernels_generic();
 const Kernels *kernels_neon();
 const Kernels *kernels_avx2();
+const Kernels *kernels_avx2_vnni();
 const Kernels *kernels_avx512();
 const Kernels *kernels_avx512_vnni();
 const Kernels *kernels_avx512_bf16();

@@ -9,7 +9,7 @@
 #define MOEOPT_EXPERTS_H
 #include <stdint.h>
 
-#define MOEOPT_ABI 5
+#define MOEOPT_ABI 6
 
 /* F64: all but the routing weights are of it, or nothing is. I8 and U4 are codes of quantised weights; U4: two in a byte, the first in the low half, less 8 */
 enum moeopt_dtype {

@@ -1,4 +1,4 @@
-// How codes and scales come to lie in lanes, and what multiplies them there, with AVX2 and with VNNI: see rounded.h.
+// How codes and scales come to lie in lanes, and what multiplies them there, with AVX2, AVX-VNNI and VNNI: see rounded.h.
 #pragma once
 #include "lanes.h"
 #include "rounded_rows.h"
@@ -37,6 +37,8 @@ template <bool SIGNS>
 inline __m256i dot4(__m256i sum, __m256i w, __m256i x) {
 #if MOEOPT_VNNI
   return _mm256_dpbusd_epi32(sum, w, x);
+#elif MOEOPT_FOURS
+  return _mm256_dpbusd_avx_epi32(sum, w, x);
 #else
   const __m256i pairs = SIGNS ? _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)) : _mm256_maddubs_epi16(w, x);
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -77,7 +79,7 @@ inline Scaled scaled(Sums a, const float *scale, float step, Scaled y) {
 template <bool SIGNS>
 inline Sums dot4(Sums sum, Sums w, Sums x) { return _mm512_dpbusd_epi32(sum, w, x); }
 #else
-constexpr int LANES = 8, FEW_ROUNDED = 3, NX_ROUNDED = 4, LEAST_SHARE = 2;
+constexpr int LANES = 8, FEW_ROUNDED = 3, NX_ROUNDED = MOEOPT_FOURS ? 6 : 4, LEAST_SHARE = MOEOPT_FOURS ? 3 : 2;
 typedef __m256i Sums;
 typedef __m256 Scaled;
 inline Sums sums(int32_t a) { return _mm256_set1_epi32(a); }

@@ -22,6 +22,11 @@ static_assert(sizeof(RowBlock) == 40, "it fits where its floats were");
 #else
 #define MOEOPT_VNNI 0
 #endif
+#if MOEOPT_VNNI || defined(__AVXVNNI__)
+#define MOEOPT_FOURS 1  // adds up four products of bytes: with AVX-512 in vectors of 64 bytes, else of 32
+#else
+#define MOEOPT_FOURS 0
+#endif
 
 // n numbers, of which those behind K are zeros. evens: those of even places first, as the codes in low halves of bytes lie
 inline void round_block(RowBlock *to, const float *x, int64_t n, bool evens, int32_t zero) {
@@ -63,12 +68,12 @@ inline void round_row(float *row, int64_t K, bool evens, int32_t zero) {
 // bytes lend it their sign, where they can.
 struct Bytes {
   static constexpr int SIZE = 32;  // bytes of a block
-  static constexpr int32_t ZERO = MOEOPT_VNNI ? 128 : 0;
-  static constexpr bool SIGNS = !MOEOPT_VNNI;
-  static constexpr bool SHIFTED = MOEOPT_VNNI;  // by 128 from what is stored, which flips the highest bit
+  static constexpr int32_t ZERO = MOEOPT_FOURS ? 128 : 0;
+  static constexpr bool SIGNS = !MOEOPT_FOURS;
+  static constexpr bool SHIFTED = MOEOPT_FOURS;  // by 128 from what is stored, which flips the highest bit
 };
 struct BytesAbout128 : Bytes {
-  static constexpr bool SHIFTED = !MOEOPT_VNNI;
+  static constexpr bool SHIFTED = !MOEOPT_FOURS;
 };
 struct Nibbles {
   static constexpr int SIZE = 16;
