@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -24,7 +26,8 @@ def cpu_has_tiles() -> bool:
 
 def cpu_has_avx_vnni() -> bool:
     """Whether the CPU has AVX-VNNI, as far as torch knows."""
-    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("avx_vnni"))
+    asked: Callable[[], Mapping[str, Any]] | None = getattr(torch.cpu, "get_capabilities", None)
+    return asked is not None and bool(asked().get("avx_vnni"))
 
 
 def isas_here() -> list[str]:
