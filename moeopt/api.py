@@ -10,7 +10,7 @@ from moeopt.bundle.destination import check_destination
 from moeopt.calls.directory import explain_directory, optimize_directory
 from moeopt.calls.module import check_no_arguments, optimize_module
 from moeopt.calls.onnx_file import optimize_file
-from moeopt.calls.verify_again import verify_optimized
+from moeopt.calls.verify_again import check_original, verify_optimized
 from moeopt.errors import CaptureError, UsageError
 from moeopt.find.example_inputs import as_call, without_cache
 from moeopt.limits import LoadLimits, as_bytes, checked_limits
@@ -144,6 +144,10 @@ def load(
         NotEquivalentError: its golden inputs come back otherwise than they were verified to.
     """
     check_variables()
+    if not isinstance(directory, (str, os.PathLike)):
+        kind = type(directory).__name__
+        saved = ": it is called as it is, and .save(directory) writes a bundle" * isinstance(directory, Optimized)
+        raise UsageError(f"moeopt.load takes the directory of a bundle, a string or a path, and no {kind}{saved}")
     limits = checked_limits(limits)
     most = None if resident is None else as_bytes("resident", resident)
     return registry.open_bundle(directory, device, session_options, limits, mapped, most)
@@ -180,6 +184,7 @@ def verify(
             return registry.of_bundle(subject).verify(subject, provider, original, inputs, limits)
         backend = registry.get(subject.report.backend)
         return backend.verify_file(original, inputs, backend.runner(subject.model)[0], subject.certificate)
+    check_original(original)
     if not isinstance(subject, Optimized):
         call = None if original is None or inputs is None else without_cache(original, as_call(inputs))
         return registry.of_bundle(subject).verify(subject, provider, original, call, limits)

@@ -6,6 +6,7 @@ Nothing of a file is run: of a zip archive the names are read, and of a pickle i
 from __future__ import annotations
 
 import contextlib
+import os
 import pickletools
 import re
 import zipfile
@@ -48,6 +49,7 @@ _MOST = 1 << 26
 
 
 _FOLDERS = {
+    "moeopt.json": "a bundle, optimised already: moeopt.load({path!r}) runs it; give the model that it was made of",
     "adapter_config.json": "an adapter, which changes another model: merge the two, "
     "PeftModel.from_pretrained(base, {path!r}).merge_and_unload().save_pretrained(new), and give new",
     "model_index.json": "a pipeline of diffusers, of several models: load the one with the experts, and give it in "
@@ -56,6 +58,13 @@ _FOLDERS = {
 }
 _OF_TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states\w*)\.\w+")
 """Files that trainers leave beside a model's weights."""
+
+
+def home_hint(path: Path) -> str:
+    """What to give for a path from a home directory on, led in by "; "; "" for others: shells expand it, few else."""
+    if not path.parts or not path.parts[0].startswith("~") or Path(path.parts[0]).exists():
+        return ""
+    return f"; nothing expands ~ here: give {os.path.expanduser(path)}"
 
 
 def directory_hint(path: Path) -> str:

@@ -69,5 +69,10 @@ def test_mistakes_are_told(bundle, tmp_path):
     write_triton_model(bundle, tmp_path / "r")
     with pytest.raises(moeopt.UsageError, match="moe is there already: remove it, or give another name"):
         write_triton_model(bundle, tmp_path / "r")
+    with pytest.raises(moeopt.UsageError, match="torch is a bundle: give the server's model repository, a folder of"):
+        write_triton_model(bundle, torch_bundle)
+    (tmp_path / "file").touch()
+    with pytest.raises(moeopt.UsageError, match="cannot be written: Not a directory; give a repository that you may"):
+        write_triton_model(bundle, tmp_path / "file")
     with pytest.raises(moeopt.BundleError):
         write_triton_model(tmp_path, tmp_path / "r", "none")

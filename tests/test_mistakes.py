@@ -249,7 +249,29 @@ API = [
         "give the directory of the bundle, a string or a path, not a bytes",
     ),
     (lambda: moeopt.load("nowhere"), "nowhere is no directory"),
-    (lambda: moeopt.load(3), "give the directory of a bundle, or what moeopt.optimize returned, not a int"),
+    (lambda: moeopt.load(3), "moeopt.load takes the directory of a bundle, a string or a path, and no int"),
+    (
+        lambda: moeopt.load(moeopt.optimize(build(), X, verify="off")),
+        "and no Optimized: it is called as it is, and .save(directory) writes a bundle",
+    ),
+    (lambda: moeopt.load("~/b"), f"there is no such path; nothing expands ~ here: give {Path.home() / 'b'}"),
+    (lambda: moeopt.optimize("~/b"), f"; nothing expands ~ here: give {Path.home() / 'b'}"),
+    (
+        lambda: moeopt.optimize(build(), X, verify="off").save("~/b"),
+        f"~/b would be a folder of that name; nothing expands ~ here: give {Path.home() / 'b'}",
+    ),
+    (
+        lambda: moeopt.verify(moeopt.optimize(build(), X, verify="off"), original="b"),
+        "original= is a str: give the model itself, or the .onnx file that the engine was made of",
+    ),
+    (
+        lambda: moeopt.verify(moeopt.optimize(build(), X, verify="off"), original=nn.Linear(3, 3)),
+        "Linear raised RuntimeError: mat1 and mat2 shapes cannot be multiplied (3x8 and 3x3); check that it runs",
+    ),
+    (
+        lambda: moeopt.optimize(build(), X, verify="off").report.to_html(None),
+        "give the name of a file, like 'report.html', and no NoneType",
+    ),
     (lambda: moeopt.verify("nowhere"), "nowhere is no directory"),
     (lambda: moeopt.verify(build()), "give the directory of a bundle, or what moeopt.optimize returned, not a Toy"),
     (lambda: moeopt.inspect("nowhere"), "nowhere"),

@@ -50,12 +50,15 @@ def test_what_is_no_bundle_says_what_to_give(tmp_path):
     path = moeopt.optimize(build(), X, verify="off").save(tmp_path / "b")
     (tmp_path / "m.onnx").write_bytes(b"")
     (tmp_path / "hf").mkdir()
+    shutil.make_archive(str(tmp_path / "b"), "gztar", path)
     (tmp_path / "hf" / "config.json").write_text("{}")
     for given, way in [
         (path / "moeopt.json", f"is no directory: it is not a bundle, .*: give the directory, {path}$"),
         (tmp_path / "m.onnx", r"becomes one by moeopt.optimize\('m.onnx'\).save\(directory\)"),
         (tmp_path / "hf", r"no moeopt.json: .*: the directory of a model becomes one by moeopt.optimize\(directory"),
         (tmp_path / "absent", "is no directory: .*: there is no such path$"),
+        (tmp_path / "b.tar.gz", "is no directory: .*: unpack the archive, and give the directory in it$"),
+        (tmp_path, f"has no moeopt.json: .*: give the directory in it, {path}$"),
     ]:
         with pytest.raises(BundleError, match=way):
             moeopt.load(given)

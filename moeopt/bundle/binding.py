@@ -55,7 +55,8 @@ class Binding:
             return args, kwargs
         named = dict(zip(self.parameters, args, strict=False))
         if len(args) > len(self.parameters) or set(named) & set(kwargs) or len(self.parameters) != count + len(keys):
-            raise UsageError(f"the bundle takes {self._takes()}; it was given {len(args)} and {sorted(kwargs)}")
+            given = ", ".join([*[f"{len(args)} by position"] * bool(args), *sorted(kwargs)])
+            raise UsageError(f"the bundle takes {self._takes()}; it was given {given}")
         named |= kwargs
         leaves = dict(zip(self.parameters, self._one_leaf_each(), strict=True))
         for name, entry in leaves.items():
@@ -94,7 +95,8 @@ class Binding:
                 raise UsageError(f"{name} must be a number, not {_brief(value)}")
         else:
             if not isinstance(value, torch.Tensor):
-                raise UsageError(f"{name} ({path}) must be a tensor, not {_brief(value)}")
+                array = f": give torch.as_tensor({name})" if hasattr(value, "__array__") else ""
+                raise UsageError(f"{name} ({path}) must be a tensor, not {_brief(value)}{array}")
             if value.dtype != entry["dtype"]:
                 raise UsageError(f"{name} is {value.dtype}, and the bundle takes {entry['dtype']}")
             if value.device.type != entry["device"].type:
@@ -121,4 +123,5 @@ def _no_node(name: str) -> PyObject:
 
 
 def _brief(value: PyObject) -> str:
-    return f"a {type(value).__name__}" if isinstance(value, torch.Tensor) else f"{value!r:.40}"
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return f"{value!r:.40}" if plain else f"a {type(value).__name__}"

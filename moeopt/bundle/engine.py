@@ -15,8 +15,31 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+_OF_MODULES = {
+    **dict.fromkeys(("to", "cuda", "cpu"), "moeopt.load(directory, device=...) says where an engine runs"),
+    **dict.fromkeys(("half", "bfloat16", "float", "double"), "moeopt.optimize(model, inputs, dtype=...) makes another"),
+    **dict.fromkeys(("train", "requires_grad_"), "an engine only infers: train the model, and optimise it again"),
+    "eval": "an engine is in that mode always: leave it out",
+    **dict.fromkeys(
+        ("parameters", "named_parameters", "modules", "named_modules", "children", "state_dict", "load_state_dict"),
+        "an engine has no modules: ask the model that it was made of",
+    ),
+    "generate": "it was made of a model without a generate() of its own, or without its cache; the report says so",
+}
+"""What people ask of a model and no engine has, and the way out."""
+
+
+def no_attribute(name: str) -> AttributeError:
+    """The error of an engine that has no attribute ``name``."""
+    hint = _OF_MODULES.get(name)
+    return AttributeError(f"the engine has no attribute {name!r}" + (f": {hint}" if hint else ""))
+
+
 class Engine:
     """What runs the graph of a bundle, instead of the model's own code."""
+
+    def __getattr__(self, name: str) -> PyObject:
+        raise no_attribute(name)
 
 
 class BundledEngine(Engine):

@@ -24,6 +24,7 @@ from moeopt.bundle import aside
 from moeopt.bundle.full_disk import told
 from moeopt.bundle.schemas import ManifestFile
 from moeopt.errors import BundleError, UsageError
+from moeopt.other_files import home_hint
 from moeopt.untrusted import checked, open_regular, read_bytes, read_json, shown
 from moeopt.value_types import JsonValue, PyObject
 
@@ -178,6 +179,9 @@ def check_backend(name: str) -> None:
         )
 
 
+_ARCHIVES = {".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z"}
+
+
 def _instead(root: Path) -> str:
     """What to give instead of a path that is no bundle's directory."""
     if root.is_file() and os.path.lexists(root.parent / NAME):
@@ -186,7 +190,11 @@ def _instead(root: Path) -> str:
         return f": an ONNX file becomes one by moeopt.optimize({root.name!r}).save(directory)"
     if (root / "config.json").is_file():
         return ": the directory of a model becomes one by moeopt.optimize(directory, out=bundle)"
-    return "" if root.exists() else ": there is no such path"
+    if root.suffix.lower() in _ARCHIVES and root.is_file():
+        return ": unpack the archive, and give the directory in it"
+    if root.is_dir() and (inside := sorted(path.parent for path in root.glob(f"*/{NAME}"))):
+        return f": give the directory in it, {inside[0]}"
+    return "" if root.exists() else f": there is no such path{home_hint(root)}"
 
 
 def read_backend(directory: str | os.PathLike[str]) -> str:
@@ -228,8 +236,15 @@ def _check_name(name: PyObject, root: Path) -> None:
 
 def check_target(target: Path) -> None:
     """``UsageError`` where ``target`` is a file, a link, or a directory that holds something else than a bundle."""
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
+    if target.is_symlink():
+        raise UsageError(
+            f"{target} is a symbolic link, and a bundle that is replaced is moved: give what it leads to, "
+            f"{os.path.realpath(target)}"
+        )
+    if target.exists() and not target.is_dir():
         raise UsageError(f"{target} exists and is not a directory: give a new path")
+    if hint := home_hint(target):
+        raise UsageError(f"{target} would be a folder of that name{hint}")
     if target.is_dir() and any(target.iterdir()) and not is_bundle(target):
         raise UsageError(f"{target} exists and is not a moeopt bundle: it is left alone, give a new path")
 

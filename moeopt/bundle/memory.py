@@ -20,8 +20,8 @@ from moeopt.errors import LimitError
 from moeopt.value_types import FxTarget, PyObject
 
 _WAY_OUT = (
-    "if you trust the bundle, give it more: moeopt.load(directory, limits=moeopt.LoadLimits(bytes=...)), or a smaller "
-    "input"
+    "if you trust the bundle, give it more: moeopt.load(directory, limits=moeopt.LoadLimits(bytes=...)) or "
+    "`moeopt verify --bytes`, or a smaller input"
 )
 MAX_PARTS = 1 << 16
 _META = torch.device("meta")

@@ -243,7 +243,7 @@ class GraphRunner:
         return Meter(self.limits.bytes_for(self.files, given), [self.weights, inputs]), key
 
 
-_LONGER = "if you trust the bundle, give it longer: limits=moeopt.LoadLimits(seconds=...)"
+_LONGER = "if you trust the bundle, give it longer: limits=moeopt.LoadLimits(seconds=...), or `moeopt verify --seconds`"
 
 
 _NAMES_NOTHING = (

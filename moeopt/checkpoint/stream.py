@@ -41,7 +41,7 @@ from moeopt.errors import CaptureError, CheckpointError, NotSaveableError, Usage
 from moeopt.hub_cache import is_hub_name, on_this_disk
 from moeopt.optimized import Optimized
 from moeopt.options import Options
-from moeopt.other_files import directory_hint, file_hint
+from moeopt.other_files import directory_hint, file_hint, home_hint
 from moeopt.pipeline.finished_blocks import FinishedBlocks, remembered
 from moeopt.published.tensor_files import read_instead
 from moeopt.report import Report
@@ -72,7 +72,7 @@ def check_directory(path: str | os.PathLike[str]) -> Path:
         )
         raise UsageError(
             f"{path} is {what}: give a model, or the directory of a Hugging Face checkpoint (config.json and "
-            f"*.safetensors){hub}"
+            f"*.safetensors){hub}{home_hint(Path(path))}"
         )
     return found
 

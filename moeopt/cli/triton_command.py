@@ -43,9 +43,9 @@ def write_triton_model(bundle: Path, repository: Path, name: str | None = None) 
 
     Raises:
         BundleError: the bundle is damaged.
-        UsageError: it is a bundle of another backend; the name is none; the model is there already.
+        UsageError: it is a bundle of another backend; the name is none; the model is there already, or cannot be.
     """
-    from moeopt.bundle.manifest import read_manifest
+    from moeopt.bundle.manifest import is_bundle, read_manifest
 
     manifest = read_manifest(bundle)
     names = list(manifest.data["files"])
@@ -57,6 +57,8 @@ def write_triton_model(bundle: Path, repository: Path, name: str | None = None) 
     name = bundle.resolve().name if name is None else name
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} is no name for a model (letters, digits, '_', '-', '.'): give another with --name")
+    if is_bundle(repository):
+        raise UsageError(f"{repository} is a bundle: give the server's model repository, a folder of models")
     target = repository / name
     if target.exists():
         raise UsageError(f"{target} is there already: remove it, or give another name with --name")
@@ -65,7 +67,12 @@ def write_triton_model(bundle: Path, repository: Path, name: str | None = None) 
     files = [n for n in names if n in (_GRAPH, f"{_GRAPH}.data")]
     graph = ir.load(manifest.path(_GRAPH)).graph
     config = _config(name, graph.inputs, graph.outputs, str(manifest.data.get("provider", "cpu")))
-    (target / "1").mkdir(parents=True)
+    try:
+        (target / "1").mkdir(parents=True)
+    except OSError as err:
+        raise UsageError(
+            f"{target} cannot be written: {err.strerror or err}; give a repository that you may write to"
+        ) from err
     for file in files:
         shutil.copyfile(manifest.path(file), target / "1" / file)
     (target / "config.pbtxt").write_text(config)

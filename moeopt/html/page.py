@@ -65,6 +65,8 @@ def write_page(
 
 def check_target(path: str | os.PathLike[str]) -> Path:
     """The path, where a page can be written to it; ``UsageError`` where not, or where jinja2 is missing."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise UsageError(f"give the name of a file, like 'report.html', and no {type(path).__name__}")
     target = Path(path)
     if importlib.util.find_spec("jinja2") is None:
         raise UsageError("the HTML report needs jinja2: pip install 'moeopt[report]'")

@@ -56,7 +56,8 @@ class InterpretedFile(InterpretedGraph):
     def forward(self, *values: Tensor, **named: Tensor) -> PyObject:
         given = dict(zip(self.names, values, strict=False)) | named
         if len(values) + len(named) != len(self.names) or set(given) != set(self.names):
-            raise UsageError(f"the graph takes {', '.join(self.names)}; it was given {len(values)} and {sorted(named)}")
+            got = ", ".join([*[f"{len(values)} by position"] * bool(values), *sorted(named)]) or "nothing"
+            raise UsageError(f"the graph takes {', '.join(self.names)}; it was given {got}")
         return super().forward(*(given[name] for name in self.names))
 
     def _run_step(self, step: NodeStep, inputs: Sequence[Any]) -> Sequence[Any]:

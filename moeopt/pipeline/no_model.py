@@ -54,6 +54,8 @@ def _value_hint(given: PyObject) -> str:
         return "a config has no weights: AutoModelForCausalLM.from_config(config) makes a model with random ones"
     if isinstance(given, (list, tuple)):
         return "give one model at a time"
+    if kind.__module__.startswith("moeopt."):
+        return "it is made by moeopt from a model, and holds none: give the model that it was made of"
     if callable(given):
         return "a function holds no weights that could be found: put it into the forward of an nn.Module"
     return ""

@@ -63,7 +63,11 @@ def bind(
     """Positional, keyword and defaulted arguments in one canonical order; ``names``: of :func:`by_position`."""
     if names and not kwargs and len(args) == len(names):
         return BoundArguments(names, tuple([v if type(v) is torch.Tensor else spell(v) for v in args]))
-    bound = signature.bind(*args, **kwargs)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as err:  # Python's own words name what is missing, and not what was given for it
+        given = [*[f"{len(args)} by position"] * bool(args), *sorted(kwargs)]
+        raise TypeError(f"{err}: forward takes {signature}, and was given {', '.join(given) or 'nothing'}") from None
     bound.apply_defaults()
     return BoundArguments(tuple(bound.arguments), tuple([spell(v) for v in bound.arguments.values()]))
 

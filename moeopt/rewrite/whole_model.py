@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from moeopt.errors import NotSaveableError
-from moeopt.rewrite.install import rewritten_forward
+from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.rewrite.source import Source
 
 
@@ -30,6 +30,45 @@ def tried(model: nn.Module) -> Iterator[Callable[[], bool]]:
             forward.calls, forward.fallbacks, forward.last_refusal, forward.silent = held
 
 
+def check_as_verified(model: nn.Module, what: str) -> dict[str, RewrittenForward]:
+    """The rewritten blocks of ``model`` by path, where each is what was verified.
+
+    A trace of a changed block holds the code that was verified (or the original's, which may have no graph), and
+    neither is what the model computes now. ``what`` is to be made of the trace.
+
+    Raises:
+        NotSaveableError: a block has changed; the message has the reason.
+    """
+    blocks = {p: f for p, m in model.named_modules() if (f := rewritten_forward(m)) is not None}
+    for path, forward in blocks.items():
+        if reason := forward.watch.everything():
+            raise NotSaveableError(
+                f"{path or type(model).__name__} is no longer what was verified ({reason}), and {what} would hold the "
+                "old code: optimise the model again"
+            )
+    return blocks
+
+
+@contextlib.contextmanager
+def called_as_verified(model: nn.Module, what: str) -> Iterator[None]:
+    """While open, ``model`` is called as it was verified, and none of its rewritten blocks runs its original code.
+
+    Only a call tells of weights in another dtype, or on another device.
+
+    Raises:
+        NotSaveableError: one did; ``what`` is to be made of the model.
+    """
+    blocks = {p: f for p, m in model.named_modules() if (f := rewritten_forward(m)) is not None}
+    before = {path: forward.fallbacks for path, forward in blocks.items()}
+    yield
+    for path, forward in blocks.items():
+        if forward.fallbacks != before[path]:
+            raise NotSaveableError(
+                f"{path or type(model).__name__} is no longer what was verified ({forward.last_refusal}), and {what} "
+                "would hold its original code: optimise the model again"
+            )
+
+
 @contextlib.contextmanager
 def exported(model: nn.Module) -> Iterator[None]:
     """While open, an exporter traces ``model``: its rewritten blocks are what they were when this was entered.
@@ -41,13 +80,7 @@ def exported(model: nn.Module) -> Iterator[None]:
     Raises:
         NotSaveableError: a block had changed before, or refused the exporter's call; the message has the reason.
     """
-    blocks = {p: f for p, m in model.named_modules() if (f := rewritten_forward(m)) is not None}
-    for path, forward in blocks.items():
-        if reason := forward.watch.everything():
-            raise NotSaveableError(
-                f"{path or type(model).__name__} is no longer what was verified ({reason}), and an engine would hold "
-                "the old code: optimise the model again"
-            )
+    blocks = check_as_verified(model, "an engine")
     before = {path: forward.fallbacks for path, forward in blocks.items()}
     for forward in blocks.values():
         forward.watch.paused = True

@@ -43,7 +43,8 @@ def test_a_call_beyond_the_limit_is_refused_before_it_is_made(tmp_path):
     engine = load_torch_bundle(bundle, limits=LoadLimits(bytes=MIB))
     assert engine(rows(9)).shape == (9,)
     text = (
-        r"the graph stops at 'mul.*' \(aten.mul.Tensor\): .* asks for 3.4e\+07 bytes.*limits=moeopt.LoadLimits\(bytes"
+        r"the graph stops at 'mul.*' \(aten.mul.Tensor\): .* asks for 3.4e\+07 bytes.*limits="
+        r"moeopt.LoadLimits\(bytes=...\)\) or `moeopt verify --bytes`"
     )
     with pytest.raises(LimitError, match=text):
         engine(rows(1024))

@@ -170,3 +170,13 @@ def test_sizes_that_were_one_size_stay_one_size():
     assert flat.refuses(nn.Module(), call(rand(4, 2, 3), rand(8))) == ""
     said = flat.refuses(nn.Module(), call(rand(4, 2, 3), rand(1)))
     assert said == "one of its arguments has size 1 where a product of others, here 8, was verified"
+
+
+def test_arguments_that_forward_does_not_take_are_told_beside_what_it_takes():
+    for given, text in (
+        (((), {"hidden": 1}), r"'x': forward takes \(x, y=None, \*, mode='a'\), and was given hidden$"),
+        (((1, 2, 3), {}), r"too many positional arguments: forward takes \(x, .*\), and was given 3 by position$"),
+        (((), {}), "and was given nothing$"),
+    ):
+        with pytest.raises(TypeError, match=text):
+            bind(SIGNATURE, *given)

@@ -17,7 +17,7 @@ from moeopt.backends.onnxrt.without_elements import CallsWithoutElements
 from moeopt.backends.registry import open_bundle
 from moeopt.bundle import values
 from moeopt.bundle.binding import Binding
-from moeopt.bundle.engine import BundledEngine
+from moeopt.bundle.engine import BundledEngine, no_attribute
 from moeopt.bundle.io_names import KEY
 from moeopt.bundle.manifest import Manifest
 from moeopt.bundle.resident import Residency
@@ -102,7 +102,7 @@ class GraphEngine(BundledEngine):
         """``generate``, ``config`` and the rest of a causal language model."""
         caller = self.__dict__.get("causal_lm")
         if caller is None or name.startswith("_"):
-            raise AttributeError(f"the engine has no attribute {name!r}")
+            raise no_attribute(name)
         return getattr(caller, name)
 
     def __setattr__(self, name: str, value: PyObject) -> None:

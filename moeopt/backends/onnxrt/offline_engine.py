@@ -12,7 +12,7 @@ from moeopt.backends.onnxrt.engine import OnnxEngine
 from moeopt.backends.onnxrt.fallback_graph import FALLBACK, fallback_among
 from moeopt.backends.onnxrt.providers import PROVIDERS, available, runtime
 from moeopt.backends.registry import open_bundle
-from moeopt.bundle.engine import BundledEngine
+from moeopt.bundle.engine import BundledEngine, no_attribute
 from moeopt.bundle.io_names import KEY
 from moeopt.bundle.manifest import Manifest
 from moeopt.bundle.temp_folder import TemporaryFolder
@@ -77,7 +77,7 @@ class OfflineEngine(BundledEngine):
     def __getattr__(self, name: str) -> PyObject:
         if name == "generate" and KEY in self.__dict__.get("signature", {}):
             return self.__call__
-        raise AttributeError(f"the engine has no attribute {name!r}")
+        raise no_attribute(name)
 
     def _reopening(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return open_bundle, ()

@@ -251,7 +251,7 @@ class Session:
             if options.terminate:
                 raise LimitError(
                     f"its runs take longer than {time.seconds:.3g} s: if you trust the bundle, give it longer: "
-                    "moeopt.load(directory, limits=moeopt.LoadLimits(seconds=...))"
+                    "moeopt.load(directory, limits=moeopt.LoadLimits(seconds=...)), or `moeopt verify --seconds`"
                 ) from None
             raise
         finally:

@@ -35,7 +35,10 @@ PRODUCTS_A_SECOND = 1e10
 _LONGEST = 1e6
 """Seconds that a child is waited for at most; a system call that waits counts milliseconds in 32 bits."""
 _CHILD = Path(__file__).with_name("trial_child.py")
-_WAY_OUT = "if you trust the bundle, give it more: moeopt.load(directory, limits=moeopt.LoadLimits({}=...))"
+_WAY_OUT = (
+    "if you trust the bundle, give it more: moeopt.load(directory, limits=moeopt.LoadLimits({0}=...)), or `moeopt "
+    "verify --{0}`"
+)
 
 Feeds = Mapping[str, torch.Tensor]
 

@@ -15,10 +15,11 @@ from moeopt.backends.refuse_quantize import refuse_engine_parts
 from moeopt.backends.torch.bundle import load_torch_bundle, save_torch_bundle, verify_torch_bundle
 from moeopt.bundle.fingerprint import fingerprint
 from moeopt.bundle.manifest import Manifest
+from moeopt.capture.isolated_run import run_quietly
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.capture.tape import clone_inputs
 from moeopt.capture.tree import ArgsKwargs
-from moeopt.errors import UsageError
+from moeopt.errors import CaptureError, NotSaveableError, UsageError
 from moeopt.limits import LoadLimits
 from moeopt.lower.functional import export_functional
 from moeopt.ops.native.library import missing
@@ -45,10 +46,22 @@ from moeopt.quantization.quantized_model import (
 from moeopt.quantization.rounded_rows import round_rows
 from moeopt.rewrite.install import install, uninstall
 from moeopt.rewrite.store_codes import store_codes
+from moeopt.rewrite.whole_model import called_as_verified, check_as_verified
 from moeopt.value_types import JsonValue, PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.model import EndToEnd, end_to_end
 from moeopt.verification.rounded import moved_by_rounding
+
+
+def _check_it_runs(model: nn.Module, call: ArgsKwargs) -> None:
+    """``NotSaveableError`` where a model that was changed after it was optimised fails on its example inputs."""
+    try:
+        run_quietly(model, *call)
+    except CaptureError as err:
+        raise NotSaveableError(
+            f"{type(model).__name__} cannot be saved: it was changed after moeopt.optimize, and its example inputs "
+            f"fail ({err}): change the model first (dtype=, device= of moeopt.optimize do), then optimise it"
+        ) from err
 
 
 class TorchBackend(Backend):
@@ -110,9 +123,14 @@ class TorchBackend(Backend):
 
     def _save_impl(self, made: Made, call: ArgsKwargs, directory: str | os.PathLike[str]) -> Path:
         args, kwargs = call
-        program = export_functional(made.model, args, kwargs)
+        check_as_verified(made.model, "a bundle")
+        try:
+            program = export_functional(made.model, args, kwargs)
+        except NotSaveableError:
+            _check_it_runs(made.model, call)
+            raise
         copied = clone_inputs(call)  # a forward may write into its arguments
-        with torch.no_grad(), default_impl():  # the rewritten code, as the bundle runs it
+        with called_as_verified(made.model, "a bundle"), torch.no_grad(), default_impl():  # as the bundle runs it
             golden = made.model(*copied[0], **copied[1])
         return save_torch_bundle(
             program,

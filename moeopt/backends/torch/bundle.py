@@ -93,6 +93,8 @@ def save_torch_bundle(
 class LoadedEngine(Engine):
     """A bundle that was loaded: call it as the model was called; it returns what the model returned.
 
+    It has no state, so a copy is the engine itself. Pickled, it is the path of its bundle and how it was loaded.
+
     Attributes:
         manifest: what ``moeopt.json`` says.
         device: where it runs.
@@ -104,6 +106,16 @@ class LoadedEngine(Engine):
 
     def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
         return self._runner(*args, **kwargs)
+
+    def __copy__(self) -> LoadedEngine:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadedEngine:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        budget = None if self._resident is None else self._resident.residency.budget
+        return _reopened, (str(self.manifest.directory.resolve()), str(self.device), self._runner.limits, budget)
 
     def run_flat(self, leaves: Sequence[Any]) -> PyObject:
         """Call it with the leaves of ``(args, kwargs)``, as golden runs store them."""
@@ -145,6 +157,14 @@ class LoadedEngine(Engine):
 
     def __repr__(self) -> str:
         return f"<moeopt engine {self.manifest.directory} on {self.device}>"
+
+
+def _reopened(directory: str, device: str, limits: LoadLimits, budget: int | None) -> LoadedEngine:
+    """The engine of a bundle that another process, or another time, had loaded so; the files are checked again."""
+    engine = load_torch_bundle(directory, device, limits, budget is not None)
+    if budget is not None:
+        engine.keep_resident(budget)
+    return engine
 
 
 def load_torch_bundle(

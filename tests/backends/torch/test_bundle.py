@@ -364,6 +364,9 @@ def test_a_directory_that_is_no_bundle_is_left_alone(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="file exists and is not a directory"):
         save(tmp_path / "file")
+    (tmp_path / "link").symlink_to(tmp_path / "b")
+    with pytest.raises(UsageError, match=f"link is a symbolic link, .*: give what it leads to, {tmp_path / 'b'}$"):
+        save(tmp_path / "link")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moeopt.ir.specs import ExpertsSpec
-from moeopt.ops.native import by_lane, library
+from moeopt.ops.native import build, by_lane, library
 from moeopt.ops.native.by_lane import BY_LANE, HAVE_LANES, by_lane_differs, by_lane_pays
 from moeopt.ops.native.call import call, prepared_call
 from moeopt.ops.native.hidden import Hidden
@@ -17,7 +17,7 @@ from tests.ops.native.blocks import Sizes, random_block
 from tests.ops.native.conftest import Kernel, here
 
 
-@pytest.fixture(params=("avx512", "avx512_bf16"))
+@pytest.fixture(params=[isa for isa in ("avx512", "avx512_bf16") if isa in build.ISAS])
 def lanes(request, whole_library):
     if request.param not in here(whole_library):
         pytest.skip(f"this CPU has no {request.param}")

@@ -17,7 +17,7 @@ NIGHTLY = os.environ.get("MOEOPT_NIGHTLY") == "1"
 RUN = f"""
 import sys
 NIGHTLY = {NIGHTLY}
-from moeopt.ops.native import build, compile
+from moeopt.ops.native import build, compile, library
 sanitize = "-fsanitize=address,undefined"
 build._FLAGS = (*build._FLAGS, "-O0", "-g1", sanitize, "-fno-sanitize=vptr", "-fno-sanitize-recover=all")
 here = build.isas_here()
@@ -25,16 +25,20 @@ compile.SECONDS = 1800  # of one compiler, which others may slow down
 # each takes 7 s to compile so, and 25 s with -O1
 kept = [isa for isa in here if NIGHTLY and isa == "avx2" or isa in compile.with_what_it_needs(here[-1])]
 build.isas_here, build.all_isas = (lambda: kept), (lambda: tuple(kept))
+# of the others no case is made: it would be skipped, and be the one case of the day that has a value
+build.ISAS = {{isa: bit for isa, bit in library.ISAS.items() if isa in (*kept, compile.TILES)}}
 import pytest
 sys.exit(pytest.main(sys.argv[1:]))
 """
 LEFT_OUT = () if NIGHTLY else ("-m", "not nightly")
+EACH_VALUE = () if NIGHTLY else ("-m", "not nightly and not one_isa")
+"""Of a test with several parameters (layout, dtype, a size around a tile): each value of each, not each combination."""
 PARTS = "kernel", "by_lane", "kept", "isolation", "codes", "rounded", "tiles"
 ALONE = "fork", "a_fault", "openmp_before", "keeps_back", "real_instructions", "lesser_library"
 """Processes and compilers, not memory."""
-KERNEL = [f"tests/ops/native/test_{part}.py" for part in PARTS] + ["-k", f"not {' and not '.join(ALONE)}"]
+KERNEL = [f"tests/ops/native/test_{part}.py" for part in PARTS] + ["-k", f"not {' and not '.join(ALONE)}", *EACH_VALUE]
 OPERATOR = ["tests/backends/onnxrt/lowerings/test_native.py", "tests/backends/onnxrt/test_custom_op.py", "-k",
-            "lowerings or this_machine or two_sessions"]  # fmt: skip
+            "lowerings or this_machine or two_sessions", *LEFT_OUT]  # fmt: skip
 
 
 def _preloaded(compiler):
@@ -62,7 +66,7 @@ def sanitized(tmp_path_factory):
     }
 
     def run(tests):
-        words = [sys.executable, "-c", RUN, "-q", "-x", "-p", "no:cacheprovider", *LEFT_OUT, *tests]
+        words = [sys.executable, "-c", RUN, "-q", "-x", "-p", "no:cacheprovider", *tests]
         out = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, timeout=3000)
         return out.returncode, (out.stdout + out.stderr)[-4000:]
 

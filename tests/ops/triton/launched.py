@@ -1,12 +1,14 @@
 """What Triton's launcher and compiler make of whole calls, for a GPU that is not here: one JSON line a call.
 
     python -m tests.ops.triton.launched 120 fixed
+    python -m tests.ops.triton.launched 120 fixed 3
     python -m tests.ops.triton.launched 90 random 40
     python -m tests.ops.triton.launched 90 twice 0 8
 
 A process of its own: Triton must not be in its interpreter here. A driver stands in for NVIDIA's: kernels are bound to
 their arguments, specialised and compiled to machine code as on a GPU, and those that would not fit are refused; none is
-loaded or started. The last number is the shared memory of the GPU in KiB, instead of what it has.
+loaded or started. ``fixed 3`` takes every third activation: each is a compilation of its own, and differs in one line.
+The last number of ``twice`` is the shared memory of the GPU in KiB, instead of what it has.
 """
 
 import itertools
@@ -57,9 +59,9 @@ class Driver:
         return lambda *args: self.started.append(metadata.name)
 
 
-def fixed():
+def fixed(each):
     """Calls that take every branch of the kernels, and those that need the most shared memory."""
-    for name in ACTIVATIONS:
+    for name in ACTIVATIONS[::each]:
         alpha = {"swish": 1.702, "softcap": 2.0, "leaky_relu": 0.1, "elu": 1.5}.get(name)
         yield make(ExpertsSpec(rows="plain", activation=name, alpha=alpha), dtype=torch.bfloat16, biases=False), (FEW,)
     every = {"gate_min": -1.0, "gate_max": 1.0, "up_min": -1.0, "up_max": 1.0, "act_min": -1.0, "act_max": 1.0}
@@ -104,7 +106,7 @@ def main(capability, which, count=0, shared=None):
     device = Driver(capability, shared or SHARED_MEMORY[capability])
     driver.set_active(device)
     if which == "fixed":
-        for case, ways in fixed():
+        for case, ways in fixed(count or 1):
             # one height of tile where the dtypes are all that counts, each of them where the memory does
             for few, rows in itertools.product(ways, (4, 64, 512) if case.x.shape[1] == 64 else (64,)):
                 call(device, case, few, rows)

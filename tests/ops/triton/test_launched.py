@@ -36,7 +36,7 @@ def check(found):
 
 
 def test_every_branch_of_the_kernels_fits_the_gpu_with_the_least_shared_memory(tmp_path):
-    check(calls(tmp_path, 120, "fixed"))
+    check(calls(tmp_path, 120, "fixed", 3))
 
 
 @pytest.mark.nightly
