@@ -106,7 +106,7 @@ def single_looked_up_projections():
     return LookedUpProjections()
 
 
-class StackedAtEachCall(Projections):
+class StackedAtEachCall(ChosenProjections):
     """The same, of matrices that the code stacks."""
 
     def values(self, x):
@@ -118,32 +118,6 @@ class StackedAtEachCall(Projections):
 @case(seq(D), experts=N, expect="declined", reason=r"a copy of its own \(torch.stack\(v.#.weight\)\[ids\]\)")
 def single_projections_stacked_at_each_call():
     return StackedAtEachCall()
-
-
-class SortedByCentroid(nn.Module):
-    """BASE: rows sorted by their centroid, which scores them once more and weighs the expert against the row."""
-
-    def __init__(self):
-        super().__init__()
-        self.centroids = nn.Parameter(torch.randn(N, D))
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 24), nn.ReLU(), nn.Linear(24, D)) for _ in range(N)
-        )
-
-    def forward(self, x):
-        rows = x.reshape(-1, D)
-        ids, order = (rows @ self.centroids.t()).max(1)[1].sort()
-        rows, sizes = rows[order], ids.bincount(minlength=N).tolist()
-        alpha = (rows * self.centroids[ids]).sum(1, keepdim=True).sigmoid()
-        y = torch.cat([expert(part) for expert, part in zip(self.experts, rows.split(sizes), strict=True)])
-        found = torch.empty_like(y)
-        found[order] = alpha * y + (1 - alpha) * rows
-        return found.view(x.shape)
-
-
-@case(seq(D), experts=N, expect="declined", reason="no tensor holds the routing weights")
-def single_centroids_that_weigh_their_expert():
-    return SortedByCentroid()
 
 
 class Kernels(nn.Module):
