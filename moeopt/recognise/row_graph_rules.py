@@ -183,10 +183,6 @@ def _item(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     name, which = op_name(given[0]), int(given[1])
     if (name in _NORMS or name in _BATCH_NORMS or name == "native_group_norm") and which:
         raise graph.refused(node, "reads a statistic of a norm")
-    if name == "_linalg_det":
-        if which:
-            raise graph.refused(node, "reads a part of how PyTorch computes it")
-        return held
     if held.items and held.items[0] is not held:
         return held.items[which]
     return graph.add(node, GETITEM, held.lead, held.number, which)

@@ -130,15 +130,6 @@ def _crossed(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots
     return graph.add(node, node.target, rows.lead, *flat, dim=dim)
 
 
-def _determinant(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
-    """The first of the op's results; the others are parts of how PyTorch computes it."""
-    if len(held.features) < 2:
-        raise graph.refused(node, "works across rows")
-    found = graph.add(node, aten.linalg_det.default, held.lead, held.number)
-    found.shape = held.shape[:-2]
-    return found
-
-
 def _attention(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     """Among the parts of each row, (M, heads, parts, features); a mask is the row's own, or the same for all rows."""
     read, mask = [graph.known[a] for a in node.args[:3]], node.kwargs.get("attn_mask")  # type: ignore[index]
@@ -178,7 +169,6 @@ WINDOW_RULES: dict[str, Rule] = {
     "bmm": _matrices,
     "rot90": _quarter_turns,
     "linalg_cross": _crossed,
-    "_linalg_det": _determinant,
     "scaled_dot_product_attention": _attention,
     "repeat": _repeat,
     "roll": _roll,

@@ -91,7 +91,6 @@ READ = {
     "diagonal": lambda s, h: (parts(h) @ parts(h).transpose(1, 2)).diagonal(dim1=1, dim2=2),
     "cross": lambda s, h: torch.linalg.cross(h.view(-1, 8, 3), h.flip(-1).view(-1, 8, 3))
     + torch.linalg.cross(h.view(-1, 8, 3), s.lu[None, :1, :3]),
-    "det": lambda s, h: h * torch.linalg.det(h[:, :9].view(-1, 3, 3))[:, None],
     "nansum, aminmax": lambda s, h: (h - h.nansum(-1, keepdim=True)) / sum(h.abs().aminmax(dim=-1, keepdim=True)),
     # blocks of features, each with a matrix and a bias of its own
     "bmm, a bias added": lambda s, h: (torch.bmm(parts(h).transpose(0, 1), s.blocks) + s.bias).transpose(0, 1),
