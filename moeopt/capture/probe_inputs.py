@@ -157,6 +157,7 @@ def probe_call(
     aimed: torch.Tensor | None = None,
     flat: bool = False,
     variant: int = 0,
+    paired: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) with about ``tokens`` tokens in a shape that no example is likely to have.
 
@@ -165,6 +166,8 @@ def probe_call(
         aimed: (R, H) directions to mix in, each at the scale of the real rows.
         variant: 0, 1 or 2: which shape; the token dims of the three differ everywhere.
         flat: many sequences of two tokens instead of a few long ones.
+        paired: each token stands beside one that is nearly the same, so that an expert which one of them chooses has
+            two rows: of a single one, its dimension is not told from others of one element.
     """
     generator = torch.Generator().manual_seed(seed)
     grid = _grid(len(call_spec.grid), tokens, variant)
@@ -190,10 +193,30 @@ def probe_call(
             rows[n] = _integers(own, count, generator)
         else:
             rows[n] = picked.clone()
+        if paired:
+            rows[n] = _pairs(rows[n], generator) if leaf.role == "tokens" else _twice(rows[n])
     for n in call_spec.constant_masks() if call_spec.flip_masks else ():
         other = (torch.rand(rows[n].shape, generator=generator) < 0.3).to(rows[n].device)
         rows[n] = torch.where(other, (call_spec.rows(n).reshape(-1)[0] == 0).to(rows[n]), rows[n])
     return call_spec.with_tokens(grid, rows)
+
+
+def _twice(rows: torch.Tensor) -> torch.Tensor:
+    """Each second row is the one before."""
+    return rows[::2].repeat_interleave(2, 0)[: len(rows)]
+
+
+_APART = 2.0**-6
+"""By how much of the rows' scale two tokens of a pair differ: more than bfloat16 rounds, and little for a router."""
+
+
+def _pairs(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each second row is nearly the one before."""
+    twice = _twice(rows)
+    scale = twice.float().square().mean().sqrt()
+    noise = torch.randn(twice.shape, generator=generator).to(twice.device)
+    noise[::2] = 0
+    return (twice.float() + _APART * scale * noise).to(rows)
 
 
 _HEADS = (

@@ -39,7 +39,7 @@ from moeopt.find.own_vectors import own_vectors
 from moeopt.find.unread_blocks import UnreadBlocks, calls_of_blocks, weights_of
 from moeopt.find.walked_neurons import walked_neurons
 from moeopt.recognise.gemm_sites import weight_and_operand
-from moeopt.recognise.weights_for_rows import summed_matrices
+from moeopt.recognise.weights_for_rows import stacked_tables, summed_matrices
 
 _CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "multinomial")
 
@@ -71,13 +71,20 @@ def _picked_weights(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
         axis = _picked_axis(node)
         if len(sizes) < 3 or axis is None or min(sizes[axis], *sizes[-2:]) < 2:
             continue
-        path = leaf_of(unread.tape, node)[0]
-        if path in unread.named and unread.named[path].dim() > 2 and _is_chosen(node) and _multiplies(node):
+        if _tables(unread, node) and _is_chosen(node) and _multiplies(node):
             homes.setdefault(node.meta["call"], []).append(node)
     for index, nodes in homes.items():
-        weights = {id(unread.named[leaf_of(unread.tape, n)[0]]) for n in nodes}
+        weights = {id(unread.named[path]) for node in nodes for path in _tables(unread, node)}
         count = nodes[0].args[0].meta["shape"][_picked_axis(nodes[0]) or 0]  # type: ignore[union-attr]
         yield unread.place(unread.tape.calls[index], nodes[0].meta["index"], count, weights)
+
+
+def _tables(unread: UnreadBlocks, lookup: fx.Node) -> list[str]:
+    """The stack of matrices that is looked up in, or the matrices that the code stacks at this call, by their names."""
+    tables = stacked_tables(lookup.args[0])
+    paths = [str(t.target) for t in tables] if len(tables) > 1 else [leaf_of(unread.tape, lookup)[0]]
+    least = 2 if len(tables) > 1 else 3
+    return paths if all(p in unread.named and unread.named[p].dim() >= least for p in paths) else []
 
 
 def _picked_axis(lookup: fx.Node) -> int | None:

@@ -28,7 +28,7 @@ from moeopt.obstacles import Rank
 from moeopt.options import Options
 from moeopt.passes.group_experts import GroupExperts
 from moeopt.pipeline.call_guards import check_order, guard_of, tensors_of
-from moeopt.pipeline.coverage import Reader, keeps_all
+from moeopt.pipeline.coverage import Reader, keeps_all, later_probes
 from moeopt.pipeline.id_probe import id_ranges
 from moeopt.pipeline.probe_plans import UNLIKE, plan_of, read_alike, refuse_other_experts, same_in_other_mode, why_other
 from moeopt.recognise.id_bounds import IdBounds, kept_by_caller
@@ -46,8 +46,6 @@ from moeopt.rewrite.scratch import UNSET, scratch_attributes
 from moeopt.rewrite.symbolic_shapes import generalize
 from moeopt.verification.oracle import Restored
 
-_MORE = (4, 16)
-"""Times as many tokens for a call that must reach every expert, since the code around the experts is kept."""
 _SHOWS_MORE = (192, 1536)
 """Tokens of the first of three calls that are read where those of fewer tokens were not read alike."""
 _ALIKE = ((1, 16), (2, 16), (5, 8), (14, 4), (48, 4))
@@ -147,15 +145,14 @@ class Capture:
     def _watch(self, tokens: int, seed: int, variant: int) -> list[Recognition]:
         """Record another call; with rows aimed at the router where those at random reach too few experts to be read."""
         later = variant == 2 and bool(self.tapes[0].attributes)
-        aim = aimed_at_router(self.module, self.call_spec)
-        for aimed, times in ((None, 1), *([(aim, 1)] if aim is not None else []), *((None, times) for times in _MORE)):
-            experts = len(self.found[0].experts)
-            call = probe_call(self.call_spec, times * tokens, seed, experts=experts, aimed=aimed, variant=variant)
+        function, experts = isinstance(self.found[0].spec, RowFunction), len(self.found[0].experts)
+        for times, more in later_probes(aimed_at_router(self.module, self.call_spec), function):
+            call = probe_call(self.call_spec, times * tokens, seed, experts=experts, variant=variant, **more)
             tape = _later_call(self.module, call) if later else record(self.module, *call, made=True)
             try:
                 found = self.reader.again(tape, self.found)
             except Declined as err:
-                if (aimed is not None or times > 1) and not isinstance(self.found[0].spec, RowFunction):
+                if more and not function:
                     raise
                 unread = err.with_traceback(None)  # the one row of an expert may look like several of a part
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import torch
 from torch import nn
@@ -29,6 +29,13 @@ from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.id_bounds import IdBounds
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading, recognize_router, same_reading
+
+
+class RowsAsked(TypedDict, total=False):
+    """What is asked of the rows of a probe call."""
+
+    aimed: torch.Tensor | None
+    paired: bool
 
 
 class Reader(Protocol):
@@ -197,6 +204,23 @@ _ATTEMPTS = (
     (256, True, False, True),
     (1536, True, False, False),
 )
+
+
+_MORE = (4, 16)
+"""Times as many tokens for a call that must reach every expert, since the code around the experts is kept."""
+
+
+def later_probes(aimed: torch.Tensor | None, function: bool) -> Iterator[tuple[int, RowsAsked]]:
+    """Times as many tokens as a call of known experts begins with, and what more is asked of its rows.
+
+    Of an expert that is any ``function`` of a row, one that is given a single row may be read otherwise: rows are
+    paired.
+    """
+    yield 1, {}
+    if aimed is not None:
+        yield 1, {"aimed": aimed}
+    for times in (1, *_MORE) if function else _MORE:
+        yield times, {"aimed": None, "paired": function}
 
 
 def _likely_experts(module: nn.Module, call_spec: CallSpec) -> int:

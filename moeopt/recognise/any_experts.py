@@ -12,12 +12,12 @@ from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.obstacles import Rank
-from moeopt.recognise.decline_reasons import Unnamed
 from moeopt.recognise.expert_function import OtherFunction
 from moeopt.recognise.experts import recognize as recognize_matrices
 from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.joined_biases import split_joined_biases
 from moeopt.recognise.limits import UnreachedLimit
+from moeopt.recognise.named_obstacles import Unnamed
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing_by_sum import SumOfCodes
 from moeopt.recognise.routing_types import NoIds

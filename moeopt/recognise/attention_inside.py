@@ -17,8 +17,9 @@ _ATTENDS = (
     "stays as it is"
 )
 _AMONG_PARTS = (
-    "its experts attend (scaled_dot_product_attention) among parts of each token's own row, by a kernel that the op "
-    "does not call; as products and a softmax, (q @ k.transpose(-2, -1) * scale).softmax(-1) @ v, it carries the same"
+    "its experts attend (scaled_dot_product_attention) among parts of each token's own row, and lay the parts out "
+    "before the rows, as nn.MultiheadAttention does; with q, k and v as (rows, heads, parts, features) throughout, "
+    "F.scaled_dot_product_attention(q, k, v) is carried"
 )
 
 

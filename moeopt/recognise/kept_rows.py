@@ -18,14 +18,16 @@ _ALONG = {
 
 
 def keeps_rows(node: fx.Node) -> bool:
-    """Whether ``node`` takes, joins or writes parts along another dimension than its operand's first, or pads another:
-    all rows are kept."""
+    """Whether ``node`` takes, joins or writes parts along another dimension than its operand's first, or pads another,
+    or joins several tensors before their rows: all rows are kept."""
     if op_name(node) == "getitem" and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     name, source = op_name(node), node.all_input_nodes[0] if node.all_input_nodes else None
     rank = len((source.meta.get("shape") if source is not None else None) or ()) + (name == "stack")
     if rank < 2:
         return False
+    if name == "stack" or (name == "cat" and source is not None and rank > 2 and source.meta["shape"][0] == 1):
+        return True
     if name == "constant_pad_nd":
         return len(list[Any](node.args[1])) < 2 * rank  # type: ignore[arg-type]
     if name == "copy":

@@ -35,6 +35,10 @@ _ATTENTION = ("scaled_dot_product", "_scaled_dot_product", "_softmax", "softmax"
 _NORMS = ("native_layer_norm", "_fused_rms_norm", "native_group_norm", "rsqrt")
 
 
+class Unnamed(Declined):
+    """No experts were found, and what stands between is told at most by its ops."""
+
+
 def named_obstacle(tape: Tape) -> Declined | None:
     """The first that is there: computed weights, values outside PyTorch, branches, single neurons."""
     for look in (_computed_weights, left_pytorch, branches, single_neurons):
@@ -238,7 +242,7 @@ def between_products(tape: Tape) -> Declined | None:
             rank=Rank.READING,
         )
     if odd:
-        return Declined(
+        return Unnamed(
             "between its experts' matmuls stands something that is not element-wise on each token's row "
             f"({', '.join(dict.fromkeys(names))}: it mixes rows, depends on the whole batch, or weighs the hidden "
             "neurons), which the op does not carry",

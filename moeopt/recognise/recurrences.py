@@ -43,7 +43,8 @@ def recurrence(tape: Tape, experts: Collection[nn.Module]) -> Declined | None:
             rank=Rank.FORBIDS,
         )
     for call in tape.calls:
-        node = _loop(tape.nodes[call.first : call.last]) if call.module in experts else None
+        of_tape = tape.nodes[call.first : call.last]
+        node = _loop(of_tape, rows_given(tape, call.index, experts)) if call.module in experts else None
         if node is not None:
             return Declined(
                 "its experts are recurrent (a Python loop over the places of a sequence, each of which reads what the "
@@ -70,8 +71,9 @@ def rows_given(tape: Tape, index: int, experts: Collection[nn.Module]) -> int:
     return given[0].meta["shape"][0] if given and len(given[0].meta["shape"]) == 2 else -1
 
 
-def _loop(nodes: list[fx.Node]) -> fx.Node | None:
-    """What one place of a dimension other than the features' makes of two before it, in the ``nodes`` of an expert."""
+def _loop(nodes: list[fx.Node], rows: int) -> fx.Node | None:
+    """What one place of a dimension other than the features' makes of two before it, in the ``nodes`` of an expert;
+    none of places within each of the ``rows``, which are a function of that row."""
     places: dict[tuple[fx.Node, int], dict[int, list[fx.Node]]] = {}
     for node in nodes:
         if op_name(node) != "select" or not isinstance(node.args[0], fx.Node):
@@ -79,7 +81,8 @@ def _loop(nodes: list[fx.Node]) -> fx.Node | None:
         base, dim, index = node.args[0], int(node.args[1]), int(node.args[2])  # type: ignore[arg-type]
         while op_name(base) == "slice" and base.meta["shape"] == base.args[0].meta["shape"]:  # type: ignore[union-attr]
             base = base.args[0]  # type: ignore[assignment]
-        if dim % len(base.meta["shape"]) < len(base.meta["shape"]) - 1:
+        shape = base.meta["shape"]
+        if dim % len(shape) < len(shape) - 1 and not (dim % len(shape) > 0 and shape[0] == rows):
             places.setdefault((base, dim), {}).setdefault(index, []).append(node)
     for read in places.values():
         found = _carried(nodes, read) if len(read) >= _PLACES else None

@@ -106,13 +106,13 @@ class Flow:
         if op_name(node) in ("expand", "repeat"):
             self._repeated.add(node)
             return self.computed_as[given[0]]
-        if not self._repeated.isdisjoint(given):  # as often as there are rows
+        if node.op == "call_function" and self._made.issuperset(given):
+            self._made.add(node)  # of sizes alone, which may be the number of rows
+            return hash(("made", op_name(node), str(node.meta.get("dtype"))))
+        if not self._repeated.isdisjoint(given) or not self._made.isdisjoint(given):  # as often as there are rows
             self._repeated.add(node)
             of = tuple(self.computed_as.get(a) for a in given)
             return hash(("repeated", op_name(node), str(node.meta.get("dtype")), of))
-        if node.op == "call_function" and self._made.issuperset(node.all_input_nodes):
-            self._made.add(node)  # of sizes alone, which may be the number of rows
-            return hash(("made", op_name(node), str(node.meta.get("dtype"))))
         return hash(("weight", str(node.meta.get("dtype")), node.meta.get("shape")))
 
     def _regions_of(self, node: fx.Node) -> frozenset[Any]:

@@ -1,6 +1,7 @@
 """Rules for products of blocks of each row's features: a block-diagonal matrix, as of Monarch and butterfly layers.
 
     z (M, B, K)  ->  z (B, M, K)  ->  bmm with W (B, K, N), plus b (B, 1, N)  ->  (B, M, N)  ->  (M, B, N)
+    B times z (M, K)  ->  stack  ->  (B, M, K)
 
 On the tape the rows stand behind the blocks for as long as the products take. In the graph they stay in front, and only
 the product itself turns them.
@@ -24,6 +25,7 @@ from moeopt.value_types import PyObject
 aten = torch.ops.aten
 _VIEWS = ("view", "reshape", "_unsafe_view", "_reshape_alias", "unsqueeze", "squeeze")
 _PRODUCTS = ("bmm", "baddbmm")
+_REDUCTIONS = ("sum", "mean", "amax", "amin")
 _COPIES = ("clone", "detach", "alias", "contiguous", "lift_fresh_copy")
 
 
@@ -38,14 +40,22 @@ def block_rule(graph: RowGraphWriter, node: fx.Node) -> Callable[[], HeldSlots] 
             return lambda: _turn(graph, rows, order)
     if name in _PRODUCTS and not behind and rows.lead is not None and len(rows.lead) == 2 and rows.lead[0] == 1:
         return lambda: _one_block(graph, node)
-    if not behind:
-        return None
+    if name in ("stack", "cat") and not behind and _joins_before_rows(graph, node, held):
+        return lambda: _before_rows(graph, node, held)
+    return _of_blocks(graph, node, held) if behind else None
+
+
+def _of_blocks(graph: RowGraphWriter, node: fx.Node, held: list[HeldSlots]) -> Callable[[], HeldSlots]:
+    """What enters a call that reads rows behind blocks of their features."""
+    name, rows = op_name(node), held[0]
     if name in _VIEWS:
         return lambda: _view(graph, node, rows)
     if name in _COPIES or (name == "expand" and node.meta["shape"] == node.all_input_nodes[0].meta["shape"]):
         return lambda: rows
     if name in _PRODUCTS:
         return lambda: _blocks(graph, node)
+    if name in (*_REDUCTIONS, "select") and len(held) == 1 and (dims := _dims_of(node, rows)) is not None:
+        return lambda: _reduced(graph, node, rows, dims)
     if is_pointwise(node) and name != "glu":
         return lambda: _pointwise(graph, node, held)
     raise graph.refused(node, "is not known to work on each row by itself where blocks of features stand before rows")
@@ -88,6 +98,46 @@ def _view(graph: RowGraphWriter, node: fx.Node, rows: HeldSlots) -> HeldSlots:
             made = graph.add(node, aten.reshape.default, rows.lead, rows.number, [-1, *features])
             return _as(rows, made.number, features, front)
     raise graph.refused(node, "joins features of different rows")
+
+
+def _joins_before_rows(graph: RowGraphWriter, node: fx.Node, held: list[HeldSlots]) -> bool:
+    """Whether rows (M, ...), or (1, M, ...), become parts of one row each, in a dimension before the rows."""
+    lead, parts = held[0].lead or (), [graph.known[a] for a in node.args[0]]  # type: ignore[union-attr,index]
+    alike = all(p.lead == lead and p.shape == held[0].shape for p in parts)
+    first = tuple(node.args[1:]) in ((), (0,))
+    return alike and first and (len(lead) == 1 if op_name(node) == "stack" else len(lead) == 2 and lead[0] == 1)
+
+
+def _before_rows(graph: RowGraphWriter, node: fx.Node, held: list[HeldSlots]) -> HeldSlots:
+    parts = [graph.known[a].number for a in node.args[0]]  # type: ignore[union-attr,index]
+    made = graph.add(node, aten.stack.default, None, parts, 1)
+    joined = HeldSlots(made.number, held[0].lead[-1:], (held[0].lead[-1], len(parts), *held[0].features))  # type: ignore[index]
+    joined.front = 1
+    return joined
+
+
+def _dims_of(node: fx.Node, rows: HeldSlots) -> list[int] | None:
+    """The dimensions that a call takes away, none of which is the rows'; None where that one is among them."""
+    given: PyObject = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    dims = [
+        int(d) % len(rows.shape) for d in (given if isinstance(given, (list, tuple)) else [given] * (given is not None))
+    ]
+    return dims if dims and rows.front not in dims else None
+
+
+def _reduced(graph: RowGraphWriter, node: fx.Node, rows: HeldSlots, dims: list[int]) -> HeldSlots:
+    """A sum over dimensions before the rows, or behind them; or a part of one of these."""
+    at = [d + 1 if d < rows.front else d for d in dims]
+    if op_name(node) == "select":
+        keep = False
+        made = graph.add(node, node.target, None, rows.number, at[0], node.args[2])
+    else:
+        keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
+        typed = {k: v for k, v in graph.kwargs(node).items() if k == "dtype"}
+        made = graph.add(node, node.target, None, rows.number, at, keep, **typed)
+    front = rows.front if keep else rows.front - sum(d < rows.front for d in dims)
+    shape = tuple(node.meta["shape"])
+    return _as(rows, made.number, (*shape[:front], *shape[front + 1 :]), front)
 
 
 def _blocks(graph: RowGraphWriter, node: fx.Node) -> HeldSlots:

@@ -7,15 +7,18 @@ distances between its parts, and where it is read at places of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from moeopt.capture.op_kinds import op_name
 from moeopt.ir.row_function import RowCount
 from moeopt.recognise.row_graph_writer import HeldSlots, RowGraphWriter
 
+aten = torch.ops.aten
 _NO_PRODUCTS = 2
 """The mode of ``cdist`` that does not depend on how many rows there are."""
 Rule = Callable[[RowGraphWriter, fx.Node, HeldSlots], HeldSlots]
@@ -105,6 +108,39 @@ def _roll(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     return graph.add(node, node.target, held.lead, held.number, node.args[1], settled)
 
 
+def _quarter_turns(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    times, dims = list[Any]([*node.args[1:], *([1, [0, 1]][len(node.args) - 1 :])])
+    settled = [graph.feature_dim(node, held, d) for d in dims]
+    return graph.add(node, node.target, held.lead, held.number, times, settled)
+
+
+def _crossed(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    """Vectors of a row with vectors of the same row, or with weights that are the same for all rows."""
+    operands = [graph.known[a] for a in node.args[:2]]  # type: ignore[index]
+    rows = next(o for o in operands if o.lead is not None)
+    count = len(rows.lead or ())
+    if any(o.lead != rows.lead and (o.lead is not None or math.prod(o.shape[:count]) != 1) for o in operands):
+        raise graph.refused(node, "gives rows different weights by their place")
+    dim = graph.feature_dim(node, rows, node.kwargs.get("dim", -1))
+    flat = [
+        o.number if o.lead is not None or count == 1
+        else graph.add(node, aten.reshape.default, None, o.number, [1, *o.shape[count:]]).number
+        for o in operands
+    ]  # fmt: skip
+    return graph.add(node, node.target, rows.lead, *flat, dim=dim)
+
+
+def _attention(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    """Among the parts of each row, (M, heads, parts, features); a mask is the row's own, or the same for all rows."""
+    read, mask = [graph.known[a] for a in node.args[:3]], node.kwargs.get("attn_mask")  # type: ignore[index]
+    if any(o.lead != held.lead or len(o.features) != 3 for o in read) or len(held.lead or ()) != 1:
+        raise graph.refused(node, "compares rows with one another")
+    seen = None if mask is None else graph.known[mask]  # type: ignore[index]
+    if seen is not None and seen.lead != held.lead and (seen.lead is not None or math.prod(seen.shape[:-3]) != 1):
+        raise graph.refused(node, "gives rows different weights by their place")
+    return _same(graph, node, held)
+
+
 def _same(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     found = graph.add(node, node.target, held.lead, *graph.words(node.args), **graph.kwargs(node))
     if node.meta.get("shape") is None:  # several results
@@ -131,6 +167,9 @@ WINDOW_RULES: dict[str, Rule] = {
     **dict.fromkeys(("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d"), _planes(2, True)),
     **dict.fromkeys(("convolution", "im2col", "col2im"), _images),
     "bmm": _matrices,
+    "rot90": _quarter_turns,
+    "linalg_cross": _crossed,
+    "scaled_dot_product_attention": _attention,
     "repeat": _repeat,
     "roll": _roll,
 }

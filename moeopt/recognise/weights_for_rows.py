@@ -9,7 +9,8 @@ sums       x @ (sum of g_e W_e)   no expert runs by itself
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import fx
@@ -18,6 +19,7 @@ from moeopt.capture.op_kinds import is_matmul, is_pointwise, moves_rows, op_name
 from moeopt.capture.replay import ancestors, descendants
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
+from moeopt.listed import listed
 from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.router_steers import CHOICES
@@ -34,7 +36,8 @@ def single_neurons(tape: Tape) -> Declined | None:
     picked = picked or _rows_of_tables(tape)
     picked = [n for n in picked if any(op_name(a) in CHOICES for a in ancestors(n.all_input_nodes[1:]))]
     picked = [n for n in picked if not _holds_matrices(n)]
-    if len(picked) == 1 and not any(_meets(n, picked[0]) for n in descendants(tape, picked)):
+    behind = {*picked, *descendants(tape, picked)} if picked else set()
+    if len(picked) == 1 and not any(_meets(n, picked[0]) or _meets_features(n, picked[0], behind) for n in behind):
         return Declined(
             f"it is a memory: each id that the router picks is one row of {_path(picked[0])}, which is weighed and "
             "added as it is and is no function of the token, so there is no product to group; this block stays as it "
@@ -66,6 +69,21 @@ def _meets(product: fx.Node, lookup: fx.Node) -> bool:
     return bool(product.meta["shape"][-1] != lookup.meta["shape"][-1])
 
 
+def _meets_features(product: fx.Node, lookup: fx.Node, behind: Collection[fx.Node]) -> bool:
+    """Whether it multiplies what was looked up, feature by feature, with what is computed from the token, as a score of
+    the two is, (c[id] * x).sum(-1): no routing weight, which is one number."""
+    sides = [a for a in product.all_input_nodes if a in behind]
+    if op_name(product) != "mul" or len(sides) != 1 or lookup.meta.get("shape") is None:
+        return False
+    side = sides[0]
+    while moves_rows(side) and side is not lookup:
+        side = side.all_input_nodes[0]
+    width = lookup.meta["shape"][-1]
+    others = [a for a in product.all_input_nodes if a not in behind and a.meta.get("shape", ())[-1:] == (width,)]
+    read = any(n.op == "placeholder" for a in others for n in (a, *ancestors([a])))
+    return side is lookup and width > 1 and read
+
+
 def _holds_matrices(lookup: fx.Node) -> bool:
     """Whether each row that is looked up is laid out as a matrix."""
     if lookup.meta.get("shape") is None:  # a bag of rows is a sum of them
@@ -77,8 +95,18 @@ def _holds_matrices(lookup: fx.Node) -> bool:
     return any(len(s) > 1 and s[-1] != width and s[-2] > 1 and s[-1] > 1 and s[-2] * s[-1] == width for s in shapes)
 
 
-def _path(node: fx.Node) -> str:
-    return str(node.args[0].target)  # type: ignore[union-attr]
+def _path(lookup: fx.Node) -> str:
+    """What is looked up: a Parameter, or several that the code stacks, by their common name."""
+    tables = stacked_tables(lookup.args[0])
+    names = dict.fromkeys(re.sub(r"\d+", "#", str(t.target)) if len(tables) > 1 else str(t.target) for t in tables)
+    return f"torch.stack({listed(names)})" if len(tables) > 1 else next(iter(names))
+
+
+def stacked_tables(node: object) -> list[fx.Node]:
+    """The Parameters that ``node`` is, or that it stacks along a first dimension; none where it is anything else."""
+    if isinstance(node, fx.Node) and op_name(node) == "stack" and node.args[1:] in ((), (0,)):
+        return list(node.all_input_nodes) if all(map(_is_table, node.all_input_nodes)) else []
+    return [node] if isinstance(node, fx.Node) and _is_table(node) else []
 
 
 def _is_table(node: object) -> bool:
@@ -174,7 +202,7 @@ def mixed_matrices(tape: Tape) -> Declined | None:
 def picked_matrices(tape: Tape) -> Declined | None:
     """Products by matrices that are looked up for each row, of experts that are one matrix each."""
     for node in tape.nodes:
-        if op_name(node) not in ("index", "index_select") or not _is_table(node.args[0]):
+        if op_name(node) not in ("index", "index_select") or not stacked_tables(node.args[0]):
             continue
         stack: fx.Node = node.args[0]  # type: ignore[assignment]
         chosen = any(op_name(n) in CHOICES for n in ancestors(node.all_input_nodes[1:]))

@@ -106,6 +106,20 @@ def single_looked_up_projections():
     return LookedUpProjections()
 
 
+class StackedAtEachCall(ChosenProjections):
+    """The same, of matrices that the code stacks."""
+
+    def values(self, x):
+        weights, ids = self.gate(x).softmax(-1).topk(2)
+        picked = torch.stack([part.weight for part in self.v])[ids]
+        return (torch.einsum("...h,...koh->...ko", x, picked) * weights[..., None]).sum(-2)
+
+
+@case(seq(D), experts=N, expect="declined", reason=r"a copy of its own \(torch.stack\(v.#.weight\)\[ids\]\)")
+def single_projections_stacked_at_each_call():
+    return StackedAtEachCall()
+
+
 class Kernels(nn.Module):
     """A kernel for each sample, picked by its mean; all samples are the groups of one convolution."""
 
