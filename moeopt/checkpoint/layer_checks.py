@@ -14,6 +14,7 @@ from torch import nn
 
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.listed import listed
 from moeopt.value_types import PyObject
 from moeopt.verification.model import EndToEnd, end_to_end, run_plain
 
@@ -75,12 +76,22 @@ def check_layers(
 
 def in_words(verdicts: Mapping[str, EndToEnd]) -> str:
     """One sentence on all layers."""
-    worst = max(verdicts.items(), key=lambda item: _share(item[1]))
-    return (
-        f"{len(verdicts)} layers with rewritten blocks were compared one by one on the activations that reach them; "
-        f"the nearest to its budget is {worst[0]}: distance at most {worst[1].distance:.2e} "
-        f"(budget {worst[1].budget:.2e})"
-    )
+    judged = {path: verdict for path, verdict in verdicts.items() if verdict.tokens}
+    silent = [path for path in verdicts if path not in judged]
+    lines = []
+    if judged:
+        worst = max(judged.items(), key=lambda item: _share(item[1]))
+        lines.append(
+            f"{len(judged)} layers with rewritten blocks were compared one by one on the activations that reach them; "
+            f"the nearest to its budget is {worst[0]}: distance at most {worst[1].distance:.2e} "
+            f"(budget {worst[1].budget:.2e})"
+        )
+    if silent:
+        lines.append(
+            f"no activation that reaches {listed(silent)} gives a finite number in the original, so nothing was "
+            "compared there: the block was, on inputs of moeopt's own"
+        )
+    return "; ".join(lines)
 
 
 def failure(verdicts: Mapping[str, EndToEnd]) -> str:

@@ -73,7 +73,7 @@ def _budget(budget: PyObject) -> tuple[str, float]:
         )
     ((key, most),) = budget.items()
     if key != "bytes":
-        limit = as_limit(budget)
+        limit = as_limit(budget, "budget")
         assert limit is not None
         return key, limit[key]
     if isinstance(most, bool) or not isinstance(most, (int, float)) or not most > 0:

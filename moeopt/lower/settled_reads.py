@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moeopt.capture.bool_reads import READ, asked_from, raised_in
+from moeopt.capture.foreign_ops import of_another_library
 from moeopt.capture.isolated_run import undone
 from moeopt.capture.tape import clone_inputs
 from moeopt.capture.tree import ArgsKwargs
@@ -42,6 +43,10 @@ _MANY = 1 << 12
 _ALL = (True,)
 _MORE = 16
 """How often a condition may be read more than in the first run: a forced answer may keep a ``while`` running."""
+
+
+class _Unsafe(Exception):
+    """An op of another library would get no rows."""
 
 
 class _Endless(Exception):
@@ -98,6 +103,10 @@ class _Questions(TorchDispatchMode):
             raise _Endless
 
     def _call(self, func: FxTarget, args: PyObject, kwargs: PyObject) -> PyObject:
+        if self.terms is not None and of_another_library(func):
+            given = pytree.tree_leaves((args, kwargs))
+            if any(isinstance(t, Tensor) and not t.numel() for t in given):
+                raise _Unsafe
         return func(*args, **kwargs) if self.terms is None else self.terms.call(func, args, kwargs)
 
     def __torch_dispatch__(

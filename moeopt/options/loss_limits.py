@@ -42,24 +42,24 @@ def missed(key: str, value: float, limit: float) -> bool:
     return not (value >= limit if key in AT_LEAST else value <= limit)
 
 
-def as_limit(value: PyObject) -> dict[str, float] | None:
-    """``limit=`` checked: which figures, and the least or most that each may be."""
+def as_limit(value: PyObject, name: str = "limit") -> dict[str, float] | None:
+    """``limit=`` checked, or what else is called ``name``: which figures, and the least or most that each may be."""
     if value is None:
         return None
     if not isinstance(value, Mapping) or not value:
         raise UsageError(
-            f"limit={value!r}: it must map figures to numbers, like {{'kl_mean': 0.01, 'top1': 0.97}}; the figures are "
-            f"{', '.join(FIGURES)}"
+            f"{name}={value!r}: it must map figures to numbers, like {{'kl_mean': 0.01, 'top1': 0.97}}; the figures "
+            f"are {', '.join(FIGURES)}"
         )
     for key, number in value.items():
         if key not in FIGURES:
             close = difflib.get_close_matches(str(key), list(FIGURES), n=1, cutoff=0.5)
             meant = f"did you mean {close[0]!r}? " if close else ""
-            raise UsageError(f"limit names {key!r}, which is no figure: {meant}the figures are {', '.join(FIGURES)}")
+            raise UsageError(f"{name} names {key!r}, which is no figure: {meant}the figures are {', '.join(FIGURES)}")
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number) or number < 0:
-            raise UsageError(f"limit[{key!r}]={number!r}: it must be a number, 0 or more")
+            raise UsageError(f"{name}[{key!r}]={number!r}: it must be a number, 0 or more")
         if key in ("top1", "ids_changed") and number > 1:
-            raise UsageError(f"limit[{key!r}]={number!r}: it is a share, between 0 and 1")
+            raise UsageError(f"{name}[{key!r}]={number!r}: it is a share, between 0 and 1")
     kinds = [group for group in (LANGUAGE, OUTPUTS) if any(key in group for key in value)]
     if len(kinds) > 1:
         a, b = (next(key for key in value if key in group) for group in kinds)

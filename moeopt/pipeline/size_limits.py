@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from moeopt.capture.call_roles import CallSpec
+from moeopt.capture.foreign_ops import of_another_library
 from moeopt.control_flow.computed_numbers import computed_numbers
 from moeopt.options import Options
 from moeopt.recognise.recognition import Recognition
@@ -60,7 +61,9 @@ class SizeCases:
         """Set the bounds: the number that no case passed, and no ``empty`` call where that is not the original's."""
         guard = self._program.guard
         guard.fewest, guard.most = 0, None
-        calls = [no_token(self._spec, self._experts)] if empty else []
+        foreign = any(of_another_library(node.target) for node in self._program.block.graph.nodes)
+        calls = [no_token(self._spec, self._experts)] if empty and not foreign else []
         check = verify_block("", original, rewritten, calls, self._options.verify)
-        guard.fewest, guard.most = int(any(case.status == "failed" for case in check.cases)), self._most
+        guard.fewest = int((empty and foreign) or any(case.status == "failed" for case in check.cases))
+        guard.most = self._most
         guard.sizes = self._sizes

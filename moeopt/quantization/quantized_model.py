@@ -21,6 +21,7 @@ from moeopt.quantization.quantized_products import QuantizedProducts
 from moeopt.recognise.routing_types import RoutingForm
 from moeopt.rewrite.install import RewrittenForward, rewritten_forward
 from moeopt.rewrite.live_codes import DequantizedForward, LiveCodes
+from moeopt.rewrite.spare_floats import SpareFloats
 from moeopt.rewrite.store_codes import codes_of
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.loss_text import few_rows_note, published_note, quantized_note
@@ -45,13 +46,13 @@ def quantized_original(source: nn.Module, twin: nn.Module, products: QuantizedPr
     blocks = quantized_blocks(twin)
     if not blocks and not (products and products.found):
         return source
-    judge = shared_copy(source)
+    judge, spare = shared_copy(source), SpareFloats()
     if products is not None:
         products.put_floats(judge)
     for path, (_, codes) in blocks.items():
         module = judge.get_submodule(path)
         key = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-        module.__dict__[key] = DequantizedForward(module, original_forward(module), codes)
+        module.__dict__[key] = DequantizedForward(module, original_forward(module), codes, spare)
     return judge
 
 

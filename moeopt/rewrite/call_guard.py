@@ -220,7 +220,10 @@ class CallGuard:
             counts += [math.prod(free)] if free else []
         few = [count for count in counts or (1,) if count < self.fewest]  # torch.compile has no min of free sizes
         if few:
-            return "it was called without a token, for which its code does something else"
+            return (
+                "it was called without a token, for which its code does something else or was not verified (kernels of "
+                "another library)"
+            )
         many = [count for count in counts if self.most is not None and count > self.most]
         if many:
             return (

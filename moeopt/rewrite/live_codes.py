@@ -31,6 +31,7 @@ from moeopt.rewrite.codes_at_calls import CodesReadAtCalls
 from moeopt.rewrite.live_weights import LiveExpertWeights, Place
 from moeopt.rewrite.replaced_floats import floats_of, places_of
 from moeopt.rewrite.same_layout import Remembered
+from moeopt.rewrite.spare_floats import SpareFloats
 from moeopt.rewrite.weight_regions import region
 from moeopt.value_types import PyObject
 
@@ -224,11 +225,13 @@ class _Biases:
 
 
 @contextlib.contextmanager
-def dequantized(module: nn.Module, banks: Iterable[object]) -> Iterator[None]:
+def dequantized(module: nn.Module, banks: Iterable[object], spare: SpareFloats | None = None) -> Iterator[None]:
     """While open, the experts' weights of ``module`` are the dequantised floats of the codes among ``banks``.
 
-    For that time they take the memory of the block's floats.
+    For that time they take the memory of the block's floats; ``spare`` has it afterwards.
     """
+    spare = SpareFloats() if spare is None else spare
+    taken: list[Tensor] = []
     codes = [bank for bank in banks if isinstance(bank, LiveCodes)]
     before: list[tuple[dict[str, Any], str, Any]] = []
     with torch.no_grad():
@@ -239,10 +242,13 @@ def dequantized(module: nn.Module, banks: Iterable[object]) -> Iterator[None]:
             old = registry[key]
             before.append((registry, key, old))
             if isinstance(old, Tensor):
-                new = old.detach().clone()
+                floats = old.detach()
+                new = spare.take(floats, floats.device).copy_(floats)
             else:
                 shape, dtype = floats_of(codes[0].module)[path]
-                new = torch.zeros(shape, dtype=dtype, device=codes[0].tensors()["w_out_codes"].device)
+                like = torch.empty(shape, dtype=dtype, device="meta")
+                new = spare.take(like, codes[0].tensors()["w_out_codes"].device).zero_()
+            taken.append(new)
             place: dict[str, Any] = registry
             place[key] = nn.Parameter(new, requires_grad=False) if registry is home._parameters else new
         try:
@@ -255,6 +261,8 @@ def dequantized(module: nn.Module, banks: Iterable[object]) -> Iterator[None]:
         yield
     finally:
         _restore(before)
+        for new in taken:
+            spare.give(new)
 
 
 def _restore(before: list[tuple[dict[str, Any], str, Any]]) -> None:
@@ -263,11 +271,16 @@ def _restore(before: list[tuple[dict[str, Any], str, Any]]) -> None:
 
 
 class DequantizedForward:
-    """A block's original forward on the dequantised weights of its rewritten twin."""
+    """A block's original forward on the dequantised weights of its rewritten twin.
 
-    def __init__(self, module: nn.Module, original: Callable[..., Any], codes: list[LiveCodes]) -> None:
-        self.module, self.original, self.codes = module, original, codes
+    ``spare``: memory that blocks share which run one after another; None where gradients are taken of what it returns.
+    """
+
+    def __init__(
+        self, module: nn.Module, original: Callable[..., Any], codes: list[LiveCodes], spare: SpareFloats | None = None
+    ) -> None:
+        self.module, self.original, self.codes, self.spare = module, original, codes, spare
 
     def __call__(self, *args: PyObject, **kwargs: PyObject) -> PyObject:
-        with dequantized(self.module, self.codes):
+        with dequantized(self.module, self.codes, self.spare):
             return self.original(*args, **kwargs)

@@ -24,7 +24,7 @@ tokens are left there is no verdict but a failure.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -107,6 +107,7 @@ def end_to_end(
     seed: int = 0,
     greedy_steps: int = 8,
     otherwise: Callable[[OriginalRuns, Any], EndToEnd | None] | None = None,
+    known: OriginalRuns | None = None,
 ) -> EndToEnd:
     """Compare ``optimized(*args, **kwargs)`` with ``original(*args, **kwargs)``.
 
@@ -117,11 +118,12 @@ def end_to_end(
         greedy_steps: tokens to generate where both models have ``generate`` and the call has token ids.
         otherwise: asked for another verdict on a comparison that failed, with the original's runs and what
             ``optimized`` gave; None from it leaves the verdict as it is.
+        known: the original's runs on this call, for these blocks and this seed, where they were made before.
 
     Floating outputs are compared per token on the last dim; integers and other leaves must be equal.
     """
     kwargs = dict(kwargs or {})
-    runs = OriginalRuns.of(original, args, kwargs, noise_blocks, seed)
+    runs = replace(known) if known is not None else OriginalRuns.of(original, args, kwargs, noise_blocks, seed)
     try:
         got = run_plain(optimized, args, kwargs)
     except Exception as err:

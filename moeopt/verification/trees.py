@@ -79,6 +79,18 @@ def describe(value: PyObject) -> str:
     return type(value).__name__
 
 
+def same_calls(one: PyObject, other: PyObject) -> bool:
+    """Whether two calls give a model the same: equal tensors and scalars, and objects that are the same ones."""
+    (mine, spec), (theirs, spec_other) = flatten(one), flatten(other)
+    return spec == spec_other and all(map(_same, mine, theirs))
+
+
+def _same(a: PyObject, b: PyObject) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or ((a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device) and torch.equal(a, b))
+    return a is b or (isinstance(a, _SCALAR) and equal_leaves(a, b))
+
+
 def equal_leaves(a: PyObject, b: PyObject) -> bool:
     """Whether two leaves that are not tensors are the same value; objects without one: the same type."""
     if not isinstance(a, _SCALAR) or isinstance(a, nn.Module):

@@ -63,7 +63,7 @@ def test_a_trained_model():
     [
         ({"budget": {}}, "budget={}: it must be one limit, like {'kl_mean': 0.01} or {'bytes': 2e9}"),
         ({"budget": {"kl_mean": 1, "bytes": 1}}, "it must be one limit"),
-        ({"budget": {"klmean": 1}}, "limit names 'klmean', which is no figure: did you mean"),
+        ({"budget": {"klmean": 1}}, "budget names 'klmean', which is no figure: did you mean"),
         ({"budget": {"kl_mean": 1}}, "limit names kl_mean, and the model returns no next-token logits"),
         ({"budget": {"bytes": -1}}, "budget['bytes']=-1: it must be a number of bytes above 0"),
         ({"budget": {"bytes": 10}}, "budget['bytes']=10: the experts take 3840 bytes in the smallest of these formats"),

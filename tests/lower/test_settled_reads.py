@@ -214,6 +214,30 @@ def test_a_branch_on_integers_that_does_more_is_refused(cls):
         moeopt.optimize(model, ids, backend="onnxruntime")
 
 
+ROWS_GIVEN = []
+
+
+@torch.library.custom_op("moeopt_tests::kernel_of_others", mutates_args=())
+def kernel_of_others(x: torch.Tensor) -> torch.Tensor:
+    ROWS_GIVEN.append(len(x))
+    return x * 2
+
+
+class OtherKernel(Depths):
+    def passed(self, x, mask, score):
+        y = x.clone()
+        y[mask] = kernel_of_others(x[mask])
+        return y
+
+
+def test_a_kernel_of_another_library_is_never_run_without_rows():
+    model, x = build(OtherKernel), torch.randn(2, 6, D)
+    with torch.no_grad():
+        model(x)
+    assert settled_reads(model, (x,), {}) == {}
+    assert len(set(ROWS_GIVEN)) == 1 and ROWS_GIVEN[0] > 0
+
+
 @pytest.mark.parametrize("least", [0, 4])
 def test_a_mask_made_twice_is_one(least):
     model, ids = build(PadIsBlank), torch.randint(least, 18, (2, 40))

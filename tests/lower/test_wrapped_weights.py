@@ -97,6 +97,23 @@ def test_an_engine_names_a_weight_that_is_no_wrapper_of_pytorchs_either():
     assert "experts.0.w1.weight (and 3 more) is a Packed of tests, which no graph holds" in str(err.value)
 
 
+class Sparse(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+        self.mix = nn.Parameter(torch.eye(X.shape[-1]).to_sparse_csr(), requires_grad=False)
+
+    def forward(self, x):
+        return self.block((self.mix @ x.flatten(0, -2).t()).t().reshape(x.shape))
+
+
+def test_an_engine_names_a_sparse_weight():
+    with pytest.raises(NotSaveableError) as err:
+        moeopt.optimize(Sparse(build()), X, backend="onnxruntime", verify="off")
+    assert "Sparse cannot become an engine: mix is a tensor of torch.sparse_csr, which no graph holds" in str(err.value)
+    assert "weight.to_dense()" in str(err.value) and "backend='torch'" in str(err.value)
+
+
 def test_a_graph_that_cannot_be_written_names_the_block_that_was_declined():
     model = build()
     for expert in model.experts:

@@ -11,6 +11,7 @@ from moeopt.passes.quantize_experts import QuantizeExperts
 from moeopt.rewrite import live_codes
 from moeopt.rewrite.install import RewrittenForward
 from moeopt.rewrite.live_codes import LiveCodes, dequantized
+from moeopt.rewrite.spare_floats import SpareFloats
 from tests.recognise.tiny import GLU, H, MoE, ffn, seeded, through
 
 ALL = {name: QuantPlan(default=name) for name in ("int8", "int4", "fp8", "mxfp4")}
@@ -45,6 +46,24 @@ def test_the_judge_is_the_block_itself_on_the_rounded_floats():
     assert module.experts[0].down.weight is before
     torch.testing.assert_close(forward(x), want, rtol=1e-5, atol=1e-6)  # float32 sums in another order
     assert not torch.allclose(module(x), want, rtol=1e-4, atol=1e-5)  # and the floats are others
+
+
+def test_blocks_that_run_one_after_another_have_the_floats_in_the_same_memory():
+    spare, rewrite = SpareFloats(), through(lambda: MoE(GLU), QuantizeExperts(ALL["int4"]))[0]
+    x, seen = torch.randn(9, H), []
+    for seed in (0, 1):
+        module = seeded(lambda: MoE(GLU), seed)
+        codes = [bank for bank, _ in RewrittenForward(module, rewrite.program).banks]
+        down = module.experts[0].down
+        with torch.no_grad(), dequantized(module, codes):
+            want = module(x)
+        with torch.no_grad(), dequantized(module, codes, spare):
+            assert torch.equal(module(x), want)
+            seen.append(down.weight.data_ptr())
+            with dequantized(module, codes, spare):  # what is in use is nobody else's
+                assert down.weight.data_ptr() != seen[-1] and torch.equal(module(x), want)
+    with torch.no_grad(), dequantized(module, codes, spare):
+        assert down.weight.data_ptr() in seen
 
 
 def test_a_block_that_the_plan_leaves_alone():

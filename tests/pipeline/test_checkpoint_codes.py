@@ -21,8 +21,11 @@ from tests.published import layouts
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+INT8 = {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 8, "group_size": 32}}}}
 KINDS = {
     "int4": (int4, INT4),
+    "int8": (lambda n, N, K, seed: layouts.pack_quantized(n, N, K, 8, 32, seed=seed), INT8),
+    "gptq of 8 bits": (lambda n, N, K, seed: layouts.gptq(n, N, K, 8, 32, seed=seed), GPTQ | {"bits": 8}),
     "fp8": (layouts.fp8_block, FP8),
     "gptq": (lambda n, N, K, seed: layouts.gptq(n, N, K, 4, 32, seed=seed), GPTQ),
     "awq": (lambda n, N, K, seed: layouts.awq(n, N, K, 32, seed=seed), AWQ),
@@ -38,6 +41,7 @@ def codes(model):
     return {name: b for name, b in model.named_buffers() if "moeopt_experts" in name}
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_weights_in_the_bytes_of_the_file(tmp_path, kind):
     model, x = made(tmp_path, kind), torch.randn(5, 64)
@@ -48,10 +52,10 @@ def test_the_same_weights_in_the_bytes_of_the_file(tmp_path, kind):
     assert opt.certificate.passed and opt.certificate.equivalent and not opt.certificate.quantized
     assert any("have the codes of the checkpoint" in n and "the same to the bit" in n for n in opt.report.notes)
     with torch.no_grad():
-        torch.testing.assert_close(opt(x), want, rtol=1e-4, atol=1e-4)
+        assert (opt(x) - want).norm() < 1e-5 * want.norm()  # 8-bit codes stand for numbers of 1e4 here
     held = codes(opt.model)
     assert held and not any("experts" in n for n, _ in opt.model.named_parameters())
-    size, most = sum(t.nbytes for t in held.values()), 2 * 3 * 4 * 64 * 192 * (1.07 if kind == "fp8" else 0.66)
+    size, most = sum(t.nbytes for t in held.values()), 2 * 3 * 4 * 64 * 192 * (1.2 if "8" in kind else 0.66)
     assert size < most
     again = copy.deepcopy(opt.model)
     with torch.no_grad():

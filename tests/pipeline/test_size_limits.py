@@ -179,3 +179,20 @@ def test_an_empty_call_leaves_alone_what_the_original_leaves_alone():
             assert opt(seeded(1, 0, H)).shape == (1, 0, H)
     close(opt.model.load, model.load)
     assert opt.model.load.isfinite().all()
+
+
+@torch.library.custom_op("moeopt_tests::crashes_without_rows", mutates_args=())
+def crashes_without_rows(x: torch.Tensor) -> torch.Tensor:
+    return x + 0
+
+
+class KernelOfOthers(Block):
+    def route(self, x):
+        return super().route(crashes_without_rows(x))
+
+
+def test_a_kernel_of_another_library_never_gets_an_empty_call():
+    opt = moeopt.optimize(build(KernelOfOthers), seeded(2, 5, H), verify="fast")
+    assert [b.status for b in opt.report.blocks] == ["rewritten"]
+    with torch.no_grad(), pytest.warns(StaleModelWarning, match=r"was not verified \(kernels of another library\)"):
+        assert opt(seeded(1, 0, H)).shape == (1, 0, H)

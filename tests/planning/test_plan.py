@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import moeopt
+from moeopt.planning.cache import numbers_of_a_token
 from moeopt.profiling.result import MATRIX_UP_TO, layer_load
 from moeopt.profiling.tally import Tally
 from tests.toy_moe import build
@@ -53,6 +54,26 @@ def test_where_expert_parallelism_pays(deepseek):
 def test_qwen3_235b_in_bfloat16_fits_a_node_with_the_rest_split():
     m = moeopt.plan(QWEN3_235B, devices=8, device="h100").memory
     assert not m.fits and m.fits_split and m.cache_per_token == 94 * 2 * 4 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        (transformers.JambaConfig(), 4),  # of 32: one of 8
+        (transformers.JambaConfig().to_dict(), 4),
+        (transformers.Qwen3NextConfig(), 12),  # of 48, the others linear attention
+        (transformers.Qwen3NextConfig().to_dict(), 12),
+        (transformers.GptOssConfig(), 36),  # windows count as if they kept all
+        (transformers.Zamba2Config(), 9),  # hybrid: a state and attention
+        ({"num_hidden_layers": 8, "attn_layer_indices": [1, 5], "num_attention_heads": 4, "head_dim": 16}, 2),
+    ],
+    ids=lambda v: type(v).__name__ if not isinstance(v, int) else str(v),
+)
+def test_only_layers_with_attention_keep_something_of_a_token(config, layers):
+    fields = config if isinstance(config, dict) else config.to_dict()
+    heads = fields.get("num_key_value_heads") or fields["num_attention_heads"]
+    width = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
+    assert numbers_of_a_token(config) == layers * 2 * heads * width
 
 
 def test_the_table_and_the_json(deepseek):

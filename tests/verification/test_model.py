@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moeopt.verification.language import find_ids, find_logits, greedy_agreement, language_metrics
-from moeopt.verification.model import compare_outputs, end_to_end
+from moeopt.verification.model import OriginalRuns, compare_outputs, end_to_end
 from tests.verification.tiny import TinyMoE, Twin, seeded
 
 V, H = 20, 16
@@ -187,6 +187,18 @@ def test_a_sum_that_cancels_is_judged_by_the_rounding_of_its_terms():
     assert any("the sum of a product cancels" in note for note in result.notes)
     damaged = end_to_end(model, lambda x: in_another_order(x) * 1.01, (x,), noise_blocks=["head"])
     assert not damaged.passed and "moves by" in damaged.reason and not damaged.notes
+
+
+def test_runs_that_are_known_are_not_made_again_and_allow_no_more_afterwards():
+    model = Value()
+    x = model.nearly_orthogonal()
+    runs, calls = OriginalRuns.of(model, (x,), {}, ["head"], 0), []
+    noisy = runs.noisy
+    model.register_forward_pre_hook(lambda *given: calls.append(given))
+    assert end_to_end(model, lambda x: runs.want.clone(), (x,), noise_blocks=["head"], known=runs).passed and not calls
+    far = end_to_end(model, lambda x: runs.want * (1 + 3e-5), (x,), noise_blocks=["head"], known=runs)
+    assert calls and runs.noisy is noisy  # the terms of the product were shaken, for that comparison alone
+    assert far.passed == end_to_end(model, lambda x: runs.want * (1 + 3e-5), (x,), noise_blocks=["head"]).passed
 
 
 def test_a_sum_that_does_not_cancel_gets_no_more_than_before():

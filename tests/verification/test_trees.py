@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from moeopt.verification.fields import Fields
-from moeopt.verification.trees import describe, equal_leaves, flatten
+from moeopt.verification.trees import describe, equal_leaves, flatten, same_calls
 
 
 @dataclasses.dataclass
@@ -83,3 +83,12 @@ def test_a_field_may_have_the_name_of_a_method_of_a_dict():
         assert torch.equal(doubled.values, 2 * x) and torch.equal(doubled.items, 2 * x + 2)
         assert torch.equal(doubled.keys, 2 * x + 4) and doubled._of == "Result"
         assert len(flatten(fields)[0]) == 3
+
+
+def test_calls_are_the_same_where_a_model_is_given_the_same():
+    x, thing = torch.ones(2), object()
+    call = ((x, 1, thing), {"mask": None})
+    assert same_calls(call, ((x.clone(), 1, thing), {"mask": None}))
+    others = [((x + 1, 1, thing), {}), ((x.double(), 1, thing), {}), ((x, 2, thing), {}), ((x, 1, object()), {})]
+    assert not any(same_calls(call, (args, {"mask": None})) for args, _ in others)
+    assert not same_calls(call, ((x, 1, thing), {"mask": x})) and not same_calls(call, ((x, 1, thing), {}))

@@ -21,13 +21,17 @@ from moeopt.lower.unexpected_errors import format_error
 from moeopt.options import Options
 from moeopt.pipeline.block_reports import PipelineResult
 from moeopt.verification.language import find_ids
-from moeopt.verification.model import EndToEnd, end_to_end, run_plain
+from moeopt.verification.model import EndToEnd, OriginalRuns, end_to_end, run_plain
 from moeopt.verification.pins import RoutingLog
 from moeopt.verification.ties import exactly_tied
+from moeopt.verification.trees import same_calls
 from moeopt.verification.unusual import unusual_calls
 
 CountIds = Callable[[ArgsKwargs], tuple[int, int, str]]
 """Expert ids inside the engine on a call: how many were compared with the model's, how many differ, and where."""
+
+KnownRuns = list[tuple[ArgsKwargs, OriginalRuns]]
+"""Calls and the model's runs on them: a second engine of the same model is held against the same runs."""
 
 
 @dataclass
@@ -48,7 +52,7 @@ class _Comparison:
 
 def compare_engine(
     source: nn.Module, engine: GraphEngine, call: ArgsKwargs, outcome: PipelineResult, options: Options,
-    count: CountIds, ties_of: Callable[[list[str]], Ties | None],
+    count: CountIds, ties_of: Callable[[list[str]], Ties | None], known: KnownRuns,
 ) -> EndToEnd | None:  # fmt: skip
     """The verdict on the given call, expert ids counted; in strict mode the call in other sizes must agree too.
 
@@ -62,6 +66,7 @@ def compare_engine(
         outcome: of the pipeline.
         count: what compares the expert ids inside the engine.
         ties_of: what tells ties from flips, given the modules whose rounding explains a difference.
+        known: runs of ``source`` that were made for another engine of it; those that are made here are added.
 
     Raises:
         NotEquivalentError: they differ; the message has the sizes and the first other choice of experts.
@@ -70,7 +75,7 @@ def compare_engine(
         return None
     options.say("comparing the engine end to end")
     compared = _calls_to_compare(source, engine, call, outcome, options)
-    _run_all(compared, ties_of)
+    _run_all(compared, ties_of, known)
     for what, one, verdict in compared.verdicts:
         if not verdict.passed:
             raise _not_equivalent(compared, what, one, verdict, count)
@@ -111,7 +116,7 @@ def _calls_to_compare(
     return _Comparison(source, engine, outcome, options, narrow, runs, {what for what, _ in unusual}, left_out)
 
 
-def _run_all(compared: _Comparison, ties_of: Callable[[list[str]], Ties | None]) -> None:
+def _run_all(compared: _Comparison, ties_of: Callable[[list[str]], Ties | None], known: KnownRuns) -> None:
     """Run the model and the engine on each call; a call that the model itself does not take is left out."""
     source, engine = compared.source, compared.engine
     noise = [*weighted(source), *compared.outcome.rewrites]  # the runtime computes every op anew, so each may round
@@ -119,17 +124,22 @@ def _run_all(compared: _Comparison, ties_of: Callable[[list[str]], Ties | None])
     own = not any(r.found for r in compared.outcome.rewrites.values())
     own |= any(b.kind == "moe" and b.status == "declined" for b in compared.outcome.blocks)
     for what, one, form in compared.runs:
+        runs = next((runs for call, runs in known if same_calls(call, one)), None)
         try:
-            run_plain(source, *one)
+            if runs is None:
+                run_plain(source, *one)
         except Exception as err:
             if not what:
                 raise
             compared.left_out.append(f"{shapes(one)}: the model itself does not take them ({format_error(err)})")
             continue
+        if runs is None:
+            runs = OriginalRuns.of(source, *one, noise, compared.options.seed)
+            known.append((one, runs))
         whole = ties is not None and form in (engine, engine.causal_lm)
         verdict = end_to_end(
             source, form, *one, noise_blocks=noise, seed=compared.options.seed, greedy_steps=0 if what else 8,
-            otherwise=functools.partial(ties.compare, one) if whole and ties is not None else None,
+            otherwise=functools.partial(ties.compare, one) if whole and ties is not None else None, known=runs,
         )  # fmt: skip
         if not verdict.passed and what in compared.unusual and own and _ties_exactly(source, one):
             compared.also_tied.append(what)

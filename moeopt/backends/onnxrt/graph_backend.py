@@ -15,7 +15,7 @@ from moeopt.backends.onnxrt.attempts import attempts
 from moeopt.backends.onnxrt.build import BuiltGraph
 from moeopt.backends.onnxrt.bundle import native_note, replay_golden
 from moeopt.backends.onnxrt.check_routers import Routed, check_blocks
-from moeopt.backends.onnxrt.compare_engine import compare_engine, weighted
+from moeopt.backends.onnxrt.compare_engine import KnownRuns, compare_engine, weighted
 from moeopt.backends.onnxrt.engine import GraphEngine, OnnxEngine
 from moeopt.backends.onnxrt.expert_ids import count_ids
 from moeopt.backends.onnxrt.offline_engine import OfflineEngine
@@ -122,19 +122,19 @@ class GraphBackend(Backend):
                 return 0, 0, ""
             return count_ids(twin, runner, runner.graph, form_of(runner, form).sites, one)
 
-        notes = self._check_routers(judge, twin, runner, form, outcome, plan, options)
+        notes, known = self._check_routers(judge, twin, runner, form, outcome, plan, options), KnownRuns()
 
         def ties_from(noise: list[str]) -> Ties | None:
             return ties_of(twin, runner, form, noise, options.seed)
 
-        end = compare_engine(judge, runner, call, outcome, options, count, ties_from)
+        end = compare_engine(judge, runner, call, outcome, options, count, ties_from, known)
         if form.native:  # what was compared is what runs where moeopt's own operator is not
             plain_end = end
             del engine, runner  # two sessions would hold the weights twice
             give_back()
             engine = runner = self._native_impl(built, plan, options)
             try:
-                end = compare_engine(judge, runner, call, outcome, options, count, ties_from)
+                end = compare_engine(judge, runner, call, outcome, options, count, ties_from, known)
                 notes.append(native_note(form.native))
             except NotEquivalentError as err:
                 form.reasons |= {name: f"{form.lowerings[name]}, native was given up" for name in form.native["blocks"]}

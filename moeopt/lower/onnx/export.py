@@ -27,6 +27,7 @@ from moeopt.lower.onnx.float64 import attributes_written_out
 from moeopt.lower.onnx.kept_free import kept_free
 from moeopt.lower.onnx.means_of_nothing import means_of_nothing
 from moeopt.lower.onnx.negative_indices import refuse_negative_indices
+from moeopt.lower.onnx.no_such_op import without_form
 from moeopt.lower.onnx.placed_values import write_at_places
 from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.lower.onnx.sites import Sites
@@ -95,10 +96,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> OnnxValue:
         except NotSaveableError:
             raise
         except Exception as err:
-            raise NotSaveableError(
-                f"the graph has no ONNX form: {_first_line(err)}{_where(program, err)}; use backend='torch', or write "
-                "that line with other ops"
-            ) from err
+            raise NotSaveableError(f"the graph has no ONNX form: {_why(program, err)}") from err
     RemoveUnusedNodesPass()(exported.model)
     _cast_before_transpose(exported.model.graph)
     _own_dtypes(exported.model.graph, program)
@@ -186,15 +184,18 @@ def _cast_before_transpose(graph: OnnxGraph) -> None:
         turned.outputs[0].name = name
 
 
-def _where(program: torch.export.ExportedProgram, err: BaseException) -> str:
-    """The op and the model's line that an exporter's error speaks of."""
+def _why(program: torch.export.ExportedProgram, err: BaseException) -> str:
+    """The call that an exporter's error speaks of, the model's line, and the way out."""
     named = re.findall(r"translating node %(\w+)|%(\w+) :", "\n".join(str(e) for e in _chain(err)))
     names = {part for match in named for part in match if part}
-    for node in program.graph.nodes:
-        if node.name in names and node.op == "call_function":
-            lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
-            return f" ({node.target}{', ' + lines[-1] if lines else ''})"
-    return ""
+    node = next((n for n in program.graph.nodes if n.name in names and n.op == "call_function"), None)
+    where = ""
+    if node is not None:
+        lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if "File " in line]
+        if why := without_form(node, lines[-1] if lines else "its code"):
+            return why
+        where = f" ({node.target}{', ' + lines[-1] if lines else ''})"
+    return f"{_first_line(err)}{where}; use backend='torch', or write that line with other ops"
 
 
 def _chain(err: BaseException | None) -> Iterator[BaseException]:
