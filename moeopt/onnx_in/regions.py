@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from moeopt.onnx_in.chains import ExpertChains, expert_chains
 from moeopt.onnx_in.cuts import GraphRegion, common_entry, exits, is_tensor, region_between, steps_for
 from moeopt.onnx_in.index import GraphIndex
-from moeopt.onnx_in.products import WeightProduct, weight_products
+from moeopt.onnx_in.operators.table import operator_of
+from moeopt.onnx_in.products import PRODUCTS, WeightProduct, weight_products
 from moeopt.onnx_in.program import TAKEN
 from moeopt.onnx_in.single_chains import single_chains
 from moeopt.value_types import OnnxNode, OnnxValue
@@ -131,11 +132,10 @@ def _has_router(region: GraphRegion, chains: ExpertChains) -> bool:
     if len(region.entries) > 1:
         return True
     own = {id(p.node) for p in chains.products}
-    products = ("MatMul", "Gemm", "Conv", "Einsum", "MatMulNBits", "FusedMatMul")
     return any(
         node.op_type in ("TopK", "Softmax", "ArgMax", "Sigmoid")
         and not _feeds_a_product(node, own)
-        or (node.op_type in products and id(node) not in own)
+        or (operator_of(node) in PRODUCTS and id(node) not in own)
         for node in region.nodes
     )
 

@@ -132,8 +132,8 @@ def new_names(file: OnnxFile, rewritten: Sequence[OnnxModel], replaced: Sequence
 
 
 def all_names(graph: OnnxGraph) -> Iterator[str]:
-    """The names of a graph's values and nodes, those of its bodies included."""
-    for value in (*graph.input, *graph.initializer):
+    """The names of a graph's values and nodes, those of its bodies included, and of values that are only described."""
+    for value in (*graph.input, *graph.initializer, *graph.value_info):
         yield value.name
     for node in graph.node:
         yield from node.output
