@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moeopt.onnx_in.chains import ExpertChains, expert_chains
@@ -19,6 +19,8 @@ from moeopt.value_types import OnnxNode, OnnxValue
 
 _MOST_REGIONS = 8
 """Of one candidate: the nearest exits behind its router, the later half of them only before the next product."""
+_MOST_TRIED = 64
+"""Chains of which each is left out in turn."""
 _FEWER = 256
 """Nodes by which a region may grow for one entry instead of several."""
 
@@ -48,9 +50,13 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
     names = _Paths()
     places = sorted(products)
     count = 0
-    for chains in _all_chains(index, products):
+    every = _all_chains(index, products)
+    homes = {p.at: chains for chains in every if chains.experts > 1 for p in chains.products}
+    for chains in every:
         if chains.experts < 2 or any(p.at in taken for p in chains.products):
             continue
+        if _holds_another(index, chains, homes):
+            chains = _that_join_before(index, chains, homes) or chains
         positions = [p.at for p in chains.products]
         found: list[GraphRegion] = []
         unrouted = False
@@ -73,6 +79,27 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
         name = names.unique(region_name(chains.products) or f"region_{count}")
         count += 1
         yield CandidateRegion(name, index, chains, tuple(found), unrouted and not found)
+
+
+def _holds_another(index: GraphIndex, chains: ExpertChains, homes: Mapping[int, ExpertChains]) -> bool:
+    """Whether the results of chains join only behind products of other chains."""
+    positions = [p.at for p in chains.products]
+    nearest = next(iter(exits(index, positions, steps_for(positions))), None)
+    if nearest is None:
+        return False
+    inside = {index.position[id(node)] for node in region_between(index, chains.root, exit_=nearest).nodes}
+    return any(at in homes and homes[at].pairs[0] not in chains.pairs for at in inside.difference(positions))
+
+
+def _that_join_before(
+    index: GraphIndex, chains: ExpertChains, homes: Mapping[int, ExpertChains]
+) -> ExpertChains | None:
+    """The chains without the one that joins the others only behind other chains: a shared expert, whose result is added
+    at the end, of the shape of the routed ones; None where it is not one alone."""
+    if not 2 < len(chains.pairs) <= _MOST_TRIED:
+        return None
+    several = (replace(chains, pairs=[p for p in chains.pairs if p is not one]) for one in reversed(chains.pairs))
+    return next((fewer for fewer in several if not _holds_another(index, fewer, homes)), None)
 
 
 def _all_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> list[ExpertChains]:

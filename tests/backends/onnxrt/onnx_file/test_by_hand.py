@@ -306,3 +306,15 @@ def test_experts_in_another_order_than_their_columns(order):
         total = part if total is None else file.node("Add", total, part)
     model = file.model(total)
     right(model, optimized(model))
+
+
+def test_a_shared_expert_that_is_added_behind_the_next_block():
+    """It begins at the same rows as the first block's experts, with weights of the same shapes, and is none of them."""
+    file = File()
+    table = file.table(*file.router())
+    first = file.node("Add", "x", file.weighed("x", table, lambda x, e: file.expert(x, f"a.{e}")))
+    second = file.node("Add", first, file.weighed(first, table, lambda x, e: file.expert(x, f"b.{e}")))
+    model = file.model(file.node("Add", second, file.expert("x", "shared")))
+    found = optimized(model)
+    right(model, found, count=2)
+    assert [(b.name, b.experts) for b in found.report.blocks] == [("a", E), ("b", E)]
