@@ -118,6 +118,24 @@ def counted_by_data(candidate: CandidateRegion) -> OnnxNode | None:
     return next((n for n, k in asked if not (index.is_constant(k) or index.is_size(k) or index.is_fill(k))), None)
 
 
+def read_apart(candidate: CandidateRegion) -> str:
+    """Why a candidate has no region, where the result of one of its experts is read beside the sum; "" elsewhere."""
+    index = candidate.index
+    for _, last in candidate.chains.pairs:
+        result = last.node.outputs[0]
+        readers = [index.nodes[at] for at in dict.fromkeys(index.readers(result))]
+        names = [f"the node {node.name!r} ({node.op_type})" for node in readers]
+        if id(result) in index.ends:
+            names.append("the graph as an output")
+        if len(names) > 1:
+            return (
+                f"the result of one of its experts (the node {last.node.name!r}, {last.node.op_type}) is read by "
+                f"{names[0]} and by {names[1]}, and the op gives the sum of the experts alone: export the model "
+                "without what reads an expert's own result, or optimise the PyTorch model"
+            )
+    return ""
+
+
 def _rooted(index: GraphIndex, chains: ExpertChains, end: OnnxValue, taken: Collection[int]) -> GraphRegion | None:
     """The region up to ``end``, from as few entries as there can be; sizes are read off the others.
 

@@ -318,3 +318,26 @@ def test_a_shared_expert_that_is_added_behind_the_next_block():
     found = optimized(model)
     right(model, found, count=2)
     assert [(b.name, b.experts) for b in found.report.blocks] == [("a", E), ("b", E)]
+
+
+@pytest.mark.parametrize("by", ["node", "output"])
+def test_a_result_that_is_read_beside_the_sum_is_told(by):
+    file, kept = File(), []
+
+    def expert(x, e):
+        kept.append(file.expert(x, f"experts.{e}"))
+        return kept[-1]
+
+    total = file.dense(expert)
+    model = file.model(total)
+    beside = file.node("Tanh", kept[1]) if by == "node" else kept[1]
+    model.graph.node.extend(file.nodes[len(model.graph.node) :])
+    model.graph.output.append(helper.make_tensor_value_info(beside, TensorProto.FLOAT, None))
+    said = reason(model)
+    makers = {name: node.name for node in file.nodes for name in node.output}
+    reader = next(n.name for n in file.nodes if n.op_type == "Mul" and kept[1] in n.input)
+    apart = f"the node {makers[beside]!r} (Tanh)" if by == "node" else "the graph as an output"
+    assert said.startswith(
+        f"the result of one of its experts (the node {makers[kept[1]]!r}, MatMul) is read by the node {reader!r} (Mul) "
+        f"and by {apart}, and the op gives the sum of the experts alone: export the model without what reads an expert"
+    )
