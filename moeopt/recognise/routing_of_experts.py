@@ -109,7 +109,15 @@ def with_frontier(
         spec, weight_on=place, out_of_range="identity" if identity else "nothing", **accumulation(combine)
     )
     return Recognition(
-        tokens, routing, combine, base, ordered, spec, inside, min(source_of(c) or "~" for c in group), functions
+        tokens,
+        routing,
+        combine,
+        base,
+        ordered,
+        spec,
+        inside,
+        min(filter(None, map(source_of, group)), default=""),
+        functions,
     )
 
 

@@ -341,3 +341,11 @@ def test_a_result_that_is_read_beside_the_sum_is_told(by):
         f"the result of one of its experts (the node {makers[kept[1]]!r}, MatMul) is read by the node {reader!r} (Mul) "
         f"and by {apart}, and the op gives the sum of the experts alone: export the model without what reads an expert"
     )
+
+
+def test_a_block_of_a_file_as_a_module_stands_in_no_line_of_python():
+    """Neither in that of the caller, nor in that of the command's library."""
+    file = File()
+    module = moeopt.from_onnx(file.model(file.dense(lambda x, e: file.node("MatMul", x, file.weight(H, H)))))
+    (block,) = moeopt.explain(module, torch.randn(5, H)).blocks
+    assert (block.status, block.experts, block.source) == ("declined", E, "")
