@@ -50,13 +50,9 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
     names = _Paths()
     places = sorted(products)
     count = 0
-    every = _all_chains(index, products)
-    homes = {p.at: chains for chains in every if chains.experts > 1 for p in chains.products}
-    for chains in every:
+    for chains in _separate_chains(index, products):
         if chains.experts < 2 or any(p.at in taken for p in chains.products):
             continue
-        if _holds_another(index, chains, homes):
-            chains = _that_join_before(index, chains, homes) or chains
         positions = [p.at for p in chains.products]
         found: list[GraphRegion] = []
         unrouted = False
@@ -79,6 +75,16 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
         name = names.unique(region_name(chains.products) or f"region_{count}")
         count += 1
         yield CandidateRegion(name, index, chains, tuple(found), unrouted and not found)
+
+
+def _separate_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> Iterator[ExpertChains]:
+    """All chains; of those that join only behind others, the ones that join before."""
+    every = _all_chains(index, products)
+    homes = {p.at: chains for chains in every if chains.experts > 1 for p in chains.products}
+    for chains in every:
+        if chains.experts > 1 and _holds_another(index, chains, homes):
+            chains = _that_join_before(index, chains, homes) or chains
+        yield chains
 
 
 def _holds_another(index: GraphIndex, chains: ExpertChains, homes: Mapping[int, ExpertChains]) -> bool:

@@ -24,13 +24,9 @@ def with_bodies_restored(
     """
 
     def origin(node: OnnxNode) -> OnnxNode:
-        return next((written[name] for name in node.output if name in written), None)
+        return _origin(node, written)
 
-    results: dict[str, str] = {}  # by the inner value that each result of such a node is
-    for node in graph.node:
-        home = origin(node) if node.op_type == "Identity" else None
-        if home is not None and node.output[0] in home.output and written.get(node.input[0]) is home:
-            results[node.input[0]] = node.output[0]
+    results = _results(graph, written)
     ends = set(results.values())
     taken = {id(origin(node)) for node in (graph.node[number] for number in inside) if ends.isdisjoint(node.output)}
     for node in nodes:
@@ -46,9 +42,28 @@ def with_bodies_restored(
             made.append(node)
         elif number == last[id(home)]:
             made.append(home)
+    return _read_nodes(made, graph, written)
+
+
+def _origin(node: OnnxNode, written: Mapping[str, OnnxNode]) -> OnnxNode:
+    return next((written[name] for name in node.output if name in written), None)
+
+
+def _results(graph: OnnxGraph, written: Mapping[str, OnnxNode]) -> dict[str, str]:
+    """The results of the nodes that were written out, by the inner value that each is."""
+    found: dict[str, str] = {}
+    for node in graph.node:
+        home = _origin(node, written) if node.op_type == "Identity" else None
+        if home is not None and node.output[0] in home.output and written.get(node.input[0]) is home:
+            found[node.input[0]] = node.output[0]
+    return found
+
+
+def _read_nodes(nodes: Sequence[OnnxNode], graph: OnnxGraph, written: Mapping[str, OnnxNode]) -> list[OnnxNode]:
+    """The nodes without what rounds of a body gave to nobody."""
     needed, kept = {v.name for v in graph.output}, list[OnnxNode]()
-    for node in reversed(made):  # what rounds of a body gave to nobody
-        if origin(node) is None or not needed.isdisjoint(node.output):
+    for node in reversed(nodes):
+        if _origin(node, written) is None or not needed.isdisjoint(node.output):
             kept.append(node)
             needed |= set(reads(node))
     return kept[::-1]

@@ -74,12 +74,11 @@ def stitch(
     old = list(graph.node)
     read_before = {name for number in gone for name in reads(old[number])}
     nodes = _with_parts(old, gone, rewritten, replaced, renamed)
-    inside = {number for part in replaced for number in part.nodes}
-    nodes = with_bodies_restored(nodes, file.proto.graph, inside, file.written)
+    nodes = with_bodies_restored(nodes, file.proto.graph, _inside(replaced), file.written)
     del graph.node[:]
     graph.node.extend(nodes)
     read_now = {name for node in graph.node for name in reads(node)} | {v.name for v in graph.output}
-    read_before |= {name for node in old if not file.written.keys().isdisjoint(node.output) for name in reads(node)}
+    read_before |= _read_in_bodies(file)
     removed = [t.name for t in graph.initializer if t.name in read_before and t.name not in read_now]
     _drop(graph.initializer, set(removed))
     data.take(proto, file)
@@ -96,6 +95,17 @@ def stitch(
         o for o in rewritten.opset_import if o.domain and o.domain not in known and o.domain in domains
     )
     return Stitched(proto, dict(renamed), removed)
+
+
+def _inside(replaced: Sequence[Replaced]) -> set[int]:
+    """Where the nodes of all regions are."""
+    return {number for part in replaced for number in part.nodes}
+
+
+def _read_in_bodies(file: OnnxFile) -> set[str]:
+    """What is read by the nodes that bodies became."""
+    became = (node for node in file.proto.graph.node if not file.written.keys().isdisjoint(node.output))
+    return {name for node in became for name in reads(node)}
 
 
 def _with_parts(
