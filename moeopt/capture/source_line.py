@@ -14,15 +14,19 @@ from moeopt.value_types import PyObject
 
 _NOT_THE_USERS = (torch.__path__[0], str(Path(__file__).parents[1]), contextlib.__file__)
 """Files of torch and of moeopt, and the one through which torch's decorators call a forward."""
+_NODES = str(Path(__file__).parents[1] / "onnx_in" / "interpreter.py")
+"""The file that runs the nodes of an ONNX graph, which no line of Python wrote."""
 
 
 def user_line() -> str:
-    """``file:line`` of the innermost frame that is neither torch's nor ours."""
+    """``file:line`` of the innermost frame that is neither torch's nor ours; "" for a node of an ONNX graph."""
     frame: PyObject = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith(_NOT_THE_USERS) and not name.startswith("<"):  # for every call on a tape: no call here
             return f"{name}:{frame.f_lineno}"
+        if name == _NODES:
+            return ""
         frame = frame.f_back
     return ""
 

@@ -170,6 +170,17 @@ def weight_shape(product: WeightProduct) -> tuple[Any, ...]:
     return (shape,) if plain else (shape or product.shape, product.node.op_type)
 
 
+def columns_given(product: WeightProduct) -> int:
+    """How many columns a product gives for a row; 0 for a stack and a convolution, and for a weight that is made of
+    more than its matrix."""
+    if product.node.op_type == "MatMulNBits":
+        return product.node.attributes["N"].as_int() if "N" in product.node.attributes else 0
+    if len(product.shape) != 2 or not _ALIKE.issuperset(_views(product)):
+        return 0
+    shape = matrix_shape(product.node, _weight_side(product))
+    return shape[-1] if len(shape) == 2 else 0
+
+
 def _with_prologues(
     index: GraphIndex, groups: list[ExpertChains], products: Collection[int], root: Mapping[int, OnnxValue]
 ) -> list[ExpertChains]:
@@ -201,9 +212,11 @@ def _with_prologues(
     return list({id(home): home for home in (joined.get(id(g), g) for g in groups)}.values())
 
 
+_ALIKE = frozenset(("Transpose", "Cast", "Identity", "DequantizeLinear", "Dropout"))
+"""Operators that leave a matrix what it is, or turn it."""
 _OF_PARTS = frozenset(("Slice", "Split", "Gather", "Concat"))
 """Operators whose result is a part of their first input, or more."""
-_PLAIN = ("MatMul", "Gemm", "FusedMatMul")
+_PLAIN = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
 """Products of rows with one matrix."""
 _MERGING = frozenset(
     ("MatMul", "Einsum", "Attention", "MultiHeadAttention", "GroupQueryAttention", "Loop", "If", "Scan")

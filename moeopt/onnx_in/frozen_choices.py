@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+from moeopt.onnx_in.chains import columns_given
 from moeopt.onnx_in.index import MEASURES, GraphIndex
 from moeopt.onnx_in.matrix_shapes import whole_numbers_made
 from moeopt.onnx_in.products import MOVING, WeightProduct, shape_of, weight_products
@@ -100,7 +101,7 @@ def constant_columns(index: GraphIndex, nodes: Iterable[OnnxNode], experts: int)
             product = products.get(index.at(value))
             made = value.producer()
             if product is not None:
-                scored = product.shape[-1] if product.node.op_type == "MatMul" and len(product.shape) == 2 else 0
+                scored = columns_given(product)
                 if shape == (experts,) and scored > experts > 1:
                     return (
                         "unless the others are meant for no expert, which a file does not tell: of the "

@@ -21,6 +21,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+from moeopt.onnx_in.chains import columns_given
 from moeopt.onnx_in.frozen_capacity import capacity_of, takes_any_number
 from moeopt.onnx_in.frozen_choices import constant_columns, listed_hits, results_weighed_by, unread_choice
 from moeopt.onnx_in.index import GraphIndex
@@ -261,7 +262,7 @@ def _scored(index: GraphIndex, nodes: Sequence[OnnxNode], own: Collection[int]) 
                 break
             product = products.get(index.at(value))
             if product is not None and product.at not in own:
-                return node, _outputs(product)
+                return node, columns_given(product)
             if product is not None or made.op_type in _OTHER_COUNT or made.op_type.startswith("Reduce"):
                 break
             value = _data_input(index, made)
@@ -273,24 +274,5 @@ def _data_input(index: GraphIndex, node: OnnxNode) -> OnnxValue:
     return next((v for v in node.inputs if v is not None and not index.is_constant(v)), None)
 
 
-def _outputs(product: WeightProduct) -> int:
-    """How many columns a plain product gives; 0 for a stack, and for a weight that is made of more than its matrix."""
-    if len(product.shape) != 2:
-        return 0
-    flag = product.node.attributes.get("transB")
-    turned = product.node.op_type == "Gemm" and flag is not None and bool(flag.as_int())
-    first, second = product.node.inputs[:2]
-    value = second if first is product.rows else first
-    while value is not product.weight:
-        node = value.producer()
-        if node is None or node.op_type not in _ALIKE:
-            return 0
-        turned ^= node.op_type == "Transpose"
-        value = node.inputs[0]
-    return product.shape[0 if turned ^ (first is not product.rows) else 1]
-
-
 _OTHER_COUNT = frozenset(("MatMul", "Einsum", "Split", "Slice", "Gather", "GatherElements", "GatherND", "Concat"))
 """Operators whose result has other columns than what it is made of: products of two values, cuts, joins."""
-_ALIKE = ("Transpose", "Cast", "Identity", "DequantizeLinear", "Dropout")
-"""Operators that leave a matrix what it is, or turn it."""

@@ -54,7 +54,7 @@ def matrix_shape(node: OnnxNode, number: int) -> tuple[int, ...]:
     """The shape of the weight that is a product's input ``number``, inputs before outputs; () if not to be seen."""
     shape = shape_made(node.inputs[number])
     flag = node.attributes.get("transB" if number else "transA")
-    turned = node.op_type in ("Gemm", "FusedMatMul") and flag is not None and bool(flag.as_int())
+    turned = flag is not None and bool(flag.as_int())
     return (*shape[:-2], *reversed(shape[-2:])) if turned == bool(number) else shape
 
 

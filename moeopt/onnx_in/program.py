@@ -154,11 +154,15 @@ def _meant(tensor: Tensor) -> PyObject:
     return _ROUNDED.get(found, found) if tensor.dtype == torch.float32 and isinstance(found, float) else found
 
 
+_PRODUCTS = ("MatMul", "Gemm", "Einsum", "FusedMatMul", "FusedGemm")
+_WITH_BIAS = ("Gemm", "FusedGemm", "Conv")
+
+
 def _weights_of_one(steps: Sequence[NodeStep]) -> set[str]:
     """What is added to products, and slopes of a ``PRelu``: of experts that give one number each, or have one slope
     each, these are one number too, and weights."""
-    products = {name for step in steps if step.op_type in ("MatMul", "Gemm", "Einsum") for name in step.outputs}
-    of_products = {name for step in steps if step.op_type in ("Gemm", "Conv") for name in step.inputs[2:3]}
+    products = {name for step in steps if step.op_type in _PRODUCTS for name in step.outputs}
+    of_products = {name for step in steps if step.op_type in _WITH_BIAS for name in step.inputs[2:3]}
     sums = [set(step.inputs) for step in steps if step.op_type == "Add" and not products.isdisjoint(step.inputs)]
     slopes = {name for step in steps if step.op_type == "PRelu" for name in step.inputs[1:2]}
     return of_products.union(slopes, *sums) - products

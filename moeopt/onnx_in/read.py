@@ -37,12 +37,14 @@ class OnnxFile:
         proto: the ``onnx.ModelProto``; bytes of external weights are not in it.
         directory: where its data files lie; None for a model without any.
         path: None for a model that was given as a value.
+        written: of a copy whose bodies were written out, by value, the node of the file that the value is a part of.
     """
 
     name: str
     proto: OnnxModel
     directory: Path | None = None
     path: Path | None = None
+    written: dict[str, OnnxNode] = field(default_factory=dict, repr=False)
     _model: OnnxModel = field(default=None, repr=False)
 
     @property

@@ -38,12 +38,14 @@ from moeopt.value_types import OnnxValue, PyObject
 class RegionEnds:
     """The entries of a region that are tensors for it, and those that are sizes, as products of the former's sizes.
 
-    ``fixed``: of a file that runs in one size only, the shape of the root and its axis that is no row.
+    ``fixed``: of a file that runs in one size only, the shape of the root and its axis that is no row; ``values``: what
+    the tensors are on that size.
     """
 
     tensors: tuple[str, ...]
     sizes: SizeTerms
     fixed: tuple[tuple[int, ...], int] | None = None
+    values: tuple[Tensor, ...] = ()
 
 
 def region_ends(candidate: CandidateRegion, region: GraphRegion, runs: Sequence[Mapping[str, Tensor]]) -> RegionEnds:
@@ -64,7 +66,7 @@ def region_ends(candidate: CandidateRegion, region: GraphRegion, runs: Sequence[
     fixed = None
     if len(runs) == 1:
         fixed = tuple(runs[0][tensors[0]].shape), feature_axis(candidate)
-    return RegionEnds(tuple(tensors), sizes, fixed)
+    return RegionEnds(tuple(tensors), sizes, fixed, tuple(runs[0][n] for n in tensors) if fixed else ())
 
 
 def _may_be_size(value: Tensor) -> bool:
@@ -150,7 +152,7 @@ def region_module(
         steps = _folded(steps, constants, opset)
     sizes = dict(ends.sizes)
     if ends.fixed is not None:
-        steps, freed = free_sizes(steps, constants, *ends.fixed)
+        steps, freed = free_sizes(steps, constants, *ends.fixed, _shapes(steps, constants, ends, region, opset))
         sizes |= freed
     read = dict.fromkeys(name for step in steps for name in step.inputs)  # in the order of the experts
     constants = {value: constants[value] for value in read if value in constants}
@@ -159,6 +161,23 @@ def region_module(
     _nodes[module] = tuple(step.name for step in steps)
     module.coded = CodedWeights([one for value, one in codes.found.items() if value in constants])
     return module
+
+
+def _shapes(
+    steps: Sequence[NodeStep], constants: Mapping[str, Tensor], ends: RegionEnds, region: GraphRegion, opset: int
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that the steps make on the file's own size, as far as they can be run."""
+    read = {name for step in steps for name in step.inputs}
+    held = {name: value for name, value in constants.items() if name in read}
+    program, tensors = program_of(steps, ends.tensors, [region.exit.name], held, opset, ends.sizes, "")
+    both = zip(steps, program.steps, strict=True)
+    inner = dict(pair for step, own in both for pair in zip(own.outputs, step.outputs, strict=True))
+    found: dict[str, tuple[int, ...]] = dict(zip(ends.tensors, (tuple(v.shape) for v in ends.values), strict=True))
+    try:
+        env = InterpretedGraph(program, tensors).run(ends.values, tuple(inner))
+    except Exception:  # torch's own, of many classes: whoever runs the region says why it stops
+        return found
+    return found | {inner[n]: tuple(v.shape) for n, v in env.items() if n in inner and isinstance(v, Tensor)}
 
 
 def _folded(steps: Sequence[NodeStep], constants: dict[str, Tensor], opset: int) -> list[NodeStep]:

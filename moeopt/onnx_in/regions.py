@@ -5,19 +5,22 @@ from __future__ import annotations
 import bisect
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moeopt.onnx_in.chains import ExpertChains, expert_chains
 from moeopt.onnx_in.cuts import GraphRegion, common_entry, exits, is_tensor, region_between, steps_for
 from moeopt.onnx_in.index import GraphIndex
-from moeopt.onnx_in.products import WeightProduct, weight_products
+from moeopt.onnx_in.operators.table import operator_of
+from moeopt.onnx_in.products import PRODUCTS, WeightProduct, weight_products
 from moeopt.onnx_in.program import TAKEN
 from moeopt.onnx_in.single_chains import single_chains
 from moeopt.value_types import OnnxNode, OnnxValue
 
 _MOST_REGIONS = 8
 """Of one candidate: the nearest exits behind its router, the later half of them only before the next product."""
+_MOST_TRIED = 64
+"""Chains of which each is left out in turn."""
 _FEWER = 256
 """Nodes by which a region may grow for one entry instead of several."""
 
@@ -47,7 +50,7 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
     names = _Paths()
     places = sorted(products)
     count = 0
-    for chains in _all_chains(index, products):
+    for chains in _separate_chains(index, products):
         if chains.experts < 2 or any(p.at in taken for p in chains.products):
             continue
         positions = [p.at for p in chains.products]
@@ -74,6 +77,37 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
         yield CandidateRegion(name, index, chains, tuple(found), unrouted and not found)
 
 
+def _separate_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> Iterator[ExpertChains]:
+    """All chains; of those that join only behind others, the ones that join before."""
+    every = _all_chains(index, products)
+    homes = {p.at: chains for chains in every if chains.experts > 1 for p in chains.products}
+    for chains in every:
+        if chains.experts > 1 and _holds_another(index, chains, homes):
+            chains = _that_join_before(index, chains, homes) or chains
+        yield chains
+
+
+def _holds_another(index: GraphIndex, chains: ExpertChains, homes: Mapping[int, ExpertChains]) -> bool:
+    """Whether the results of chains join only behind products of other chains."""
+    positions = [p.at for p in chains.products]
+    nearest = next(iter(exits(index, positions, steps_for(positions))), None)
+    if nearest is None:
+        return False
+    inside = {index.position[id(node)] for node in region_between(index, chains.root, exit_=nearest).nodes}
+    return any(at in homes and homes[at].pairs[0] not in chains.pairs for at in inside.difference(positions))
+
+
+def _that_join_before(
+    index: GraphIndex, chains: ExpertChains, homes: Mapping[int, ExpertChains]
+) -> ExpertChains | None:
+    """The chains without the one that joins the others only behind other chains: a shared expert, whose result is added
+    at the end, of the shape of the routed ones; None where it is not one alone."""
+    if not 2 < len(chains.pairs) <= _MOST_TRIED:
+        return None
+    several = (replace(chains, pairs=[p for p in chains.pairs if p is not one]) for one in reversed(chains.pairs))
+    return next((fewer for fewer in several if not _holds_another(index, fewer, homes)), None)
+
+
 def _all_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> list[ExpertChains]:
     """Chains of two products, and those of one that are in none of these, in the order of their first products."""
     found = expert_chains(index, products)
@@ -88,6 +122,24 @@ def counted_by_data(candidate: CandidateRegion) -> OnnxNode | None:
     choices = (node for region in candidate.regions[:1] for node in region.nodes if node.op_type == "TopK")
     asked = ((node, node.inputs[1]) for node in choices if len(node.inputs) > 1)
     return next((n for n, k in asked if not (index.is_constant(k) or index.is_size(k) or index.is_fill(k))), None)
+
+
+def read_apart(candidate: CandidateRegion) -> str:
+    """Why a candidate has no region, where the result of one of its experts is read beside the sum; "" elsewhere."""
+    index = candidate.index
+    for _, last in candidate.chains.pairs:
+        result = last.node.outputs[0]
+        readers = [index.nodes[at] for at in dict.fromkeys(index.readers(result))]
+        names = [f"the node {node.name!r} ({node.op_type})" for node in readers]
+        if id(result) in index.ends:
+            names.append("the graph as an output")
+        if len(names) > 1:
+            return (
+                f"the result of one of its experts (the node {last.node.name!r}, {last.node.op_type}) is read by "
+                f"{names[0]} and by {names[1]}, and the op gives the sum of the experts alone: export the model "
+                "without what reads an expert's own result, or optimise the PyTorch model"
+            )
+    return ""
 
 
 def _rooted(index: GraphIndex, chains: ExpertChains, end: OnnxValue, taken: Collection[int]) -> GraphRegion | None:
@@ -131,11 +183,10 @@ def _has_router(region: GraphRegion, chains: ExpertChains) -> bool:
     if len(region.entries) > 1:
         return True
     own = {id(p.node) for p in chains.products}
-    products = ("MatMul", "Gemm", "Conv", "Einsum", "MatMulNBits", "FusedMatMul")
     return any(
         node.op_type in ("TopK", "Softmax", "ArgMax", "Sigmoid")
         and not _feeds_a_product(node, own)
-        or (node.op_type in products and id(node) not in own)
+        or (operator_of(node) in PRODUCTS and id(node) not in own)
         for node in region.nodes
     )
 

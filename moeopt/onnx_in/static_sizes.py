@@ -4,7 +4,8 @@ Such a file runs on that size only, and shapes are numbers in it. To be read, a 
 rows. Constants that are the size of the root's rows (or their product) become sizes where an operator takes a shape;
 fills and counts that an exporter folded become what they were folded of. A number that only happens to be equal may so
 become a size: that is no danger. On the file's own size the region computes what it did, which is checked against ONNX
-Runtime, and on others nobody can run the file.
+Runtime, and on others nobody can run the file. Two such numbers are told from sizes, as they stop the region on other
+numbers of rows: an end of a ``Slice`` that is not the end of what is cut, and the length of a shape.
 """
 
 from __future__ import annotations
@@ -23,16 +24,22 @@ from moeopt.onnx_in.program import NodeStep, SizeTerm
 _SHAPES = {("Reshape", 1), ("Expand", 1), ("ConstantOfShape", 0), ("Tile", 1), ("Slice", 2), ("Range", 1)}
 """Which input of an operator is a shape, an end or a count."""
 
+_SHAPE_OF = dict(_SHAPES)
+_OF_EACH = frozenset(("Mul", "Where", "Equal", "Add", "Sub", "Div", "Cast", "Identity", "Max", "Min"))
+"""Operators by which exporters make one shape of others, number by number."""
+
 FreeSizes = dict[str, tuple[SizeTerm, ...] | SizeTerm]
 
 
 def free_sizes(
-    steps: Sequence[NodeStep], constants: Mapping[str, Tensor], root: Sequence[int], feature: int
-) -> tuple[list[NodeStep], FreeSizes]:
+    steps: Sequence[NodeStep], constants: Mapping[str, Tensor], root: Sequence[int], feature: int,
+    shapes: Mapping[str, Sequence[int]],
+) -> tuple[list[NodeStep], FreeSizes]:  # fmt: skip
     """The steps with free sizes, and the sizes by name.
 
     Args:
         root: the shape of the region's first input. feature: its axis that is no row.
+        shapes: of the values on the file's own size, by name, as far as they are known.
     """
     terms = _terms(root, feature % len(root))
     made: list[NodeStep] = []
@@ -40,6 +47,7 @@ def free_sizes(
     taken = {name for step in steps for name in (*step.inputs, *step.outputs)}
     names = FreeNames(taken | constants.keys())
     filled: dict[str, str] = {}
+    ranks = _lengths_of_shapes(steps)
     for step in steps:
         inputs = list(step.inputs)
         for number, name in enumerate(inputs):
@@ -47,13 +55,36 @@ def free_sizes(
                 continue
             value = constants[name]
             if (step.op_type, number) in _SHAPES and value.dtype == torch.int64 and value.dim() <= 1:
-                inputs[number] = _as_size(name, value, terms, sizes, names)
+                if step.outputs[0] not in ranks and not _cuts_short(step, constants, shapes):
+                    inputs[number] = _as_size(name, value, terms, sizes, names)
             elif value.numel() > 1 and any(n in terms for n in value.shape):
                 if name not in filled:
                     filled[name] = _unfolded(name, value, terms, sizes, made, names)
                 inputs[number] = filled[name]
         made.append(replace(step, inputs=tuple(inputs)))
     return made, sizes
+
+
+def _lengths_of_shapes(steps: Sequence[NodeStep]) -> set[str]:
+    """Values that are computed into the shape that an operator takes: how long one is, is a rank."""
+    found: set[str] = set()
+    for step in reversed(steps):
+        if not found.isdisjoint(step.outputs) and step.op_type in _OF_EACH:
+            found |= set(step.inputs)
+        elif step.op_type in ("Expand", "Reshape", "Tile", "ConstantOfShape"):
+            found.add(step.inputs[_SHAPE_OF[step.op_type]])
+    return found
+
+
+def _cuts_short(step: NodeStep, constants: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a ``Slice`` ends before what it cuts does."""
+    shape = shapes.get(step.inputs[0]) if step.op_type == "Slice" else None
+    axes = constants.get(step.inputs[3]) if len(step.inputs) > 3 else None
+    if shape is None or (axes is None and len(step.inputs) > 3):
+        return False
+    ends = constants[step.inputs[2]].reshape(-1).tolist()
+    cut = range(len(ends)) if axes is None else axes.reshape(-1).tolist()
+    return any(end < shape[axis] for end, axis in zip(ends, cut, strict=True))
 
 
 def _terms(root: Sequence[int], feature: int) -> dict[int, SizeTerm]:

@@ -50,10 +50,11 @@ def unrolled(file: OnnxFile, finite: bool = False, stay: Collection[str] = ()) -
         taken = {n: way.name for n, way in branches.items() if way is not None and (n in free or not way.finite)}
         if not holders and not taken:
             return file
-        made = LoopUnroller(file, taken).run(holders | set(taken))
+        unroller = LoopUnroller(file, taken)
+        made = unroller.run(holders | set(taken))
         if made is None:
             return file
-        file = dataclasses.replace(file, proto=made, _model=None)
+        file = dataclasses.replace(file, proto=made, written=unroller.written, _model=None)
     return file
 
 
@@ -88,7 +89,7 @@ class LoopUnroller:
     def __init__(self, file: OnnxFile, taken: Mapping[int, str]) -> None:
         import onnx
 
-        self.taken = taken
+        self.taken, self.written = taken, dict(file.written)
         self.proto = onnx.ModelProto()
         self.proto.CopyFrom(file.proto)
         graph = self.proto.graph
@@ -100,8 +101,11 @@ class LoopUnroller:
         """The copy with the nodes at ``holders`` written out; None where none of them can be."""
         changed = False
         for number, node in enumerate(list(self.proto.graph.node)):
+            before = len(self.nodes)
             if number in holders and self._write(node, self.taken.get(number, "")):
                 changed = True
+                home = next((self.written[name] for name in node.output if name in self.written), node)
+                self.written |= {name: home for made in self.nodes[before:] for name in made.output}
             else:
                 self.nodes.append(node)
         if not changed:
@@ -199,7 +203,7 @@ class LoopUnroller:
             made = type(node)()
             made.CopyFrom(node)
             made.name = self._unique(f"{label}.{node.name or node.op_type}")
-            _rename(made, here)
+            rename(made, here)
             self.nodes.append(made)
             if made.op_type == "Constant" and made.attribute and made.attribute[0].name == "value":
                 self.constants[made.output[0]] = made.attribute[0].t
@@ -232,12 +236,12 @@ def _body(node: OnnxNode, name: str) -> OnnxGraph:
     return next((a.g for a in node.attribute if a.name == name and a.HasField("g")), None)
 
 
-def _rename(node: OnnxNode, names: Mapping[str, str]) -> None:
+def rename(node: OnnxNode, names: Mapping[str, str]) -> None:
     """Give a node, and the bodies in it, the new names of values of the body that it was in."""
     for ends in (node.input, node.output):
         ends[:] = [names.get(name, name) for name in ends]
     for body in bodies(node):
         for inner in body.node:
-            _rename(inner, names)
+            rename(inner, names)
         for value in body.output:
             value.name = names.get(value.name, value.name)

@@ -27,6 +27,7 @@ from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.recognise.ids_of_masks import table_to_ids
+from moeopt.recognise.renumbered import renumbered
 from moeopt.recognise.router_steers import CHOICES
 from moeopt.recognise.routing_by_ids import by_ids, id_recipes, ids_of_sequences, unserved_ids
 from moeopt.recognise.routing_by_sum import SumOfCodes
@@ -74,7 +75,8 @@ def find_routing(
     refused: Declined | None = None
     again = _again(tape, before, table, *prior) if prior is not None else None
     searches = itertools.chain.from_iterable(
-        _search(tape, before, table, dtype, factor, searches)
+        _search(tape, before, numbered, dtype, factor, searches)
+        for numbered in itertools.chain([table], renumbered(tape, before, table))
         for searches in (_USUAL, rarer)
         for factor in (1.0, *table.factors)
     )

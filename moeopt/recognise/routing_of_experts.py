@@ -108,9 +108,8 @@ def with_frontier(
     spec = dataclasses.replace(
         spec, weight_on=place, out_of_range="identity" if identity else "nothing", **accumulation(combine)
     )
-    return Recognition(
-        tokens, routing, combine, base, ordered, spec, inside, min(source_of(c) or "~" for c in group), functions
-    )
+    line = min(filter(None, map(source_of, group)), default="")
+    return Recognition(tokens, routing, combine, base, ordered, spec, inside, line, functions)
 
 
 def _told_by_flow(

@@ -188,6 +188,10 @@ for w in (np.zeros((20, 6), "float32"), np.ones((20, 6), "float32"), DRAWN, HOLE
     add("Gemm", X, held=[w], alpha=0.0)
     add("Gemm", X, held=[w, np.full(6, NAN, "float32")])
     add("Gemm", X, held=[w, np.full(6, INF, "float32")], beta=0.0)
+    for name in ("Relu", "Tanh", "Sigmoid"):
+        add("FusedGemm", FINITE, held=[w.T.copy()], domain="com.microsoft", activation=name, transB=1)
+    leaky = {"activation": "LeakyRelu", "activation_alpha": 0.25}
+    add("FusedGemm", X, held=[w, np.full(6, 2, "float32")], domain="com.microsoft", beta=0.5, **leaky)
     add("Conv", FINITE.reshape(1, 24, 20, 1).transpose(0, 2, 1, 3), held=[w.T.reshape(6, 20, 1, 1)])
 for op in ("MatMul", "Gemm"):
     add(op, np.zeros((3, 0), "float32"), held=[np.zeros((0, 4), "float32")])

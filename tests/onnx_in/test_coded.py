@@ -140,6 +140,7 @@ def test_experts_that_would_lose_their_codes_are_left_alone():
     (block,) = [b for b in found.report.blocks if b.kind == "moe"]
     assert block.status == "declined"
     assert "the file holds its experts as codes, and they would become floats" in block.reason
+    assert block.reason.endswith("; optimise the file from before it was quantised"), "and no other export of the file"
     assert "a function of a row of their own" in block.reason and "it was quantised" in block.reason
 
 

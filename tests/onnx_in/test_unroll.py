@@ -1,6 +1,7 @@
 """Loops over experts that run a fixed number of times are written out; other bodies stay, each with a reason."""
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import moeopt
 from moeopt.onnx_in.read import read_onnx
 from moeopt.onnx_in.unroll import unrolled
-from tests.onnx_in.bodies import BRANCH, GATHERED, LOOP, SCAN, E, H, model
+from tests.onnx_in.bodies import _ROUTER, BRANCH, GATHERED, LOOP, SCAN, E, H, model
 
 FORMS = {"Loop": LOOP, "Loop, its results gathered": GATHERED, "Scan": SCAN, "Loop in an If": BRANCH}
 
@@ -78,3 +79,20 @@ def test_a_loop_without_experts_stays_as_it_is():
 """
     file = read_onnx(model(text))
     assert unrolled(file) is file
+
+
+def test_a_loop_that_was_written_out_for_nothing_stands_as_it_stood(tmp_path):
+    """Its experts mix rows; those of the other loop are rewritten."""
+    mixing = LOOP.replace("b = Relu(a)", "b = CumSum(a, first)")
+    second = LOOP.replace(_ROUTER, "").replace("y = Loop", "z = Loop").replace("MatMul(x, u)", "MatMul(y, u)")
+    given = model(mixing + second)
+    given.graph.output[0].name = "z"
+    moeopt.optimize(given, verify="off").save(tmp_path / "bundle")
+    made = onnx.load(tmp_path / "bundle" / "model.onnx", load_external_data=False)
+    found = [node for node in made.graph.node if node.op_type == "Loop"]
+    assert found == [given.graph.node[4]] and given.graph.node[4].op_type == "Loop"
+    assert not [t.name for t in made.graph.initializer if t.name.startswith(("unrolled", "loop_4"))]
+    x = {"x": np.random.default_rng(1).normal(size=(5, H)).astype(np.float32)}
+    torch.testing.assert_close(
+        moeopt.load(tmp_path / "bundle")(**{k: torch.from_numpy(v) for k, v in x.items()}), run(given, x)
+    )

@@ -31,6 +31,7 @@ from moeopt.lower.onnx.no_such_op import without_form
 from moeopt.lower.onnx.placed_values import write_at_places
 from moeopt.lower.onnx.scalars import numbers_as_read
 from moeopt.lower.onnx.sites import Sites
+from moeopt.lower.onnx.top_of_sort import choose_the_top
 from moeopt.lower.signature import functional
 from moeopt.ops.override import override_experts_impl
 from moeopt.patches import one_trace, quicker_export, quiet
@@ -75,6 +76,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> OnnxValue:
 
     program = attributes_written_out(numbers_as_read(through_real_views(_tensors_only(program))))
     around_gaps(program.graph)
+    choose_the_top(program.graph)
     write_at_places(program.graph)
     refuse_negative_indices(program.graph)
     with one_trace, quiet(), quicker_export(), exact_rules() as exact:

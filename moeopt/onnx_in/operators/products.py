@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moeopt.errors import Declined
 from moeopt.onnx_in.operators.call import NodeCall
+from moeopt.onnx_in.operators.pointwise import POINTWISE
 
 
 def _matmul(call: NodeCall) -> Tensor:
@@ -58,10 +59,20 @@ def _fused_matmul(call: NodeCall) -> Tensor:
     return y if alpha == 1 else y * alpha
 
 
+def _fused_gemm(call: NodeCall) -> Tensor:
+    """A ``Gemm`` and the activation behind it, whose attributes have the activation's name ahead."""
+    name, before = call.attribute("activation"), "activation_"
+    if name not in POINTWISE:
+        raise Declined(f"{call.node} has the activation {name!r}, which the interpreter does not read")
+    made = _gemm(call)
+    own = {key.removeprefix(before): value for key, value in call.attributes.items() if key.startswith(before)}
+    return POINTWISE[name](NodeCall(call.node, [made], own, 1, call.opset))
+
+
 PRODUCTS: dict[str, Callable[[NodeCall], Tensor]] = {
     "MatMul": _matmul, "Gemm": _gemm, "Einsum": _einsum, "Conv": _conv,
 }  # fmt: skip
 """Of ONNX's own domain."""
 
-CONTRIB_PRODUCTS: dict[str, Callable[[NodeCall], Tensor]] = {"FusedMatMul": _fused_matmul}
+CONTRIB_PRODUCTS: dict[str, Callable[[NodeCall], Tensor]] = {"FusedMatMul": _fused_matmul, "FusedGemm": _fused_gemm}
 """Of ``com.microsoft``."""

@@ -20,7 +20,8 @@ IN_A_FILE = (
 )
 UNREACHED = "no probe token reached"
 """What reasons say where the example's few rows, or samples, chose too few of the experts."""
-_OF_NO_CODE = ("skipped:", "left as it is", "it was rewritten, compared and reverted", ONE_MATRIX_EACH)
+_CODES = "the file holds its experts as codes"
+_OF_NO_CODE = ("skipped:", "left as it is", "it was rewritten, compared and reverted", ONE_MATRIX_EACH, _CODES)
 """How reasons begin that another export would not change."""
 
 

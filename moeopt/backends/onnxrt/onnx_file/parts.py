@@ -28,7 +28,7 @@ from moeopt.onnx_in.region_module import (
     region_module,
     with_node_names,
 )
-from moeopt.onnx_in.regions import CandidateRegion, counted_by_data
+from moeopt.onnx_in.regions import CandidateRegion, counted_by_data, read_apart
 from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR
 from moeopt.verification.model import CEILING, DRAWS
@@ -138,7 +138,8 @@ def _part(codes: CodedConstants, candidate: CandidateRegion, runs: Sequence[Valu
         )
     if not candidate.regions:
         raise Declined(
-            f"the results of its {candidate.chains.experts} experts do not come together in one value near them: "
+            read_apart(candidate)
+            or f"the results of its {candidate.chains.experts} experts do not come together in one value near them: "
             f"{_first(candidate)} and its like feed several places"
         )
     last: Declined | None = None

@@ -1,13 +1,14 @@
 """Regions of a file that are left as they are: ONNX Runtime runs the nodes that they have no slower than the new ones.
 
-Experts that are a function of a row have no operator of their own; their nodes are written for each of them, on rows
-that are sorted by expert. That saves experts that a token did not choose. Where an expert is one small matrix, or the
-file runs the chosen alone already, the sort and the way back may cost more. So both forms of each kind of region are
-timed, at the numbers of tokens that the engine is expected to see, on what flows into the region when the file runs in
-these sizes (``ops.measured``: remembered). The new form must be the faster of the two, else the file's nodes stay.
+The new form saves experts that a token did not choose. Where experts are small, or the file runs the chosen alone
+already, the sort of rows and the way back may cost more. So both forms of each kind of region are timed, at the numbers
+of tokens that the engine is expected to see, on what flows into the region when the file runs in these sizes
+(``ops.measured``: remembered). The new form must be the slower at none of these numbers, else the file's nodes stay.
 
-Where this machine may not be timed, and where the weights are so many that it would take long, rows are counted: the
-new form is taken where it multiplies fewer of them, or as many with fewer nodes.
+Experts that are a function of a row have no operator of their own; their nodes are written for each of them. That must
+be the faster of the two on the mean as well. Where this machine may not be timed, and where the weights are so many
+that it would take long, their rows are counted: the new form is taken where it multiplies fewer of them, or as many
+with fewer nodes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -24,10 +25,11 @@ from moeopt.backends.onnxrt.build import build_onnx
 from moeopt.backends.onnxrt.onnx_file.original import InnerValues
 from moeopt.backends.onnxrt.onnx_file.parts import FilePart, FileParts, Values, widest_run
 from moeopt.backends.onnxrt.onnx_file.region_file import described, only_region
+from moeopt.backends.onnxrt.open_engine import opened_file
 from moeopt.backends.onnxrt.plan import OrtPlan
 from moeopt.backends.onnxrt.providers import runtime
 from moeopt.backends.onnxrt.select import TOKENS
-from moeopt.backends.onnxrt.session import GRAPH, Session
+from moeopt.backends.onnxrt.session import GRAPH, NATIVE, Session
 from moeopt.errors import MoeoptError
 from moeopt.ir.row_function import RowFunction
 from moeopt.onnx_in.ends import graph_inputs, tensor_type
@@ -49,10 +51,15 @@ MOST = 64 << 20
 """Bytes of a region's weights up to which it is timed: in larger ones the products decide, whose rows are counted."""
 AROUND = 30
 """Nodes of the new form beside those of the experts' function, as ``unrolled_function`` counts them."""
-_LEFT = "left as it is: its experts are a function of a row, which would run expert by expert on sorted rows, and "
+_STAYS = "left as it is: "
+_LEFT = f"{_STAYS}its experts are a function of a row, which would run expert by expert on sorted rows, and "
 TIMED = (
     _LEFT + "at {rows} rows a call, timed on this machine, ONNX Runtime runs the file's own nodes as fast or faster; "
     "if your calls have other numbers of rows, name them with tokens="
+)
+SLOWER = (
+    "of {rows} rows a call, timed on this machine, ONNX Runtime runs the file's own nodes faster at {slower}; if your "
+    "calls have other numbers of rows, name them with tokens="
 )
 _COUNTED = _LEFT + "that would multiply as many rows as the file's own nodes do; {why}"
 _UNTIMED = (
@@ -80,7 +87,7 @@ class SlowerRegions:
         left = {
             name: reason
             for name, rewrite in outcome.rewrites.items()
-            if name in self._parts and _is_function(rewrite) and (reason := self._why(twin, self._parts[name], rewrite))
+            if name in self._parts and (reason := self._why(twin, self._parts[name], rewrite))
         }
         for name in left:
             del outcome.rewrites[name]
@@ -98,8 +105,9 @@ class SlowerRegions:
         regions = (only_region(file, part.region, part.runs[0]) for file in (self._given, self._file))
         old = next((one for one in regions if one is not None), None)
         small = _bytes_of(part) <= MOST
+        function = _is_function(rewrite)
         if old is None or not small or not measuring():
-            return "" if _saves(rewrite, small) else _COUNTED.format(why=_UNTIMED)
+            return "" if not function or _saves(rewrite, small) else _COUNTED.format(why=_UNTIMED)
         runs = self._runs(part)
         rows = [_rows(part, run) for run in runs]
         functions = [(one.spec.encode(), len(set(one.experts)), one.routing.per_token) for one in rewrite.found]
@@ -108,12 +116,18 @@ class SlowerRegions:
             f"onnxruntime {runtime().__version__}"
         )
         self._options.say(f"timing {part.name} as it is in the file, and rewritten")
+        ways = functools.cache(lambda: self._ways(twin, part, old, runs))
         try:
-            taken = fastest(question, lambda: self._ways(twin, part, old, runs), FILE, ADVANTAGE)
+            if function and fastest(question, ways, FILE, ADVANTAGE) != NEW:
+                return TIMED.format(rows=_in_words(rows))
+            slower = [count for number, count in enumerate(rows) if _is_slower(f"{question}: {count}", ways, number)]
         except MoeoptError as err:  # one of both stops where the region stands alone, or on these sizes
             why = f"the two could not be timed beside each other ({shown_line(err)[:200]})"
-            return "" if _saves(rewrite, small) else _COUNTED.format(why=why)
-        return "" if taken == NEW else TIMED.format(rows=_in_words(rows))
+            return "" if not function or _saves(rewrite, small) else _COUNTED.format(why=why)
+        if not slower:
+            return ""
+        said = SLOWER.format(rows=_in_words(rows), slower=_in_words(slower))
+        return f"{_LEFT if function else _STAYS}{said}"
 
     def _runs(self, part: FilePart) -> list[Values]:
         """What flows into a region when the file runs in the sizes that count, each number of rows once."""
@@ -133,7 +147,9 @@ class SlowerRegions:
                 found.setdefault(rows, near[rows])
         return list(found.values()) or list(part.runs)
 
-    def _ways(self, twin: nn.Module, part: FilePart, old: OnnxModel, runs: Sequence[Values]) -> Mapping[str, Way]:
+    def _ways(
+        self, twin: nn.Module, part: FilePart, old: OnnxModel, runs: Sequence[Values]
+    ) -> Mapping[str, Sequence[TimedCall]]:
         """Calls of the region's own nodes, and of the new form."""
         own = {value.name: value.name for value in part.region.entries}
         forms = {FILE: (_session(old, self._given), own), NEW: self._rewritten(twin, part)}
@@ -145,12 +161,22 @@ class SlowerRegions:
         run, given = part.runs[widest_run([part])], self._plan
         plan = OrtPlan(given.provider, given.tokens, given.tune, given.portable, given.mapped, given.rounds)
         built = build_onnx(one, tuple(run[name] for name in part.entries), {}, plan, lambda said: None)
+        engine = opened_file(built, self._options, NATIVE if built.native else GRAPH)
         ends = {
             entry["onnx"]: name
             for entry, name in zip(built.signature["inputs"], part.entries, strict=True)
             if "onnx" in entry
         }
-        return Session(str(built.directory / GRAPH)), ends
+        return engine.session, ends
+
+
+def _is_slower(question: str, ways: Callable[[], Mapping[str, Sequence[TimedCall]]], number: int) -> bool:
+    """Whether the file's own nodes are the faster in one of the calls that are timed."""
+
+    def alone() -> Mapping[str, Way]:
+        return {form: calls[number : number + 1] for form, calls in ways().items()}
+
+    return fastest(question, alone, NEW, ADVANTAGE) == FILE
 
 
 def _calls(session: Session, ends: Mapping[str, str], runs: Sequence[Values]) -> list[TimedCall]:

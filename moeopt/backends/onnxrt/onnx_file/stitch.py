@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moeopt.backends.onnxrt.onnx_file.restored_bodies import with_bodies_restored
 from moeopt.onnx_in.order import bodies, reads
 from moeopt.onnx_in.read import OnnxFile, external_place, external_tensors
 from moeopt.value_types import OnnxGraph, OnnxModel, OnnxNode, OnnxValue
@@ -73,9 +74,11 @@ def stitch(
     old = list(graph.node)
     read_before = {name for number in gone for name in reads(old[number])}
     nodes = _with_parts(old, gone, rewritten, replaced, renamed)
+    nodes = with_bodies_restored(nodes, file.proto.graph, _inside(replaced), file.written)
     del graph.node[:]
     graph.node.extend(nodes)
     read_now = {name for node in graph.node for name in reads(node)} | {v.name for v in graph.output}
+    read_before |= _read_in_bodies(file)
     removed = [t.name for t in graph.initializer if t.name in read_before and t.name not in read_now]
     _drop(graph.initializer, set(removed))
     data.take(proto, file)
@@ -92,6 +95,17 @@ def stitch(
         o for o in rewritten.opset_import if o.domain and o.domain not in known and o.domain in domains
     )
     return Stitched(proto, dict(renamed), removed)
+
+
+def _inside(replaced: Sequence[Replaced]) -> set[int]:
+    """Where the nodes of all regions are."""
+    return {number for part in replaced for number in part.nodes}
+
+
+def _read_in_bodies(file: OnnxFile) -> set[str]:
+    """What is read by the nodes that bodies became."""
+    became = (node for node in file.proto.graph.node if not file.written.keys().isdisjoint(node.output))
+    return {name for node in became for name in reads(node)}
 
 
 def _with_parts(
@@ -118,6 +132,7 @@ def new_names(file: OnnxFile, rewritten: Sequence[OnnxModel], replaced: Sequence
     ends = {inner: outer for part in replaced for inner, outer in part.inputs.items()}
     ends |= {part.output: part.exit for part in replaced}
     taken = {*all_names(file.proto.graph), *(node_key(node) for node in file.proto.graph.node)}
+    taken |= {name for node in file.written.values() for body in bodies(node) for name in all_names(body)}
     renamed = dict(ends)
     for proto in rewritten:
         for name in (*all_names(proto.graph), *(node_key(node) for node in proto.graph.node)):
@@ -132,8 +147,8 @@ def new_names(file: OnnxFile, rewritten: Sequence[OnnxModel], replaced: Sequence
 
 
 def all_names(graph: OnnxGraph) -> Iterator[str]:
-    """The names of a graph's values and nodes, those of its bodies included."""
-    for value in (*graph.input, *graph.initializer):
+    """The names of a graph's values and nodes, those of its bodies included, and of values that are only described."""
+    for value in (*graph.input, *graph.initializer, *graph.value_info):
         yield value.name
     for node in graph.node:
         yield from node.output

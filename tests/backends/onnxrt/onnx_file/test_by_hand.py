@@ -1,6 +1,7 @@
 """Blocks as exporters of vendors write them: each is rewritten and right at other sizes, or has a true reason."""
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -267,3 +268,84 @@ def test_a_new_graph_that_does_not_load_is_not_kept(monkeypatch):
     monkeypatch.setattr(open_engine, "OnnxEngine", stops)
     said = reason(model)
     assert "does not load the new graph, and it was not kept: [ONNXRuntimeError] : 1 : FAIL : the graph is not" in said
+
+
+def test_a_name_that_the_file_only_describes_is_taken(tmp_path):
+    """Quantisers leave the descriptions of weights that they took away."""
+    file = File()
+    model = file.model(file.dense())
+    optimized(model).save(tmp_path / "first")
+    made = onnx.load(tmp_path / "first" / "model.onnx", load_external_data=False).graph
+    names = {name for node in made.node for name in node.output} - {name for n in file.nodes for name in n.output}
+    model.graph.value_info.extend(helper.make_tensor_value_info(name, TensorProto.STRING, [5]) for name in names)
+    assert names
+    right(model, optimized(model))
+
+
+def test_a_router_that_an_optimiser_fused_is_none_of_many_experts():
+    """``FusedGemm`` turns its weight as ``Gemm`` does: the scores are as many as its rows."""
+    file = File()
+    fused = {"domain": "com.microsoft", "activation": "Sigmoid", "transB": 1}
+    scores = file.node("FusedGemm", "x", file.weight(E, H, name="gate"), **fused)
+    values, ids = file.node("TopK", scores, file.constant([K]), results=2, axis=-1)
+    table = file.table(values, ids, scores)
+    model = file.model(file.weighed("x", table, lambda x, e: file.expert(x, f"experts.{e}")))
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    right(model, optimized(model))
+
+
+@pytest.mark.parametrize("order", [[3, 2, 1, 0], [2, 0, 3, 1]])
+def test_experts_in_another_order_than_their_columns(order):
+    """Optimisers of graphs turn the order of nodes, and weights without names are in that order."""
+    file = File()
+    table = file.table(*file.router())
+    results = {e: file.expert("x", file.name("w")) for e in order}
+    total = None
+    for e in range(E):
+        part = file.node("Mul", results[e], file.node("Gather", table, file.constant([e]), axis=1))
+        total = part if total is None else file.node("Add", total, part)
+    model = file.model(total)
+    right(model, optimized(model))
+
+
+def test_a_shared_expert_that_is_added_behind_the_next_block():
+    """It begins at the same rows as the first block's experts, with weights of the same shapes, and is none of them."""
+    file = File()
+    table = file.table(*file.router())
+    first = file.node("Add", "x", file.weighed("x", table, lambda x, e: file.expert(x, f"a.{e}")))
+    second = file.node("Add", first, file.weighed(first, table, lambda x, e: file.expert(x, f"b.{e}")))
+    model = file.model(file.node("Add", second, file.expert("x", "shared")))
+    found = optimized(model)
+    right(model, found, count=2)
+    assert [(b.name, b.experts) for b in found.report.blocks] == [("a", E), ("b", E)]
+
+
+@pytest.mark.parametrize("by", ["node", "output"])
+def test_a_result_that_is_read_beside_the_sum_is_told(by):
+    file, kept = File(), []
+
+    def expert(x, e):
+        kept.append(file.expert(x, f"experts.{e}"))
+        return kept[-1]
+
+    total = file.dense(expert)
+    model = file.model(total)
+    beside = file.node("Tanh", kept[1]) if by == "node" else kept[1]
+    model.graph.node.extend(file.nodes[len(model.graph.node) :])
+    model.graph.output.append(helper.make_tensor_value_info(beside, TensorProto.FLOAT, None))
+    said = reason(model)
+    makers = {name: node.name for node in file.nodes for name in node.output}
+    reader = next(n.name for n in file.nodes if n.op_type == "Mul" and kept[1] in n.input)
+    apart = f"the node {makers[beside]!r} (Tanh)" if by == "node" else "the graph as an output"
+    assert said.startswith(
+        f"the result of one of its experts (the node {makers[kept[1]]!r}, MatMul) is read by the node {reader!r} (Mul) "
+        f"and by {apart}, and the op gives the sum of the experts alone: export the model without what reads an expert"
+    )
+
+
+def test_a_block_of_a_file_as_a_module_stands_in_no_line_of_python():
+    """Neither in that of the caller, nor in that of the command's library."""
+    file = File()
+    module = moeopt.from_onnx(file.model(file.dense(lambda x, e: file.node("MatMul", x, file.weight(H, H)))))
+    (block,) = moeopt.explain(module, torch.randn(5, H)).blocks
+    assert (block.status, block.experts, block.source) == ("declined", E, "")
