@@ -24,13 +24,13 @@ from moeopt.distributed.own_experts import expert_parameters, leave_to_each_rank
 from moeopt.distributed.placements import placements_of
 from moeopt.distributed.proof import prove
 from moeopt.distributed.samples import Sample, sampled
-from moeopt.errors import UsageError
+from moeopt.errors import NotSaveableError, UsageError
 from moeopt.optimized import Optimized
 from moeopt.options import Options
 from moeopt.pipeline.accept import refuse_divided
 from moeopt.planning.placement import Placement
 from moeopt.report import BlockReport
-from moeopt.rewrite.whole_model import without_original_calls
+from moeopt.rewrite.whole_model import check_as_verified, without_original_calls
 from moeopt.value_types import PyObject
 
 
@@ -161,6 +161,10 @@ def _check_optimized(opt: PyObject, call: DirectoryCall) -> None:
             "backend='torch' to distribute it"
         )
     refuse_divided(opt.model)
+    try:
+        check_as_verified(opt.model, "the ranks")
+    except NotSaveableError as err:
+        raise UsageError(str(err)) from None
     if call.given:
         raise UsageError(
             f"{call.given[0]}= is for a directory, and this model is optimised already: give it to moeopt.optimize, or "

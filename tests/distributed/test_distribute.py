@@ -276,6 +276,25 @@ def test_wrong_subjects_are_refused(alone):
             moeopt.distribute(subject, mesh)
 
 
+def _hooked(opt):
+    opt.model.experts[0].register_forward_hook(lambda module, args, result: result * 2)
+
+
+def _fewer(opt):
+    opt.model.top_k = 1
+
+
+@pytest.mark.parametrize(("change", "why"), [(_hooked, "a hook was registered on experts.0"), (_fewer, "top_k of the")])
+def test_a_model_that_was_changed_after_it_was_optimised_is_refused(alone, change, why):
+    opt = optimised()
+    change(opt)
+    with pytest.raises(moeopt.UsageError) as err:
+        moeopt.distribute(opt, alone)
+    told = str(err.value)
+    assert told.startswith(f"Block is no longer what was verified ({why}")
+    assert told.endswith(", and the ranks would hold the old code: optimise the model again")
+
+
 def _dense():
     torch.manual_seed(0)
     return moeopt.optimize(torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.randn(2, 4), verify="off")

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from moeopt.errors import NotSaveableError
 from moeopt.lower.functional import export_functional
 from moeopt.lower.onnx.complex import through_real_views
+from moeopt.lower.onnx.composites import composites_written_out
 from moeopt.lower.onnx.exact import exact_rules
 from moeopt.lower.onnx.exporter_gaps import around_gaps
 from moeopt.lower.onnx.float64 import attributes_written_out
@@ -79,6 +80,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> OnnxValue:
     choose_the_top(program.graph)
     write_at_places(program.graph)
     refuse_negative_indices(program.graph)
+    program = composites_written_out(program)
     with one_trace, quiet(), quicker_export(), exact_rules() as exact:
         try:
             with kept_free():

@@ -281,6 +281,17 @@ def test_sizes_of_zero_are_sizes():
     assert got.shape == (0, 4, 2)
 
 
+def test_a_graph_of_such_ops_is_written_without_a_trace(traced):
+    from moeopt.lower.onnx.export import to_onnx
+    from moeopt.lower.signature import functional
+
+    given = functional(program(lambda x: ((x > 0) | (x < -1)).to(torch.float64).reshape(-1), torch.randn(3, 6)))
+    traced.clear()
+    made = to_onnx(given)
+    assert traced == []
+    assert [n.op_type for n in made.graph if n.op_type in ("Or", "Cast", "Reshape")] == ["Or", "Cast", "Reshape"]
+
+
 def test_getitem_is_what_parts_are_read_by():
     """What the search for a second reader of one part of several leans on."""
     graph = program(renormalised, torch.randn(3, 6)).graph
