@@ -148,7 +148,8 @@ class UpcastArguments(TorchFunctionMode):
 
     _picky = frozenset(
         "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d prelu lstm gru rnn_tanh rnn_relu "
-        "batch_norm instance_norm bilinear lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split()
+        "batch_norm instance_norm bilinear lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell scaled_dot_product_attention "
+        "tensordot inner multi_dot linalg_multi_dot chain_matmul linalg_vecdot meshgrid cartesian_prod".split()
     )
 
     def __init__(self, epsilons: Iterable[float] = ()) -> None:
