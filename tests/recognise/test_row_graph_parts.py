@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import moeopt
+from moeopt.capture.op_kinds import op_name
 from moeopt.capture.replay import between
 from moeopt.capture.tape import record
 from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
 from moeopt.ops.row_function import function_of
+from moeopt.recognise.kept_rows import keeps_rows
 from moeopt.recognise.named_obstacles import alike_children
 from moeopt.recognise.recurrences import recurrence
 from moeopt.recognise.row_function import recognize_functions
@@ -285,6 +287,11 @@ def test_attention_within_a_row_is_no_obstacle_where_a_call_beside_it_is(why):
     torch.manual_seed(0)
     (entry,) = moeopt.explain(Loop(lambda: Expert(WITHIN[why])).eval(), torch.randn(40, D)).blocks
     assert entry.reason == f"an expert's {why}"
+
+
+def test_a_stack_of_single_rows_picks_rows_and_one_of_several_keeps_them():
+    tape = record(Expert(lambda s, h: h + torch.stack([h[1], h[0]]) + torch.stack([h, h]).sum(0)), (torch.randn(2, D),))
+    assert [keeps_rows(n) for n in tape.nodes if op_name(n) == "stack"] == [False, True]
 
 
 def over_tokens(s, h):
