@@ -41,14 +41,22 @@ def _distances(
     return x1, x2, float(p), modes[compute_mode]
 
 
+def _without_dimension(
+    input: torch.Tensor, other: torch.Tensor, dim: int | None = None, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The arguments of ``aten.cross`` for those of ``torch.cross``; None where the code tells its dimension."""
+    return (input, other) if dim is None and out is None else None
+
+
 def _wrapped(arg: FxArg) -> bool:
     """True for what ``vmap`` and its like put in the place of a tensor."""
     return isinstance(arg, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(arg)
 
 
 class WatchCalls(TorchFunctionMode):
-    """Notices ``.tolist()``, ``.numpy()`` and ``np.asarray``, which leave no trace on the tape, and ``torch.cdist``,
-    for which PyTorch runs a product of matrices or not by the number of rows."""
+    """Notices ``.tolist()``, ``.numpy()`` and ``np.asarray``, which leave no trace on the tape, and what depends on the
+    number of rows: ``torch.cdist``, for which PyTorch runs a product of matrices or not, and ``torch.cross`` without a
+    dimension, which takes the first one of size 3, and so that of the rows where there are 3."""
 
     def __init__(self, recorder: CallRecorder) -> None:
         super().__init__()
@@ -59,9 +67,13 @@ class WatchCalls(TorchFunctionMode):
     ) -> PyObject:
         if func in _LEAVES_TAPE:
             self.recorder.left_the_tape(args[0])
-        if func is torch.cdist and self.recorder.open and not any(map(_wrapped, args)):
-            return self.recorder.record_whole(aten.cdist.default, _distances(*args, **(kwargs or {})))
+        if self.recorder.open and not any(map(_wrapped, args)):
+            if func is torch.cdist:
+                return self.recorder.record_whole(aten.cdist.default, _distances(*args, **(kwargs or {})))
+            if func in _CROSSES and (vectors := _without_dimension(*args, **(kwargs or {}))):
+                return self.recorder.record_whole(aten.cross.default, vectors)
         return func(*args, **(kwargs or {}))
 
 
+_CROSSES = {torch.cross, torch.Tensor.cross}
 _LEAVES_TAPE = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}

@@ -2,7 +2,8 @@
 
 ``torch.export`` notes every question that was answered, torch's own among them: whether a stride is in order, whether
 a size is 1 and may broadcast. Ops of a graph answer those at run time. What ``if x.shape[0] > 1`` chose in the
-model's code stays chosen, and so does a ``squeeze`` that found nothing to drop. What ``range(x.shape[0])`` counted to
+model's code stays chosen, and so does a ``squeeze`` that found nothing to drop, or the dimension that ``torch.cross``
+takes where it is told none (the first one of size 3). What ``range(x.shape[0])`` counted to
 stays as often.
 """
 
@@ -79,7 +80,8 @@ def specialization_guards(program: torch.export.ExportedProgram) -> list[Any]:
     import sympy
 
     kept = [sympy.Ne(size.node.expr, 1) for size in _kept_by_squeeze(program)]
-    return [env.replace(expr) for expr in (*_ASKED.get(env, ()), *kept)]
+    passed = [sympy.Ne(size.node.expr, 3) for size in _passed_by_cross(program)]
+    return [env.replace(expr) for expr in (*_ASKED.get(env, ()), *kept, *passed)]
 
 
 def counted_sizes(program: torch.export.ExportedProgram) -> list[str]:
@@ -120,6 +122,17 @@ def keeps_ones(program: torch.export.ExportedProgram) -> bool:
     """Whether a squeeze of the trace left a size that is 1 in the call that was traced, as it does where 1 is one of
     many values of a free size. Such a trace is another program than the call's."""
     return any(size.node.has_hint() and size.node.hint == 1 for size in _kept_by_squeeze(program))
+
+
+def _passed_by_cross(program: torch.export.ExportedProgram) -> Iterator[torch.SymInt]:
+    """Sizes before the dimension that a ``torch.cross`` without one took, which would be taken where they are 3."""
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.cross.default and not node.args[2:] and node.kwargs.get("dim") is None:
+            for size in node.args[0].meta["val"].shape:
+                if isinstance(size, torch.SymInt) and not size.node.expr.is_number:
+                    yield size
+                elif size == 3:
+                    break
 
 
 def _kept_by_squeeze(program: torch.export.ExportedProgram) -> Iterator[torch.SymInt]:

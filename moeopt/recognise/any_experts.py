@@ -17,12 +17,12 @@ from moeopt.recognise.experts import recognize as recognize_matrices
 from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.joined_biases import split_joined_biases
 from moeopt.recognise.limits import UnreachedLimit
-from moeopt.recognise.named_obstacles import Unnamed
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing_by_sum import SumOfCodes
 from moeopt.recognise.routing_types import NoIds
 from moeopt.recognise.row_function import recognize_functions
 from moeopt.recognise.token_rows import NoTokens
+from moeopt.recognise.unnamed import Unnamed
 
 
 def recognize(

@@ -15,8 +15,9 @@ from moeopt.obstacles import Rank
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.ffn_groups import source_of
 from moeopt.recognise.gemm_sites import is_computed_weight, weight_and_operand
-from moeopt.recognise.named_obstacles import Unnamed, between_products, complex_products, named_obstacle
+from moeopt.recognise.named_obstacles import between_products, complex_products, named_obstacle
 from moeopt.recognise.product_of_all import one_product_of_all
+from moeopt.recognise.unnamed import Unnamed
 from moeopt.recognise.weights_for_rows import mixed_kernels, mixed_matrices, picked_matrices
 
 

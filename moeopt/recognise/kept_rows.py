@@ -26,7 +26,7 @@ def keeps_rows(node: fx.Node) -> bool:
     rank = len((source.meta.get("shape") if source is not None else None) or ()) + (name == "stack")
     if rank < 2:
         return False
-    if name == "stack" or (name == "cat" and source is not None and rank > 2 and source.meta["shape"][0] == 1):
+    if rank > 2 and (name == "stack" or (name == "cat" and source is not None and source.meta["shape"][0] == 1)):
         return True
     if name == "constant_pad_nd":
         return len(list[Any](node.args[1])) < 2 * rank  # type: ignore[arg-type]

@@ -28,15 +28,12 @@ from moeopt.recognise.rows_of_others import (
     chosen_among_tokens,
     multiplied_with_each_other,
 )
+from moeopt.recognise.unnamed import Unnamed
 from moeopt.recognise.weights_for_rows import mixed_kernels, single_neurons
 
 _REMOVERS = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
 _ATTENTION = ("scaled_dot_product", "_scaled_dot_product", "_softmax", "softmax")
 _NORMS = ("native_layer_norm", "_fused_rms_norm", "native_group_norm", "rsqrt")
-
-
-class Unnamed(Declined):
-    """No experts were found, and what stands between is told at most by its ops."""
 
 
 def named_obstacle(tape: Tape) -> Declined | None:

@@ -130,6 +130,14 @@ def _crossed(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots
     return graph.add(node, node.target, rows.lead, *flat, dim=dim)
 
 
+def _cross_of_any(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
+    raise graph.refused(
+        node,
+        "without dim runs along the first dimension of size 3, which is that of the rows where the expert is given 3; "
+        "write torch.linalg.cross(a, b), or torch.cross(a, b, dim=-1)",
+    )
+
+
 def _attention(graph: RowGraphWriter, node: fx.Node, held: HeldSlots) -> HeldSlots:
     """Among the parts of each row, (M, heads, parts, features); a mask is the row's own, or the same for all rows."""
     read, mask = [graph.known[a] for a in node.args[:3]], node.kwargs.get("attn_mask")  # type: ignore[index]
@@ -169,6 +177,7 @@ WINDOW_RULES: dict[str, Rule] = {
     "bmm": _matrices,
     "rot90": _quarter_turns,
     "linalg_cross": _crossed,
+    "cross": _cross_of_any,
     "scaled_dot_product_attention": _attention,
     "repeat": _repeat,
     "roll": _roll,

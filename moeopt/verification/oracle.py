@@ -201,11 +201,15 @@ class Pinned(TorchDispatchMode):
             if len(kind) == 1:
                 return list(outs) if str(kind[0].type) == "List[Tensor]" else outs[0]
             return outs
-        outs = self.compute(plan, func, args, kwargs)
+        outs = self.unpinned(plan, func, args, kwargs)
         for out, value in zip(outs, event.outputs, strict=True):
             if value is not None and not torch.equal(out, value):
                 raise OracleError(f"the float64 oracle cannot pin the choice of {func}: it has no gathered form")
         return outs
+
+    def unpinned(self, plan: Float64Rule, func: OpOverload, args: PyObject, kwargs: PyObject) -> PyObject:
+        """The result of a call that chooses beside what it computes (pivots of a matrix), to be compared."""
+        return self.compute(plan, func, args, kwargs)
 
     def _next(self, func: OpOverload, shapes: PyObject) -> Event:
         for position in range(self._cursor, len(self._events)):
@@ -244,6 +248,9 @@ class _Oracle(Pinned):
             raise
         except Exception as err:
             raise OracleError(f"the float64 oracle cannot run {func}: {_short(err)}") from err
+
+    def unpinned(self, plan: Float64Rule, func: OpOverload, args: PyObject, kwargs: PyObject) -> PyObject:
+        return plan.unpinned(self, func, args, kwargs)
 
     @contextmanager
     def around(self) -> Iterator[None]:

@@ -261,3 +261,15 @@ def test_cloned_inputs_keep_their_containers():
     x = rand(2)
     tree = clone_inputs(({"a": [x]}, 3))
     assert torch.equal(tree[0]["a"][0], x) and tree[0]["a"][0] is not x and tree[1] == 3
+
+
+@pytest.mark.parametrize(("given", "name"), [((), "cross"), ((-1,), "linalg_cross")])
+def test_a_cross_product_without_a_dimension_is_recorded_as_one(given, name):
+    """It runs along the first dimension of size 3, which is that of the rows where there are 3."""
+
+    def crossed(_, x):
+        return torch.cross(x, x.flip(1), *given) + x.cross(x + 1, *given)
+
+    tape, x = recorded(crossed, rand(5, 3)), rand(3, 3)
+    assert [op_name(n) for n in tape.nodes if "cross" in op_name(n)] == [name, name]
+    assert_equal(again(tape, x)[0], crossed(None, x))

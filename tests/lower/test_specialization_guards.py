@@ -28,6 +28,10 @@ def conditions(function, *shape):
     return size_conditions(functional(export_program(Apply(function), (torch.randn(shape),), {})))
 
 
+def threes(x):
+    return x.sum(1, keepdim=True).expand(-1, 3)
+
+
 ROWS, COLUMNS = ["size", 0, 0], ["size", 0, 1]
 
 
@@ -37,16 +41,29 @@ ROWS, COLUMNS = ["size", 0, 0], ["size", 0, 1]
         (lambda x: x * 2 if x.shape[0] > 1 else x, [[">", ROWS, 1]]),
         (lambda x: x if x.shape[0] < 2 else x * 2, [[">=", ROWS, 2]]),
         (lambda x: x * 2 if x.shape[0] != 1 else x, [["!=", ROWS, 1]]),
-        (lambda x: x * 2 if x.shape[0] == 3 else x, [["==", ROWS, 3]]),
+        (lambda x: x * 2 if x.shape[0] == 5 else x, [["==", ROWS, 5]]),
         (lambda x: x * 2 if x.numel() > 8 else x, [[">", ["*", COLUMNS, ROWS], 8]]),
         (lambda x: x.squeeze(0) * 2, [["!=", ROWS, 1]]),
+        (lambda x: torch.cross(threes(x), threes(x * x)), [["!=", ROWS, 3]]),
+        (lambda x: torch.cross(threes(x), threes(x * x), dim=1), []),
         (lambda x: (x.t().contiguous().t() + 1).reshape(-1), []),
         (lambda x: x.t().reshape(-1) * 2, []),
     ],
-    ids=["more than one", "not less than two", "not one", "exactly", "a product", "squeeze", "strides", "reshape"],
+    ids=[
+        "more than one",
+        "not less than two",
+        "not one",
+        "exactly",
+        "a product",
+        "squeeze",
+        "cross",
+        "cross along",
+        "strides",
+        "reshape",
+    ],
 )
 def test_only_the_models_own_questions_are_conditions(function, want):
-    assert conditions(function, 3, 4) == want
+    assert conditions(function, 5, 4) == want
 
 
 def test_a_condition_is_known_in_whichever_way_it_is_written():

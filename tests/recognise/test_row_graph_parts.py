@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import moeopt
+from moeopt.capture.op_kinds import op_name
 from moeopt.capture.replay import between
 from moeopt.capture.tape import record
 from moeopt.errors import Declined
 from moeopt.ir.row_function import RowFunction
 from moeopt.ops.row_function import function_of
+from moeopt.recognise.kept_rows import keeps_rows
 from moeopt.recognise.named_obstacles import alike_children
 from moeopt.recognise.recurrences import recurrence
 from moeopt.recognise.row_function import recognize_functions
@@ -211,6 +213,9 @@ def test_onnx_runtime_has_each_of_them(part):
 REFUSED = {
     "rot90 works across rows": lambda s, h: torch.rot90(h),
     "linalg_cross works across rows": lambda s, h: torch.linalg.cross(h, h.flip(-1), dim=0),
+    "cross without dim runs along the first dimension of size 3, which is that of the rows": lambda s, h: torch.cross(
+        h[:, :3], h[:, 3:6]
+    ).repeat(1, 8),
     "linalg_cross gives rows different weights by their place": lambda s, h: torch.linalg.cross(
         h.view(-1, 8, 3), s.table[: len(h)].view(-1, 8, 3)
     ),
@@ -267,6 +272,26 @@ def test_what_a_loop_makes_of_zeros_is_alike_for_several_numbers_of_rows():
     torch.manual_seed(0)
     found = recognize_functions(record(Loop(lambda: Expert(recurrent)).eval(), (torch.randn(40, D),), {}))
     assert [len(block.experts) for block in found] == [4]
+
+
+WITHIN = {
+    "scaled_dot_product_attention gives rows different weights by their place": lambda s, h: attended(
+        h, attn_mask=torch.arange(len(h)).float().view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+    ),
+    "mean works across rows": lambda s, h: attended(h, attn_mask=h.mean(0)[:16].view(4, 4)),
+}
+
+
+@pytest.mark.parametrize("why", WITHIN)
+def test_attention_within_a_row_is_no_obstacle_where_a_call_beside_it_is(why):
+    torch.manual_seed(0)
+    (entry,) = moeopt.explain(Loop(lambda: Expert(WITHIN[why])).eval(), torch.randn(40, D)).blocks
+    assert entry.reason == f"an expert's {why}"
+
+
+def test_a_stack_of_single_rows_picks_rows_and_one_of_several_keeps_them():
+    tape = record(Expert(lambda s, h: h + torch.stack([h[1], h[0]]) + torch.stack([h, h]).sum(0)), (torch.randn(2, D),))
+    assert [keeps_rows(n) for n in tape.nodes if op_name(n) == "stack"] == [False, True]
 
 
 def over_tokens(s, h):

@@ -198,6 +198,48 @@ def test_layers_that_refuse_mixed_dtypes():
         assert y_64.dtype == torch.float64 and token_distance(y, y_64).max() < 1e-5, layer
 
 
+MIXED = {
+    "attention to keys that are weights": lambda x, w: F.scaled_dot_product_attention(
+        x.view(2, 2, 2, 2), w.view(2, 2, 2, 2), w.view(2, 2, 2, 2)
+    ),
+    "tensordot": lambda x, w: torch.tensordot(x, w, 1),
+    "inner": lambda x, w: torch.inner(x, w) + x.inner(w),
+    "multi_dot": lambda x, w: torch.linalg.multi_dot([x, w, w]),
+    "vecdot": lambda x, w: torch.linalg.vecdot(x, w),
+    "meshgrid": lambda x, w: (
+        torch.cartesian_prod(x[0], w[0]) + torch.meshgrid(x[0], w[0], indexing="ij")[0].reshape(-1, 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("of", MIXED)
+def test_functions_of_rows_and_weights_that_refuse_mixed_dtypes(of):
+    weight = nn.Parameter(seeded(4, 4))
+    y, y_64, _ = oracle(lambda x: MIXED[of](x * 1.5, weight), seeded(4, 4))
+    assert y_64.dtype == torch.float64 and token_distance(y, y_64).max() < 1e-5
+
+
+CHOOSE_BESIDE = {
+    "solve": lambda x: torch.linalg.solve(x @ x.mT + torch.eye(4), x),
+    "inv": lambda x: torch.linalg.inv(x @ x.mT + torch.eye(4)),
+    "det": lambda x: torch.linalg.det(x)[None] + torch.linalg.slogdet(x).logabsdet,
+    "lstsq": lambda x: torch.linalg.lstsq(x, x[:, :2]).solution,
+    "unique rows": lambda x: x.round().unique(dim=0, return_inverse=True)[0],
+}
+
+
+@pytest.mark.parametrize("of", CHOOSE_BESIDE)
+def test_a_call_may_choose_beside_what_it_computes(of):
+    """The pivots of a matrix, or the places of equal rows: compared with those of the recorded run."""
+    y, y_64, _ = oracle(CHOOSE_BESIDE[of], seeded(4, 4))
+    assert y_64.dtype == torch.float64 and (y - y_64).abs().max() < 1e-4
+
+
+def test_what_is_chosen_otherwise_in_float64_beside_a_result_is_told():
+    with pytest.raises(OracleError, match=r"cannot pin the choice of aten.unique_dim.default: it has no gathered form"):
+        oracle(lambda x: (x * 1e-9 + 1).unique(dim=0)[0], seeded(4, 4))
+
+
 POOLS = {
     "of rows": lambda x: F.max_pool1d(x, 3, 1, 1),
     "of images": lambda x: F.max_pool2d(x, 2),

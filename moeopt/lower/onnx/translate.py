@@ -7,6 +7,7 @@
     kthvalue, median         no form in the exporter: the place k, or the lower middle one, of the sorted values
     max, min, largest norm   alike
     cdist                    no form: norms of differences, one center after the other where there are few
+    roll                     of no rows stops ONNX Runtime in the exporter's form
     squeeze                  of a size that is not 1 does nothing in PyTorch; ONNX refuses the graph
 
 Each function builds nodes with onnxscript's ``opset20``; names end in what they stand for.
@@ -23,6 +24,7 @@ from moeopt.lower.onnx.opset import OPSET as op
 from moeopt.lower.onnx.translate_attention import attentions
 from moeopt.lower.onnx.translate_layers import layers
 from moeopt.lower.onnx.translate_number_table import numbers
+from moeopt.lower.onnx.translate_rolls import rolls
 from moeopt.lower.onnx.translate_searches import searches
 from moeopt.lower.onnx.translate_shifts import shifts
 from moeopt.value_types import OnnxValue, PyObject
@@ -223,6 +225,7 @@ def table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The ``custom_translation_table`` of ``torch.onnx.export``."""
     return (
         numbers()
+        | rolls()
         | shifts()
         | layers()
         | attentions()

@@ -267,6 +267,24 @@ def test_parts_and_windows_of_a_free_size():
             torch.testing.assert_close(got, f(x), msg=f"{name} of {size}")
 
 
+ROLLS = {
+    "rows": lambda x: x[x[:, 0] > 0].roll(1, 0),
+    "rows, further than there are": lambda x: x[x[:, 0] > 0].roll(-7, -2),
+    "both": lambda x: x[x[:, 0] > 0].roll((2, -3), (0, 1)),
+    "as they lie": lambda x: x[x[:, 0] > 0].roll(5),
+    "flags": lambda x: (x[x[:, 0] > 0] > 0).roll(1, 0),
+}
+
+
+def test_no_rows_roll_to_no_rows():
+    """As an expert has that no token chose: torch's exporter divides by their number."""
+    x = torch.randn(6, 4)
+    session = session_of(together(ROLLS.values()), x)
+    for given in (x, x[:1].abs(), x.abs(), -x.abs()):
+        for (name, f), got in zip(ROLLS.items(), session.run({"x": given}), strict=True):
+            assert torch.equal(got, f(given)), name
+
+
 def test_a_number_that_is_made_of_a_free_size_is_refused(monkeypatch):
     monkeypatch.setattr(exporter_gaps, "ADAPTIVE_POOLS", {})
     sentence = r"no ONNX form for other sizes: .* makes a plain number of a free size"
