@@ -48,6 +48,14 @@ class ExpertChains:
         return fewest
 
     @property
+    def written(self) -> int:
+        """How many times the functions stand in the file: several of them may share their weights, as tools store equal
+        ones once."""
+        counts = [sum({p.at: p.stacked for p in side}.values()) for side in zip(*self.pairs, strict=True)]
+        fewest: int = min(counts)
+        return fewest
+
+    @property
     def may_be_one_network(self) -> bool:
         """Whether each product has a part of one plain matrix: neurons of a network that is computed piece by piece, if
         nothing weighs the pieces."""
