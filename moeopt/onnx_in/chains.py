@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moeopt.onnx_in.index import GraphIndex
-from moeopt.onnx_in.matrix_shapes import matrix_shape
+from moeopt.onnx_in.matrix_shapes import matrix_shape, shape_made
 from moeopt.onnx_in.operators.table import operator_of
 from moeopt.onnx_in.products import MOVING, PRODUCTS, WeightProduct
 from moeopt.onnx_in.prologues import ancestors, shared_beginnings
@@ -44,6 +44,14 @@ class ExpertChains:
         A product that all of them follow, or that follows all of them, is none of theirs: the fewer count.
         """
         counts = [sum({p.function: p.stacked for p in side}.values()) for side in zip(*self.pairs, strict=True)]
+        fewest: int = min(counts)
+        return fewest
+
+    @property
+    def written(self) -> int:
+        """How many times the functions stand in the file: several of them may share their weights, as tools store equal
+        ones once."""
+        counts = [sum({p.at: p.stacked for p in side}.values()) for side in zip(*self.pairs, strict=True)]
         fewest: int = min(counts)
         return fewest
 
@@ -177,8 +185,19 @@ def columns_given(product: WeightProduct) -> int:
         return product.node.attributes["N"].as_int() if "N" in product.node.attributes else 0
     if len(product.shape) != 2 or not _ALIKE.issuperset(_views(product)):
         return 0
-    shape = matrix_shape(product.node, _weight_side(product))
+    side = _weight_side(product)
+    if product.node.op_type == "Einsum":
+        return _columns_of_einsum(product.node, side)
+    shape = matrix_shape(product.node, side)
     return shape[-1] if len(shape) == 2 else 0
+
+
+def _columns_of_einsum(node: OnnxNode, side: int) -> int:
+    """The size of the last axis of an ``Einsum``'s result, where that is one of its input ``side`` alone; else 0."""
+    terms, _, result = node.attributes["equation"].as_string().replace(" ", "").partition("->")
+    own, shape = terms.split(",")[side], shape_made(node.inputs[side])
+    single = bool(result) and len(own) == len(shape) and terms.count(result[-1]) == 1
+    return shape[own.index(result[-1])] if single and result[-1] in own else 0
 
 
 def _with_prologues(

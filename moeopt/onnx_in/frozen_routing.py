@@ -88,11 +88,13 @@ def frozen_routing(candidate: CandidateRegion, others: Iterable[CandidateRegion]
         if scored > count and (widths := other_widths(index, candidate.chains, scored)):
             return widths
         if scored > count and next(whole, None) is None:
+            alike = candidate.chains.written >= scored
+            equal = "several experts are equal (tools for graphs store equal weights once) or " if alike else ""
             return (
-                f"{BROKEN}, unless some scores are meant for no expert (null experts), which a file does not tell: "
-                f"its router scores {scored} experts, and the file holds {count}. An export that traces a loop over "
-                f"the experts that are hit keeps those of its sample only, and tokens that choose another get nothing; "
-                f"{WAY_OUT}"
+                f"{BROKEN}, unless {equal}some scores are meant for no expert (null experts), which a file does not "
+                f"tell: its router scores {scored} experts, and the file holds {count}. An export that traces a loop "
+                f"over the experts that are hit keeps those of its sample only, and tokens that choose another get "
+                f"nothing; {WAY_OUT}"
             )
     return ""
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import bisect
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moeopt.onnx_in.chains import ExpertChains, expert_chains
 from moeopt.onnx_in.cuts import GraphRegion, common_entry, exits, is_tensor, region_between, steps_for
-from moeopt.onnx_in.index import GraphIndex
+from moeopt.onnx_in.index import MEASURES, GraphIndex
 from moeopt.onnx_in.operators.table import operator_of
 from moeopt.onnx_in.products import PRODUCTS, WeightProduct, weight_products
 from moeopt.onnx_in.program import TAKEN
@@ -127,15 +128,18 @@ def counted_by_data(candidate: CandidateRegion) -> OnnxNode | None:
 def read_apart(candidate: CandidateRegion) -> str:
     """Why a candidate has no region, where the result of one of its experts is read beside the sum; "" elsewhere."""
     index = candidate.index
-    for _, last in candidate.chains.pairs:
-        result = last.node.outputs[0]
+    lasts = {last.at: last for _, last in candidate.chains.pairs}
+    ends = [found[-1] for at, last in lasts.items() if (found := exits(index, [at], steps_for([last])))]
+    shared = Counter(map(id, ends))
+    for result in ends:  # the furthest value that all of an expert's result goes through
         readers = [index.nodes[at] for at in dict.fromkeys(index.readers(result))]
-        names = [f"the node {node.name!r} ({node.op_type})" for node in readers]
+        names = [f"the node {node.name!r} ({node.op_type})" for node in readers if node.op_type not in MEASURES]
         if id(result) in index.ends:
             names.append("the graph as an output")
-        if len(names) > 1:
+        if len(names) > 1 and shared[id(result)] == 1:
+            made = result.producer()
             return (
-                f"the result of one of its experts (the node {last.node.name!r}, {last.node.op_type}) is read by "
+                f"the result of one of its experts (the node {made.name!r}, {made.op_type}) is read by "
                 f"{names[0]} and by {names[1]}, and the op gives the sum of the experts alone: export the model "
                 "without what reads an expert's own result, or optimise the PyTorch model"
             )

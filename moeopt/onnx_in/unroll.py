@@ -105,7 +105,7 @@ class LoopUnroller:
             if number in holders and self._write(node, self.taken.get(number, "")):
                 changed = True
                 home = next((self.written[name] for name in node.output if name in self.written), node)
-                self.written |= {name: home for made in self.nodes[before:] for name in made.output}
+                self.written |= {name: home for made in self.nodes[before:] for name in made.output if name}
             else:
                 self.nodes.append(node)
         if not changed:

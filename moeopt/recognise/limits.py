@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import fx
 
-from moeopt.capture.op_kinds import moves_rows, op_name
+from moeopt.capture.op_kinds import is_factory, moves_rows, op_name
 from moeopt.capture.replay import ancestors
 from moeopt.capture.same_graph import same_call
 from moeopt.capture.tape import Tape
@@ -61,7 +61,9 @@ def check_limits(
             continue
         seen.add(node)
         if node.meta.get("dtype") is None or _is_float(node):  # what flags and ids are computed from is the router's
-            stack.extend(node.all_input_nodes)
+            sized = node.args[:1] if is_factory(node) else ()
+            like = next(filter(_is_float, sized), None)  # no value of what zeros_like is given is read
+            stack.extend(n for n in node.all_input_nodes if n is not like)
     for node in sorted(limits & seen, key=lambda n: n.meta["index"]):
         bounds = ", ".join(f"{bound:g}" for bound in _bounds(tape, node))
         raise UnreachedLimit(

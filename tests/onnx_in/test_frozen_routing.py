@@ -5,6 +5,7 @@ import torch
 
 import moeopt
 from moeopt.errors import UsageError
+from tests.onnx_in import by_hand
 from tests.onnx_in.hit_loops import E, H, hit_loop
 from tests.onnx_in.toys import run
 
@@ -190,3 +191,23 @@ def test_experts_of_samples_are_missed_too(tmp_path):
     )
     (block,) = moeopt.optimize(path, call, verify="fast").report.blocks
     assert f"its router scores 4 experts, and the file holds {block.experts}" in block.reason and block.experts < 4
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 1), (0, 1, 2)])
+def test_experts_that_share_their_weights_may_be_equal_ones(order):
+    """As many as are scored stand in the file, one of them twice; where one is missing, that is no way to have them."""
+    file, H, I = by_hand.File(), by_hand.H, by_hand.I
+    made = file.table(*file.router())
+    weights = [(file.weight(H, I), file.weight(I, H)) for _ in range(3)]
+
+    def expert(x, e):
+        up, down = weights[order[e]]
+        return file.node("MatMul", file.node("Relu", file.node("MatMul", x, up)), down)
+
+    found = moeopt.optimize(file.model(file.weighed("x", made, expert, len(order))), verify="off")
+    (block,) = found.report.blocks
+    equal = "several experts are equal (tools for graphs store equal weights once) or " if len(order) == 4 else ""
+    assert block.reason.startswith(
+        f"the file is broken, unless {equal}some scores are meant for no expert (null experts), which a file does not "
+        "tell: its router scores 4 experts, and the file holds 3"
+    )

@@ -81,18 +81,84 @@ def test_a_loop_without_experts_stays_as_it_is():
     assert unrolled(file) is file
 
 
-def test_a_loop_that_was_written_out_for_nothing_stands_as_it_stood(tmp_path):
-    """Its experts mix rows; those of the other loop are rewritten."""
-    mixing = LOOP.replace("b = Relu(a)", "b = CumSum(a, first)")
-    second = LOOP.replace(_ROUTER, "").replace("y = Loop", "z = Loop").replace("MatMul(x, u)", "MatMul(y, u)")
-    given = model(mixing + second)
-    given.graph.output[0].name = "z"
-    moeopt.optimize(given, verify="off").save(tmp_path / "bundle")
-    made = onnx.load(tmp_path / "bundle" / "model.onnx", load_external_data=False)
-    found = [node for node in made.graph.node if node.op_type == "Loop"]
-    assert found == [given.graph.node[4]] and given.graph.node[4].op_type == "Loop"
-    assert not [t.name for t in made.graph.initializer if t.name.startswith(("unrolled", "loop_4"))]
+MIXING = LOOP.replace("b = Relu(a)", "b = CumSum(a, first)")
+"""Experts that mix rows: declined."""
+SECOND = LOOP.replace(_ROUTER, "").replace("y = Loop", "z = Loop").replace("MatMul(x, u)", "MatMul(y, u)")
+"""Experts behind these, with their router."""
+UNREAD = MIXING.replace("b = CumSum(a, first)", "n = CumSum(a, first)\n b, NONE = Dropout(n)")
+"""A node in the body, and one outside, with a result that nobody asked for."""
+AS_THEY_STOOD = {
+    "one loop": MIXING + SECOND,
+    "results without a name": UNREAD
+    + "other, NONE = Dropout(y)\n"
+    + SECOND.replace("MatMul(y, u)", "MatMul(other, u)"),
+}
+
+
+def nameless(graph):
+    """The graph with results that have no name where they are called ``NONE``."""
+    for node in graph.node:
+        node.output[:] = ["" if name == "NONE" else name for name in node.output]
+        for attribute in node.attribute:
+            nameless(attribute.g)
+
+
+def bundled(given, directory):
+    """The new graph, after a comparison with the file in another size."""
+    found = moeopt.optimize(given, verify="off")
+    found.save(directory / "bundle")
     x = {"x": np.random.default_rng(1).normal(size=(5, H)).astype(np.float32)}
     torch.testing.assert_close(
-        moeopt.load(tmp_path / "bundle")(**{k: torch.from_numpy(v) for k, v in x.items()}), run(given, x)
+        moeopt.load(directory / "bundle")(**{k: torch.from_numpy(v) for k, v in x.items()}), run(given, x)
     )
+    return found, onnx.load(directory / "bundle" / "model.onnx", load_external_data=False).graph
+
+
+@pytest.mark.parametrize("what", AS_THEY_STOOD)
+def test_a_loop_that_was_written_out_for_nothing_stands_as_it_stood(what, tmp_path):
+    """Its experts mix rows; those of the other loop are rewritten."""
+    given = model(AS_THEY_STOOD[what])
+    given.graph.output[0].name = "z"
+    nameless(given.graph)
+    told = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["t", H])  # which the new block reads
+    given.graph.value_info.append(told)
+    _, made = bundled(given, tmp_path)
+    found = [node for node in made.node if node.op_type == "Loop"]
+    assert found == [given.graph.node[4]] and given.graph.node[4].op_type == "Loop"
+    assert list(made.value_info) == [told]
+    assert not [t.name for t in made.initializer if t.name.startswith(("unrolled", "loop_4"))]
+
+
+def test_a_branch_that_is_never_taken_may_read_what_a_rewritten_block_was(tmp_path):
+    """The other one holds experts that are declined, and stays written out: nobody gives what the first reads."""
+    first = LOOP.replace("b = Relu(a)", "b = CumSum(a, first)").replace("y = Loop", "y_then = Loop")
+    again = first.replace(_ROUTER, "none_yet = Mul(h, none)").replace("yes, zero", "yes, none_yet")
+    text = _ROUTER + "".join(
+        f"""
+    a{e} = MatMul(x, u{e})
+    b{e} = Relu(a{e})
+    c{e} = MatMul(b{e}, d{e})
+    hit{e} = Equal(ids, n{e})
+    m{e} = Cast <to = 1> (hit{e})
+    t{e} = Mul(m{e}, weights)
+    w{e} = ReduceSum (t{e}, last)
+    part{e} = Mul(c{e}, w{e})
+"""
+        for e in range(E)
+    )
+    text += f"""
+    s1 = Add(part0, part1)
+    s2 = Add(s1, part2)
+    s3 = Add(s2, part3)
+    h = Tanh(s3)
+    y = If (yes) <then_branch = all () => (float[t, 8] y_then) {{
+        {again.replace("MatMul(x, u)", "MatMul(h, u)")}
+    }}, else_branch = none () => (float[t, 8] y_else) {{
+        y_else = Add(h, c1)
+    }}>
+"""
+    draw = np.random.default_rng(2)
+    held = {f"u{e}": draw.normal(size=(H, 12)) for e in range(E)} | {f"n{e}": np.array(e) for e in range(E)}
+    found, made = bundled(model(text, **held, **{f"d{e}": draw.normal(size=(12, H)) for e in range(E)}), tmp_path)
+    assert [b.status for b in found.report.blocks] == ["rewritten", "declined"]
+    assert "CumSum" in {node.op_type for node in made.node}

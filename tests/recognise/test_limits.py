@@ -115,3 +115,28 @@ def test_limits_that_are_computed_anew_for_each_expert():
     x = torch.randn(20, H) * 3 * FAR
     with torch.no_grad():
         torch.testing.assert_close(optimised(x), model(x), rtol=1e-4, atol=1.0)
+
+
+class Scattered(Limited):
+    """Capped logits, and weights in a table that is made like these: of their sizes, and of none of their values."""
+
+    def forward(self, x):
+        logits = 30 * torch.tanh(self.router(x) / 30)
+        w, ids = logits.topk(2, -1)
+        table = {
+            "zeros_like": torch.zeros_like, "new_zeros": lambda v: v.new_zeros(v.shape),
+            "full_like": lambda v: torch.full_like(v, 0.0),
+        }[self.place](logits).scatter(-1, ids, w.softmax(-1))  # fmt: skip
+        return sum(self.down[e](F.silu(self.gate[e](x))) * table[:, e : e + 1] for e in range(E))
+
+
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("made", ["zeros_like", "new_zeros", "full_like"])
+def test_a_limit_whose_sizes_alone_are_read_is_the_routers(made):
+    torch.manual_seed(0)
+    model = Scattered(made).eval()
+    optimised = moeopt.optimize(model, torch.randn(15, H), verify="fast")
+    assert [b.status for b in optimised.report.blocks] == ["rewritten"], optimised.report.blocks[0].reason
+    x = torch.randn(20, H) * 100
+    with torch.no_grad():
+        torch.testing.assert_close(optimised(x), model(x), rtol=1e-4, atol=1e-3)

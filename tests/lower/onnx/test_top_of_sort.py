@@ -13,6 +13,11 @@ FIRST = {
     "places": lambda x: [x.sort(-1, descending=True)[1][:, :4]],
     "numbers": lambda x: [x.sort(1)[0][:, :1]],
 }
+ANY_NUMBER = {
+    "largest": lambda x: [y[:, :2] for y in x.sort(dim=-1, descending=True, stable=True)],
+    "places": lambda x: [x.sort(-1)[1][:, :][:, :4]],
+}
+"""Of rows: a slice that takes all of them stands before the one that takes the first of each."""
 REST = {
     "last": lambda x: [x.sort(dim=-1, stable=True)[0][:, 1:]],
     "two numbers": lambda x: [(y := x.sort(dim=-1, stable=True))[0][:, :2], y[1][:, :3]],
@@ -28,14 +33,15 @@ X = torch.tensor(
 
 
 def listed(functions):
-    return together([lambda x, f=f: tuple(f(x.reshape(3, 6))) for f in functions.values()])
+    shape = (-1, 6) if functions is ANY_NUMBER else (3, 6)
+    return together([lambda x, f=f: tuple(f(x.reshape(shape))) for f in functions.values()])
 
 
 def flat(made):
     return [y for one in made for y in one]
 
 
-@pytest.mark.parametrize(("functions", "slices"), [(FIRST, 0), (REST, 6)])
+@pytest.mark.parametrize(("functions", "slices"), [(FIRST, 0), (ANY_NUMBER, 0), (REST, 6)])
 def test_the_values_and_places_are_those_of_the_sort(functions, slices):
     function = listed(functions)
     graph = graph_of(function, X).graph

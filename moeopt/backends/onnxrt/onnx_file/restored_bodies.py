@@ -33,6 +33,7 @@ def with_bodies_restored(
         here = origin(node)
         homes = ((written[name], name) for name in reads(node) if name in written and name not in results)
         taken |= {id(home) for home, name in homes if home is not here and name not in home.output}
+    taken |= _without_what_they_read(nodes, graph, written, taken)
     last = {id(home): number for number, node in enumerate(nodes) if (home := origin(node)) is not None}
     made: list[OnnxNode] = []
     for number, node in enumerate(nodes):
@@ -43,6 +44,24 @@ def with_bodies_restored(
         elif number == last[id(home)]:
             made.append(home)
     return _read_nodes(made, graph, written)
+
+
+def _without_what_they_read(
+    nodes: Sequence[OnnxNode], graph: OnnxGraph, written: Mapping[str, OnnxNode], taken: Collection[int]
+) -> set[int]:
+    """Which other nodes of the file read what nobody gives any more: a branch that is never taken may read what stood
+    within a block that was replaced, and is then left out, as it was on the copy."""
+    homes = {id(home): home for home in written.values() if id(home) not in taken}
+    known = {v.name for v in (*graph.input, *graph.initializer)}
+    known |= {v.values.name for v in graph.sparse_initializer}
+    known |= {name for node in nodes for name in node.output}
+    lost: set[int] = set()
+    while True:  # a node that stays written out may have given another one its result
+        given = known.union(*(home.output for key, home in homes.items() if key not in lost))
+        more = {key for key, home in homes.items() if key not in lost and not given.issuperset(reads(home))}
+        if not more:
+            return lost
+        lost |= more
 
 
 def _origin(node: OnnxNode, written: Mapping[str, OnnxNode]) -> OnnxNode:

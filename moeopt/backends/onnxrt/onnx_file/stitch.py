@@ -82,7 +82,9 @@ def stitch(
     removed = [t.name for t in graph.initializer if t.name in read_before and t.name not in read_now]
     _drop(graph.initializer, set(removed))
     data.take(proto, file)
-    _drop(graph.value_info, read_before | {name for n in gone for name in old[n].output} - {p.exit for p in replaced})
+    made_now = {name for node in graph.node for name in node.output} | {v.name for v in graph.input}
+    made_before = {name for node in old for name in node.output}
+    _drop(graph.value_info, (made_before | set(removed)) - made_now)
     used = {name for node in graph.node for name in reads(node)}
     for tensor in rewritten.graph.initializer:
         if renamed[tensor.name] in used:

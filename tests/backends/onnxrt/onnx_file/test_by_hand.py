@@ -320,12 +320,27 @@ def test_a_shared_expert_that_is_added_behind_the_next_block():
     assert [(b.name, b.experts) for b in found.report.blocks] == [("a", E), ("b", E)]
 
 
-@pytest.mark.parametrize("by", ["node", "output"])
+def normed(file, y):
+    """Read twice, for a norm, whose result all goes on."""
+    squares = file.node("ReduceMean", file.node("Mul", y, y), axes=[-1])
+    return file.node("Mul", y, file.node("Reciprocal", file.node("Sqrt", squares)))
+
+
+APART = {
+    "node": ("MatMul", lambda file, y: y),
+    "output": ("MatMul", lambda file, y: y),
+    "output, of a norm": ("Mul", normed),
+    "output, of its own size": ("Reshape", lambda file, y: file.node("Reshape", y, file.node("Shape", y))),
+}
+
+
+@pytest.mark.parametrize("by", APART)
 def test_a_result_that_is_read_beside_the_sum_is_told(by):
     file, kept = File(), []
+    maker, behind = APART[by]
 
     def expert(x, e):
-        kept.append(file.expert(x, f"experts.{e}"))
+        kept.append(behind(file, file.expert(x, f"experts.{e}")))
         return kept[-1]
 
     total = file.dense(expert)
@@ -338,8 +353,8 @@ def test_a_result_that_is_read_beside_the_sum_is_told(by):
     reader = next(n.name for n in file.nodes if n.op_type == "Mul" and kept[1] in n.input)
     apart = f"the node {makers[beside]!r} (Tanh)" if by == "node" else "the graph as an output"
     assert said.startswith(
-        f"the result of one of its experts (the node {makers[kept[1]]!r}, MatMul) is read by the node {reader!r} (Mul) "
-        f"and by {apart}, and the op gives the sum of the experts alone: export the model without what reads an expert"
+        f"the result of one of its experts (the node {makers[kept[1]]!r}, {maker}) is read by the node {reader!r} "
+        f"(Mul) and by {apart}, and the op gives the sum of the experts alone: export the model without what reads an"
     )
 
 
