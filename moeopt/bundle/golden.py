@@ -1,8 +1,9 @@
 """Golden runs: inputs and results that travel with a bundle, and their check where it is deployed.
 
-The results are those of the engine that was saved, so on the machine that saved it they come back bit for bit. Another
-machine adds in another order. The budget for that is stated by whoever saved the bundle, from the rounding that was
-measured then; 8 eps of the result's dtype, the slack of every comparison in moeopt, where nobody did.
+The results are those of the engine that was saved, or of the model that a torch bundle's graph was made of. Another
+machine, another session and another form of a graph add in another order. The budget for that is stated by whoever
+saved the bundle, from the rounding that was measured then; 8 eps of the result's dtype, the slack of every comparison
+in moeopt, where nobody did.
 
 That budget is of a token: a row of as many numbers as a product of the model has results. A recurrent state has no
 such rows. In that of Mamba each is one number of a channel times a vector, and in that of a convolution the last
