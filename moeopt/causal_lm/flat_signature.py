@@ -156,6 +156,12 @@ def flat_calls(caller: PyObject, ids_BS: Tensor) -> list[dict[str, Tensor]]:
     return [prompt, alone, padded]
 
 
+def state_results(signature: Mapping[str, Any]) -> list[int]:
+    """Which results, in a language model's flat signature, are recurrent states, and no keys or values."""
+    states = {at["output"] for layer in signature[KEY]["cache"] for at in layer.values() if "shape" in at}
+    return [number for number, output in enumerate(signature["outputs"]) if output.get("onnx") in states]
+
+
 def _dim(dim: PyObject) -> int | str | None:
     """A number, a free size's name, or None for an expression."""
     word = str(getattr(dim, "value", dim))

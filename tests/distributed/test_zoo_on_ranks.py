@@ -1,4 +1,7 @@
-"""Every rewritten zoo model on two ranks that share its tokens: the outputs of one process, in bits under ``exact``."""
+"""Every rewritten zoo model on two ranks that share its tokens: the outputs of one process, in bits under ``exact``.
+
+Not in bits in float64: PyTorch's products, which may be quickest there, round a row by how many stand beside it.
+"""
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import moeopt
 import moeopt.distributed
 from tests.distributed.ranks import run_ranks
-from tests.helpers import assert_same, run
+from tests.helpers import assert_same, run, tensors
 from tests.zoo import CASES
 
 NAMES = sorted(name for name in CASES if CASES[name].expect == "rewritten")
@@ -30,7 +33,9 @@ def on_ranks(rank, size, names, exact):
             found[name] = str(err)
             continue
         for i in range(2):
-            assert_same(run(d, case.fresh(i)), run(opt, case.fresh(i)), exact=exact)
+            want = run(opt, case.fresh(i))
+            double = any(t.dtype == torch.float64 for t in tensors(want))
+            assert_same(run(d, case.fresh(i)), want, exact=exact and not double)
         found[name] = ""
     return found
 

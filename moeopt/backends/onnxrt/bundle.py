@@ -252,7 +252,7 @@ def replay_golden(engine: GraphEngine, limits: LoadLimits = DEFAULT) -> goldens.
         return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.cpu(), result)
 
     with engine.within(limits.seconds_for(manifest.bytes)):
-        return goldens.check_golden(run, runs, distance)
+        return goldens.check_golden(run, runs, distance, engine.states)
 
 
 def _open(

@@ -24,7 +24,7 @@ from moeopt.bundle.resident import Residency
 from moeopt.bundle.resident_file import ResidentFile
 from moeopt.bundle.temp_folder import TemporaryFolder
 from moeopt.bundle.tree import build, check_tree
-from moeopt.causal_lm.flat_signature import checker
+from moeopt.causal_lm.flat_signature import checker, state_results
 from moeopt.causal_lm.runner import CausalLM
 from moeopt.errors import BundleError, UsageError
 from moeopt.value_types import JsonValue, PyObject
@@ -38,6 +38,7 @@ class GraphEngine(BundledEngine):
         provider: what really runs it.
         device: where its results are.
         causal_lm: what calls and generates as a causal language model does, or None for any other model.
+        states: the numbers of the graph's results that are recurrent states.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class GraphEngine(BundledEngine):
             raise BundleError(f"the graph takes {self.session.inputs}, and the signature gives {list(self._feeds)}")
         caller = signature.get(KEY)
         self.causal_lm = None if caller is None else CausalLM(self.session, caller, checker(caller))
+        self.states = frozenset(() if caller is None else state_results(signature))
 
     runtime = "ONNX Runtime"
 

@@ -13,10 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moeopt.backends.onnxrt.custom_op import register
 from moeopt.backends.onnxrt.engine import GraphEngine
-from moeopt.backends.onnxrt.providers import runtime
-from moeopt.backends.onnxrt.session import NATIVE, Session, no_change
+from moeopt.backends.onnxrt.shaken import session_beside
 from moeopt.ir.specs import ExpertsSpec
 from moeopt.ops.expert_weights import ExpertWeights
 from moeopt.ops.override import override_experts_impl
@@ -83,13 +81,7 @@ def ids_of_engine(engine: GraphEngine, graph: str, records: Records, call: CallA
         del proto.graph.output[:]
         ends = dict.fromkeys(n for n in names if n not in {i.name for i in proto.graph.input})
         proto.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.INT64, None) for n in ends)
-        options = runtime().SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        folder = os.fspath(engine.directory.resolve())
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        prepare = register if graph == NATIVE else no_change
-        session = Session(proto.SerializeToString(), engine.provider, options, prepare=prepare)
+        session = session_beside(engine, proto, graph)
         given = {name: feeds[name] for name in session.inputs}
         results = dict(zip(session.outputs, session.run(given), strict=True)) | feeds
     return {str(record["name"]): results[name].cpu() for record, name in zip(records, names, strict=True)}

@@ -1,8 +1,9 @@
 """The golden runs of an ONNX Runtime engine: the call it was made with, and the same call in other sizes.
 
-Another provider rounds otherwise. What it may differ by is the budget that the engine itself was held to end to
-end: what one rounding error in each block moves the result by. A run that moves further when its own inputs move
-by one rounding error has an expert choice on the edge; it would say nothing of the machine, and is left out.
+Another provider rounds otherwise, and so does another session on the same machine: one whose weights were not packed,
+or of the plain graph. What it may differ by is the budget that the engine itself was held to end to end: what one
+rounding error in each block moves the result by. A run that moves further when each of its products is rounded
+otherwise has an expert choice on the edge; it would say nothing of the machine, and is left out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moeopt.backends.onnxrt.engine import GraphEngine
+from moeopt.backends.onnxrt.shaken import shaken
 from moeopt.bundle.caches import result_leaves
 from moeopt.bundle.golden import SLACK, Golden, compare, golden_run
 from moeopt.capture.tree import ArgsKwargs
@@ -35,34 +37,34 @@ def budget_of(certificate: PyObject) -> tuple[float | None, str]:
 
 def golden_runs(engine: GraphEngine, calls: Sequence[ArgsKwargs], distance: float | None) -> list[Golden]:
     """What ``engine`` makes of each call, those without a margin left out unless none is left."""
-    runs, steady = [], []
+    runs = []
     for number, (args, kwargs) in enumerate(calls):
         try:
-            run = golden_run(args, kwargs, engine.run_graph(*args, **kwargs))
+            runs.append(golden_run(args, kwargs, engine.run_graph(*args, **kwargs)))
         except Exception:
             if number == 0:
                 raise
             continue  # a size that the model cannot take
-        runs.append(run)
-        if _has_margin(engine, run, distance):
-            steady.append(run)
+    with shaken(engine) as inside:
+        steady = [run for run in runs if _has_margin(engine, run, distance, inside)]
     return steady or runs[:1]
 
 
-def _has_margin(engine: GraphEngine, run: Golden, distance: float | None) -> bool:
+def _has_margin(engine: GraphEngine, run: Golden, distance: float | None, inside: bool) -> bool:
+    """Whether rounding, ``inside`` the engine or of the inputs, moves all results less than they may differ."""
     generator = torch.Generator().manual_seed(0)
 
     def nudged(value: PyObject) -> PyObject:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if inside or not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         noise = torch.randn(value.shape, generator=generator, dtype=torch.float32)
         return (value.double() * (1 + torch.finfo(value.dtype).eps * noise)).to(value.dtype)
 
     for _ in range(NUDGES):
         outputs = result_leaves(engine.run_flat([nudged(v) for v in run.inputs]))
-        for got, want in zip(outputs, run.outputs, strict=True):
+        for number, (got, want) in enumerate(zip(outputs, run.outputs, strict=True)):
             inexact = isinstance(want, Tensor) and want.is_floating_point()
-            far, reason = compare(got.cpu() if isinstance(got, Tensor) else got, want)
+            far, reason = compare(got.cpu() if isinstance(got, Tensor) else got, want, number in engine.states)
             if reason or far > (distance or (SLACK * torch.finfo(want.dtype).eps if inexact else 0.0)):
                 return False
     return True
