@@ -36,7 +36,7 @@ ZOO = {
     },
     "Experts whose rows depend on one another": {
         "declined_attention_experts": "or mix their tokens by it",
-        "strange_batch_statistics": "depends on the whole batch",
+        "strange_batch_statistics": "mean works across rows",
     },
     "Functions of a row that PyTorch would run no quicker": {
         "act_sine": "two matmuls with sin, a function of a row that no grouped kernel has",
