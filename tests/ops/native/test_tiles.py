@@ -152,7 +152,7 @@ def compiled(tmp_path, body):
     """A library of this interface that does what ``body`` says, whatever it is asked."""
     (tmp_path / "made.c").write_text(
         f"#include <stdint.h>\nint64_t moeopt_abi(void) {{ return {library.ABI}; }}\n"
-        f"int64_t moeopt_isas(void) {{ return {body.get('isas', 63)}; }}\n"
+        f"int64_t moeopt_isas(void) {{ return {body.get('isas', sum(compile.ISAS.values()))}; }}\n"
         f"int64_t moeopt_tiles(void) {{ return {body.get('tiles', 0)}; }}\n"
         f"int64_t moeopt_experts(const void *call) {{ {body.get('experts', 'return 0;')} }}\n"
     )
