@@ -1,8 +1,8 @@
-"""A list of names in a sentence."""
+"""Lists of names in a sentence."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 def listed(names: Iterable[object], most: int = 3) -> str:
@@ -10,3 +10,9 @@ def listed(names: Iterable[object], most: int = 3) -> str:
     all_names = [str(name) for name in names]
     more = f" and {len(all_names) - most} more" if len(all_names) > most else ""
     return ", ".join(all_names[:most]) + more
+
+
+def arguments(positional: Collection[object], named: Iterable[str]) -> str:
+    """The arguments of a call as its caller gave them: ``2 by position, mask``; ``nothing``."""
+    count = [f"{len(positional)} by position"] if positional else []
+    return ", ".join([*count, *sorted(named)]) or "nothing"

@@ -12,6 +12,7 @@ from moeopt.bundle import values
 from moeopt.bundle.shape_guards import check_conditions, read_conditions
 from moeopt.bundle.tree import check_tree, flatten
 from moeopt.errors import BundleError, UsageError
+from moeopt.listed import arguments
 from moeopt.value_types import JsonValue, PyObject
 
 NUMBERS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
@@ -55,8 +56,7 @@ class Binding:
             return args, kwargs
         named = dict(zip(self.parameters, args, strict=False))
         if len(args) > len(self.parameters) or set(named) & set(kwargs) or len(self.parameters) != count + len(keys):
-            given = ", ".join([*[f"{len(args)} by position"] * bool(args), *sorted(kwargs)])
-            raise UsageError(f"the bundle takes {self._takes()}; it was given {given}")
+            raise UsageError(f"the bundle takes {self._takes()}; it was given {arguments(args, kwargs)}")
         named |= kwargs
         leaves = dict(zip(self.parameters, self._one_leaf_each(), strict=True))
         for name, entry in leaves.items():

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moeopt.errors import Declined, MoeoptError, UsageError
+from moeopt.listed import arguments
 from moeopt.onnx_in.coded_nodes import CodedConstants
 from moeopt.onnx_in.cuts import GraphRegion
 from moeopt.onnx_in.ends import graph_inputs
@@ -56,8 +57,7 @@ class InterpretedFile(InterpretedGraph):
     def forward(self, *values: Tensor, **named: Tensor) -> PyObject:
         given = dict(zip(self.names, values, strict=False)) | named
         if len(values) + len(named) != len(self.names) or set(given) != set(self.names):
-            got = ", ".join([*[f"{len(values)} by position"] * bool(values), *sorted(named)]) or "nothing"
-            raise UsageError(f"the graph takes {', '.join(self.names)}; it was given {got}")
+            raise UsageError(f"the graph takes {', '.join(self.names)}; it was given {arguments(values, named)}")
         return super().forward(*(given[name] for name in self.names))
 
     def _run_step(self, step: NodeStep, inputs: Sequence[Any]) -> Sequence[Any]:

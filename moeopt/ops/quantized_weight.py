@@ -143,7 +143,7 @@ def zeros_beyond(zeros: Tensor, format: WeightFormat) -> str:
 
 
 def code_values(codes: Tensor, format: WeightFormat, columns: int, dtype: torch.dtype) -> Tensor:
-    """What codes mean, without zero points and scales: (R, columns) in ``dtype``, a new tensor."""
+    """What codes mean, without zero points and scales: (R, columns) in ``dtype``, float32 or float64; a new tensor."""
     if not format.packed:
         return codes.to(dtype, copy=True)
     table = _nibbles(format.codes, format.packing, dtype, codes.device)

@@ -21,6 +21,7 @@ from torch.nn.modules import module as nn_module
 
 from moeopt.capture.tree import tree_leaves
 from moeopt.capture.user_modes import active_user_mode
+from moeopt.listed import arguments
 from moeopt.rewrite.known_sizes import KnownSizes
 from moeopt.value_types import PyObject
 
@@ -66,8 +67,7 @@ def bind(
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as err:  # Python's own words name what is missing, and not what was given for it
-        given = [*[f"{len(args)} by position"] * bool(args), *sorted(kwargs)]
-        raise TypeError(f"{err}: forward takes {signature}, and was given {', '.join(given) or 'nothing'}") from None
+        raise TypeError(f"{err}: forward takes {signature}, and was given {arguments(args, kwargs)}") from None
     bound.apply_defaults()
     return BoundArguments(tuple(bound.arguments), tuple([spell(v) for v in bound.arguments.values()]))
 
