@@ -35,7 +35,7 @@ from moeopt.rewrite.original_calls import OriginalCalls, original_calls_of
 from moeopt.verification.gradients import hooks_of
 from moeopt.verification.state import RestoreState, in_mode
 
-NEAR = {1: range(1, 2), 8: range(2, 17), 64: range(17, 129), 512: range(129, 513)}
+NEAR = {1: range(1, 2), 8: range(2, 17), 64: range(17, 129), 256: range(129, 321), 512: range(321, 513)}
 """The numbers of tokens that are timed, and those for which each stands. Longer prompts run the rewritten code, because
 an original may hold the outputs of all experts for each token in memory."""
 LARGEST = 1 << 24
@@ -83,7 +83,11 @@ def choose_original_calls(model: nn.Module, outcome: PipelineResult) -> list[str
 
 
 def _in_words(slower: tuple[int, ...]) -> str:
-    ranges = [NEAR[tokens] for tokens in slower]
+    ranges = list[range]()
+    for near in (NEAR[tokens] for tokens in slower):
+        if ranges and ranges[-1].stop == near.start:
+            near = range(ranges.pop().start, near.stop)
+        ranges.append(near)
     parts = [f"{r[0]} to {r[-1]}" if len(r) > 1 else str(r[0]) for r in ranges]
     return f"{', '.join(parts[:-1])}{' and ' if len(parts) > 1 else ''}{parts[-1]} token{'s' * (slower != (1,))}"
 

@@ -93,7 +93,7 @@ def test_calls_whose_gradients_are_recorded_are_asked_by_themselves(slower_at):
     notes = [n.split(" are left")[0] for n in opt.report.notes if "own code" in n]
     assert notes == [
         "calls of 2 to 16 tokens under torch.no_grad()", "calls of 17 to 128 tokens outside of torch.no_grad()",
-        "calls of 129 to 512 tokens in training",
+        "calls of 321 to 512 tokens in training",
     ]  # fmt: skip
 
 
@@ -138,7 +138,9 @@ def test_hooks_on_gradients_are_run_by_no_timing(slower_at, hook):
 
 def test_the_note_names_every_range(slower_at):
     slower_at(1, 8, 512)
-    assert any(n.startswith("calls of 1, 2 to 16 and 129 to 512 tokens are") for n in optimized().report.notes)
+    assert any(n.startswith("calls of 1 to 16 and 321 to 512 tokens are") for n in optimized().report.notes)
+    slower_at(1, 64, 256)
+    assert any(n.startswith("calls of 1 and 17 to 320 tokens are") for n in optimized().report.notes)
     slower_at(1)
     assert any(n.startswith("calls of 1 token are") for n in optimized().report.notes)
 
@@ -155,7 +157,7 @@ def test_nothing_is_left_where_nothing_may_be_measured_and_ties_are_rewritten(sl
     asked = []
     slower_at(asked=asked)
     opt = optimized()
-    assert asked == [1, 8, 64, 512]
+    assert asked == [1, 8, 64, 256, 512]
     assert rewritten_forward(opt.model).original_calls is None and not any("own code" in n for n in opt.report.notes)
 
 
@@ -369,7 +371,13 @@ def test_a_block_on_a_gpu_is_asked_about_on_that_gpu_and_at_its_sizes(monkeypatc
     question = forward, ((x(24),), {}), OriginalCalls("x", D), quicker_original.PLAIN
     assert quicker_original._slower(*question) == [] and not asked
     monkeypatch.setattr(quicker_original, "_device", lambda held: gpu)
-    assert quicker_original._slower(*question) == [1, 8, 64, 512] and asked == [(n, gpu) for n in (1, 8, 64, 512)]
+    assert quicker_original._slower(*question) == list(quicker_original.NEAR)
+    assert asked == [(n, gpu) for n in quicker_original.NEAR]
+
+
+def test_each_number_of_tokens_up_to_the_longest_stands_near_one_that_is_timed():
+    covered = [count for near in quicker_original.NEAR.values() for count in near]
+    assert covered == list(range(1, 513)) and all(n in near for n, near in quicker_original.NEAR.items())
 
 
 def test_tensors_of_one_cpu_or_gpu_have_a_clock():

@@ -15,7 +15,7 @@ from moeopt.ops.expert_weights import ExpertWeights, StackedExpertWeights
 from moeopt.ops.kernels import every_expert
 from moeopt.ops.kernels.cpu import experts_cpu
 from moeopt.ops.kernels.few_calls import listed
-from moeopt.ops.kernels.gemm import LARGE, power_of_two
+from moeopt.ops.kernels.gemm import LARGE, MOST_ROWS, power_of_two
 from moeopt.ops.measured import Way, fastest
 from moeopt.ops.native.again import again, call
 from moeopt.ops.native.call import transformed
@@ -34,8 +34,21 @@ MOST_EXPERTS = 8
 EveryWay = Literal["native", "torch", "neurons"]
 """The kernel in C++, torch's matmuls one expert after the other, or ``kernels.every_expert``."""
 
-WORK = 1 << 24
-"""Multiply-adds of one product of one measured call: a few milliseconds."""
+WORK = 1 << 25
+"""Multiply-adds of one product of one measured call, where every expert takes every row: a few milliseconds."""
+
+LARGE_WORK = 1 << 24
+"""The same where experts are large; one of small weights has at most four times as many."""
+
+MANY_ROWS = 16
+"""Rows of an expert from which the sizes of small weights are asked about: the ends of a product's sums count there."""
+
+SMALL_SIZES = 64, 1024
+"""Sizes of small weights are told apart between these."""
+
+LARGE_ADVANTAGE, SMALL_ADVANTAGE = 1.03, 1.1
+"""How many times as fast torch's matmuls must be. A model's own small matrices and biases, which they read one by one,
+take a tenth of their time; what is measured has neither."""
 
 
 def experts_on_cpu(
@@ -108,8 +121,20 @@ def quantized_on_cpu(
 
 def _is_faster(native: Library, x: Tensor, ids: Tensor, bank: ExpertWeights, spec: ExpertsSpec) -> bool:
     dtype, numel = _w_out_kind(bank)
-    rows = _rows(ids.numel(), bank.num_experts)
-    return _native(native, rows, spec, x.dtype, dtype, numel >= LARGE // 4, torch.get_num_threads())
+    rows, H = _rows(ids.numel(), bank.num_experts), x.shape[1]
+    sizes = None if numel >= LARGE // 4 else (256, 256) if rows < MANY_ROWS else (_small(H), _small(numel // max(1, H)))
+    return _native(native, rows, spec, x.dtype, dtype, sizes, torch.get_num_threads())
+
+
+def _small(size: int) -> int:
+    least, most = SMALL_SIZES
+    return _two_steps(min(max(size, least), most))
+
+
+def _two_steps(number: int) -> int:
+    """The nearest of the numbers of which each doubling has two: 16, 24, 32, 48, 64 and so on."""
+    step = 1 << (number.bit_length() - 2)
+    return round(number / step) * step
 
 
 def _w_out_kind(bank: ExpertWeights) -> tuple[torch.dtype, int]:
@@ -134,23 +159,27 @@ def _way_for_every(
 
 @functools.lru_cache(maxsize=4096)
 def _rows(N: int, E: int) -> int:
-    """How many rows an expert has of N pairs, where chance chooses: a power of two."""
+    """About how many rows an expert has of N pairs, where chance chooses."""
     hit = E * (1 - (1 - 1 / E) ** N)
-    return power_of_two(max(1, round(N / hit)))
+    rows = max(1, round(N / hit))
+    return power_of_two(rows) if rows < MANY_ROWS else min(_two_steps(rows), MOST_ROWS)
 
 
 @functools.cache
 def _native(
-    native: Library, rows: int, spec: ExpertsSpec, x: torch.dtype, w: torch.dtype, large: bool, threads: int
-) -> bool:
+    native: Library, rows: int, spec: ExpertsSpec, x: torch.dtype, w: torch.dtype, sizes: tuple[int, int] | None,
+    threads: int,
+) -> bool:  # fmt: skip
+    """``sizes``: about the H and I of small weights; None for large ones, which come from memory."""
     del threads  # a part of the machine that the answer is for
     compute = spec.compute_dtype or str(x).removeprefix("torch.")
     question = (
         f"experts of {rows} rows, {compute}, W {str(w).removeprefix('torch.')} {spec.w_in_layout} {spec.w_out_layout}, "
-        f"{'gated' if spec.gated else 'plain'}, {'large' if large else 'small'}, {native.isa}"
+        f"{'gated' if spec.gated else 'plain'}, {'large' if sizes is None else 'x'.join(map(str, sizes))}, {native.isa}"
     )
     try:
-        return fastest(question, lambda: _ways(native, rows, spec, x, w, large), "native", advantage=1.03) == "native"
+        advantage = LARGE_ADVANTAGE if sizes is None else SMALL_ADVANTAGE
+        return fastest(question, lambda: _ways(native, rows, spec, x, w, sizes), "native", advantage) == "native"
     except Unfit:  # float64, an activation: what has no answer is not to be measured at each call
         return False
 
@@ -176,7 +205,7 @@ def _of_every(
     ways = functools.partial(_every_ways, native, sizes, experts, spec, x, w, neurons)
     default: EveryWay = "torch" if native is None else "native"
     try:
-        return fastest(question, ways, default, advantage=1.03)  # type: ignore[return-value]
+        return fastest(question, ways, default, LARGE_ADVANTAGE)  # type: ignore[return-value]
     except Unfit:  # the kernel does not take it: asked without it
         return _of_every(None, sizes, experts, spec, x, w, neurons, threads)
 
@@ -187,8 +216,8 @@ def _every_ways(
 ) -> dict[str, Way]:  # fmt: skip
     """As many experts of those sizes, or of as many neurons as take a few milliseconds."""
     T, H, I = sizes
-    E = max(2, min(experts, 2 * WORK // (T * H * I))) if experts > 1 else 1
-    bank = _bank(E, H, max(64, min(I, WORK // (T * H))), spec, w)
+    E = max(2, min(experts, WORK // (T * H * I))) if experts > 1 else 1
+    bank = _bank(E, H, max(64, min(I, WORK // (2 * T * H))), spec, w)
     x_TH, weights_TE = torch.full((T, H), 0.5, dtype=x), torch.full((T, E), 0.5, dtype=x)
     ids_TE = every_ids(T, E)
     ways: dict[str, Way] = {"torch": lambda: experts_cpu(x_TH, ids_TE, weights_TE, bank, spec)}
@@ -207,14 +236,15 @@ def _bank(E: int, H: int, I: int, spec: ExpertsSpec, w: torch.dtype) -> StackedE
     return StackedExpertWeights([matrix(n, H, spec.w_in_layout) for n in widths], matrix(H, I, spec.w_out_layout))
 
 
-def _ways(native: Library, rows: int, spec: ExpertsSpec, x: torch.dtype, w: torch.dtype, large: bool) -> dict[str, Way]:
-    """Two experts that every token goes to, of the spec's function and of weights of that size class.
+def _ways(
+    native: Library, rows: int, spec: ExpertsSpec, x: torch.dtype, w: torch.dtype, sizes: tuple[int, int] | None
+) -> dict[str, Way]:
+    """Two experts that every token goes to, of the spec's function and of weights of those sizes, None: of large ones.
 
-    For few rows the reading of the weights is what counts, so each call takes two others of them, from memory.
+    For few rows the reading of large weights is what counts, so each call takes two others of them, from memory.
     """
-    few = large and rows <= 4
-    H = 2048 if few else 1024 if large else 256
-    I = 1536 if few else max(64, min(H, WORK // (rows * H)))
+    few = sizes is None and rows <= 4
+    H, I = sizes or ((2048, 1536) if few else (1024, max(64, min(1024, LARGE_WORK // (1024 * rows)))))
     E = 4 if few else 2
     bank = _bank(E, H, I, spec, w)
     x_TH, weights_TK = torch.full((rows, H), 0.5, dtype=x), torch.full((rows, 2), 0.5, dtype=x)

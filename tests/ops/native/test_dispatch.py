@@ -11,6 +11,7 @@ from moeopt.ops.native import dispatch, library
 from moeopt.ops.native.call import encode_spec
 from moeopt.ops.unfit import Unfit
 from tests.ops.cases import make
+from tests.ops.native.blocks import Sizes, random_block
 
 
 @pytest.fixture
@@ -68,7 +69,31 @@ def test_both_ways_of_the_measurement_compute_the_same(taken, monkeypatch):
                 experts(*make(spec, T=T, dtype=torch.bfloat16).args)
     finally:
         dispatch._native.cache_clear()
-    assert len(asked) == 9 and "experts of 256 rows, bfloat16, W bfloat16 oi oi, gated, small, " in " ".join(asked)
+    assert len(asked) == 9 and "experts of 128 rows, bfloat16, W bfloat16 oi oi, gated, 64x64, " in " ".join(asked)
+
+
+def test_many_rows_of_small_weights_are_asked_about_with_their_sizes(taken, monkeypatch):
+    """Where a product is short, the ends of its sums decide: one answer for all small sizes made some blocks slower."""
+    asked, advantages = [], []
+
+    def fastest(question, ways, default, advantage):
+        asked.append(question.split("gated, ")[1].split(",")[0])
+        advantages.append(advantage)
+        for way in ways().values():
+            way()
+        return default
+
+    monkeypatch.setattr(dispatch, "fastest", fastest)
+    dispatch._native.cache_clear()
+    try:
+        for T, sizes in ((300, (384, 200)), (2, (384, 200)), (2, (96, 100)), (300, (90, 2000)), (300, (600, 600))):
+            block = random_block(ExpertsSpec(), Sizes(T, 2, 4, *sizes, sizes[0]), torch.bfloat16)
+            with torch.no_grad():
+                experts(*block)
+    finally:
+        dispatch._native.cache_clear()
+    assert asked == ["384x192", "256x256", "96x1024", "large"]
+    assert advantages == [dispatch.SMALL_ADVANTAGE] * 3 + [dispatch.LARGE_ADVANTAGE]
 
 
 def every(T, dtype, stacked=True, E=3):

@@ -13,6 +13,7 @@
 #include "pool.h"
 #include "run.h"
 #include "team.h"
+#include "workspace.h"
 
 namespace {
 
@@ -20,15 +21,6 @@ constexpr int64_t MOST_ROWS = 256;                 // of a segment
 constexpr int64_t MOST_HIDDEN = 64 << 20;          // bytes of hidden rows that are alive at once
 constexpr int64_t FEW_PRODUCTS = 1 << 18;          // multiply-adds below which a thread is not worth waking
 constexpr int64_t GATHERED = 16, COMBINED = 4;     // rows, tokens of one task
-
-struct Free { void operator()(void *p) const { free(p); } };
-template <class T> using Buffer = std::unique_ptr<T, Free>;
-
-void *allocate(int64_t bytes) {
-  void *p = aligned_alloc(64, (std::max<int64_t>(bytes, 1) + 4095) / 4096 * 4096);
-  if (!p) throw std::bad_alloc();
-  return p;
-}
 
 struct Wrong {};  // a size, dtype or index that has no meaning
 
@@ -100,8 +92,7 @@ struct Plan {
   std::vector<Segment> segments;
   std::vector<moeopt_expert> experts;
   std::vector<int64_t> batches;  // first segment of each batch, and the number of segments
-  Buffer<void> r, h;
-  Buffer<float> o;
+  Workspace r, h, o;
   int64_t products = 0, size = 4;  // size: bytes of a number that is kept between
 
   Plan(const moeopt_call &call, const Kernels &kernels) : c(call), k(kernels) {
@@ -122,11 +113,11 @@ struct Plan {
     for (Segment &seg : segments) seg.x.ld = job.step / bytes(seg.x);
     job.ldo = padded(c.D, size);
     place_hidden();
-    r.reset(allocate(rows * job.step));
-    o.reset((float *)allocate(rows * job.ldo * size));
+    r = Workspace(rows * job.step);
+    o = Workspace(rows * job.ldo * size);
     job.token = token.data(), job.slot = slot.data(), job.segment_of = segment_of.data();
     job.row_of = row_of.data(), job.order = order.data(), job.segments = segments.data();
-    job.r = r.get(), job.h = h.get(), job.o = o.get();
+    job.r = r.data(), job.h = h.data(), job.o = (float *)o.data();
   }
 
   // rows are rounded once, for what is 0 among the codes that they meet: all experts have the same
@@ -214,7 +205,7 @@ struct Plan {
       s.h = at, at += own, most = std::max(most, at);
     }
     batches.push_back((int64_t)segments.size());
-    h.reset(allocate(most));
+    h = Workspace(most);
   }
 
   std::vector<int64_t> ends;
@@ -230,12 +221,12 @@ struct Work {
   const Plan &plan;
   std::vector<Stage> stages;
   std::unique_ptr<std::atomic<int64_t>[]> next;
-  std::vector<Buffer<float>> scratch;
+  std::vector<Workspace> scratch;
   std::unique_ptr<Progress[]> progress;
 
   explicit Work(const Plan &p, int64_t threads) : plan(p) {
     const moeopt_call &c = p.c;
-    for (int64_t i = 0; i < threads; i++) scratch.emplace_back((float *)allocate(4 * std::max(p.k.scratch, c.K)));
+    for (int64_t i = 0; i < threads; i++) scratch.emplace_back(4 * std::max(p.k.scratch, c.K));
     stages.push_back({Stage::GATHER, (p.job.rows + GATHERED - 1) / GATHERED, 0, 0, {}});
     for (size_t b = 0; b + 1 < p.batches.size(); b++)
       for (Stage::Kind kind : {Stage::HIDDEN, Stage::OUTPUT}) {
@@ -292,7 +283,7 @@ struct Work {
   int64_t drain(size_t s, int64_t me) {
     int64_t mine = 0;
     for (int64_t t; (t = next[s].fetch_add(1, std::memory_order_relaxed)) < stages[s].tasks; mine++)
-      task(stages[s], t, scratch[me].get());
+      task(stages[s], t, (float *)scratch[me].data());
     return mine;
   }
 
