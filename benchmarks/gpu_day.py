@@ -73,7 +73,8 @@ def _run(step: str, device: str, results: list[dict[str, object]]) -> int | str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMITS[step], env=env)
         text, errors, code = done.stdout, done.stderr, done.returncode
     except subprocess.TimeoutExpired as err:
-        text, errors = ((out or b"").decode() for out in (err.stdout, err.stderr))
+        # bytes, also of a process whose output is text; the limit may fall within a character
+        text, errors = ((out or b"").decode(errors="replace") for out in (err.stdout, err.stderr))
         code = f"stopped after {LIMITS[step]} s"
     found = [json.loads(line[len(MARK) :]) for line in text.splitlines() if line.startswith(MARK)]
     results += found

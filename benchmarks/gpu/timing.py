@@ -57,9 +57,15 @@ def _scratch() -> torch.Tensor:
 
 
 def in_a_graph(device: str, call: Callable[[], Any]) -> float | str | None:
-    """Microseconds of the call's replay as a CUDA graph, or why it can't be captured."""
+    """Microseconds of the call's replay as a CUDA graph, or why it can't be captured.
+
+    A call that waits for the GPU is not tried: a capture that breaks off leaves PyTorch's own random generator in the
+    capture, and whatever draws a number after that in this process is an error.
+    """
     if device == "cpu":
         return None
+    if waiting := waits(device, call):
+        return f"not tried, for it waits: {waiting}"
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

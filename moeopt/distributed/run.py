@@ -13,7 +13,7 @@ from torch import nn
 from moeopt.backends.base import Made
 from moeopt.bundle.mapped_file import give_back
 from moeopt.capture.shared_copy import shared_copy
-from moeopt.distributed.agreement import agree
+from moeopt.distributed.agreement import agree, tensors_of
 from moeopt.distributed.channel import BytesSent, Channel
 from moeopt.distributed.dispatch import DispatchForm
 from moeopt.distributed.from_directory import DirectoryCall, optimized_directory
@@ -96,21 +96,18 @@ def _distributed(
     placement: PyObject, tokens: str, exact: bool, timeout: float,
 ) -> DistributedOptimized:  # fmt: skip
     """:func:`distribute` with arguments that were checked; ``path`` is that of a directory."""
-    with contextlib.ExitStack() as told:
-        if path is not None:  # ranks that read for hours see each other
-            channel = Channel(where.ranks, where.backend, timeout, where.mesh.device_type)
-            told.enter_context(_told_to_others(channel))
+    channel = Channel(where.ranks, where.backend, timeout, where.mesh.device_type)
+    with _told_to_others(channel):  # also what one rank alone refuses; ranks that read for hours see each other
+        if path is not None:
             opt = optimized_directory(path, channel, call)
         assert isinstance(opt, Optimized)
+        _check_unchanged(opt, where.mesh.device_type)
         notes: list[str] = []
         twin = shared_copy(opt.model)
         without_original_calls(twin)  # it has all experts here, and each rank measured for itself
         ops = _ops_of(twin, opt, notes)
         placed, more = placements_of(placement, [(op.name, op.experts) for op in ops], len(where.ranks))
         notes += more
-        if path is None:
-            channel = Channel(where.ranks, where.backend, timeout, where.mesh.device_type)
-            told.enter_context(_told_to_others(channel))
         agree(channel, opt, twin, ops, placed, {"tokens": tokens, "exact": exact, "timeout": timeout})
         give_back()  # what comparing weights took, before this rank's own are laid beside it
         samples = sampled(twin, opt._call, ops)
@@ -161,15 +158,34 @@ def _check_optimized(opt: PyObject, call: DirectoryCall) -> None:
             "backend='torch' to distribute it"
         )
     refuse_divided(opt.model)
-    try:
-        check_as_verified(opt.model, "the ranks")
-    except NotSaveableError as err:
-        raise UsageError(str(err)) from None
     if call.given:
         raise UsageError(
             f"{call.given[0]}= is for a directory, and this model is optimised already: give it to moeopt.optimize, or "
             "leave it out"
         )
+
+
+def _check_unchanged(opt: Optimized, device: str) -> None:
+    """``UsageError`` where the model is not what was verified, or lies where ranks of ``device`` exchange nothing."""
+    model = opt.model
+    try:
+        check_as_verified(model, "the ranks")
+    except NotSaveableError as err:
+        raise UsageError(str(err)) from None
+    elsewhere = next(((n, t.device.type) for n, t in tensors_of(model) if t.device.type != device), None)
+    if elsewhere is None:
+        return
+    name, here = elsewhere
+    if here == "meta":
+        raise UsageError(
+            f"{name} of {type(model).__name__} is on the meta device (offloaded?) and has no values: load the whole "
+            "model, then optimise it; or give the checkpoint's directory, of which each rank reads its own experts"
+        )
+    raise UsageError(
+        f"{name} of {type(model).__name__} is on {here!r}, and the ranks of the mesh exchange tensors on {device!r}: "
+        f"give a mesh of the model's device, as init_device_mesh({here!r}, ...) makes it, or move the model before it "
+        "is optimised (device=)"
+    )
 
 
 def _ops_of(model: nn.Module, opt: Optimized, notes: list[str]) -> list[ExpertOp]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.bundle.mapped_file import give_back
+from moeopt.capture.failed_call import call_hint, in_short
 from moeopt.capture.tape import clone_inputs
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.distributed.agreement import digest_of_expert
@@ -60,7 +61,7 @@ def sampled(model: nn.Module, call: ArgsKwargs, ops: list[ExpertOp]) -> list[Sam
     """One call of ``model`` on its example, looked at.
 
     Raises:
-        UsageError: a block runs its original code on it.
+        UsageError: a block runs its original code on it, or the call fails: the model was changed since.
     """
     numbers = {id(op.bank): n for n, op in enumerate(ops)}
     seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -71,8 +72,11 @@ def sampled(model: nn.Module, call: ArgsKwargs, ops: list[ExpertOp]) -> list[Sam
             seen.setdefault(n, (x.detach().clone(), ids.clone(), weights.detach().clone()))
 
     args, kwargs = clone_inputs(call)
-    with torch.no_grad(), override_experts_impl(look), _inputs_seen(ops, inputs):
-        model(*args, **kwargs)
+    try:
+        with torch.no_grad(), override_experts_impl(look), _inputs_seen(ops, inputs):
+            model(*args, **kwargs)
+    except Exception as err:  # whatever the user's code raises on weights that were cast or moved
+        raise UsageError(_why_it_fails(model, call, ops, err)) from err
     samples = []
     for n, op in enumerate(ops):
         if n not in seen:
@@ -83,6 +87,15 @@ def sampled(model: nn.Module, call: ArgsKwargs, ops: list[ExpertOp]) -> list[Sam
         samples.append(_sample(op, *seen[n], inputs.get(id(op.module))))
         give_back()
     return samples
+
+
+def _why_it_fails(model: nn.Module, call: ArgsKwargs, ops: list[ExpertOp], err: Exception) -> str:
+    changed = next((f" ({op.name}: {op.forward.last_refusal})" for op in ops if op.forward.last_refusal), "")
+    return (
+        f"{type(model).__name__} cannot be distributed: it was changed after moeopt.optimize{changed}, and its example "
+        f"inputs fail ({in_short(err)}{call_hint(model, *call)}): change the model first (dtype=, device= of "
+        "moeopt.optimize do), then optimise it"
+    )
 
 
 @contextlib.contextmanager

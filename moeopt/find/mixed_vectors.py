@@ -47,7 +47,9 @@ def mixed_vectors(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
             if op_name(node) == "embedding" and home.parent is not None:  # a table in a module of its own
                 home = unread.tape.calls[home.parent]
             mixtures.setdefault((home.index, choice), {}).setdefault(path, node)
-    for (index, _), tables in mixtures.items():
+    for (index, choice), tables in mixtures.items():
+        if all(unread.named[path].dim() == 2 for path in tables) and _picks_matrices(unread, choice):
+            continue  # scales of their codes, biases: what the router picks is matrices
         call, first = unread.tape.calls[index], next(iter(tables.values()))
         count = len(unread.named[next(iter(tables))])
         place = unread.place(call, first.meta["index"], count, {id(unread.named[path]) for path in tables})
@@ -97,15 +99,31 @@ def _looked_up_table(unread: UnreadBlocks, node: fx.Node) -> tuple[str, fx.Node]
     table = unread.named.get(path)
     if table is None or table.dim() < 2 or len(node.meta["shape"]) < 2:
         return "", node
-    ids = node.all_input_nodes[1]
-    while moves_rows(ids) and ids.all_input_nodes and op_name(ids) not in _TOPS:
-        ids = ids.all_input_nodes[0]
+    ids = _choice_of(node.all_input_nodes[1])
     if op_name(ids) not in _TOPS or _among(ids) != len(table):
         return "", node
     if table.dim() > 2 and op_name(ids) != "topk":
         return "", node
     chosen_by = {leaf_of(unread.tape, n)[0] for n in ancestors([ids]) if not n.all_input_nodes}
     return ("", node) if path in chosen_by else (path, ids)  # nearest codes, tied embeddings: rows chosen by themselves
+
+
+def _choice_of(ids: fx.Node) -> fx.Node:
+    while moves_rows(ids) and ids.all_input_nodes and op_name(ids) not in _TOPS:
+        ids = ids.all_input_nodes[0]
+    return ids
+
+
+def _picks_matrices(unread: UnreadBlocks, choice: fx.Node) -> bool:
+    """Whether the same choice picks matrices too, of what is stored or is made of it (codes that become floats)."""
+    return any(
+        op_name(n) in ("index", "index_select")
+        and len(n.all_input_nodes) == 2
+        and len(n.all_input_nodes[0].meta.get("shape", ())) > 2
+        and _choice_of(n.all_input_nodes[1]) is choice
+        and not _of_input(n.all_input_nodes[0])
+        for n in unread.tape.nodes
+    )
 
 
 def _among(choice: fx.Node) -> int:

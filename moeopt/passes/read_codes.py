@@ -4,7 +4,8 @@
 
 The function of a row holds the dequantisation as calls. Where these give, bit for bit, the floats of a format of
 ``ir/weight_format``, and what is left is two products with a function of the op's between them, the op reads the
-module's own codes and scales, as views: nothing is copied, and no matrix is ever float as a whole.
+module's own codes and scales, as views: nothing is copied, and no matrix is ever float as a whole. A scale of each
+output that stands behind its product counts as one of the codes.
 
 Shapes     a weight (N out, K in) is codes of its size, or half of it, and a scale for each block
 Seen in    home-made quantised experts: int8 or packed 4-bit buffers and scales, made float in ``forward``

@@ -26,6 +26,7 @@ from moeopt.recognise.codes_in_slots import read_codes
 from moeopt.recognise.dense_ffn import DenseFFN, recognize_dense
 from moeopt.recognise.ffn_candidates import find_candidates
 from moeopt.recognise.gemm_sites import find_sites
+from moeopt.recognise.scales_after import scales_first
 from moeopt.value_types import PyObject
 
 _PRODUCTS = ("mm", "addmm", "linear")
@@ -36,7 +37,7 @@ _ROWS = 5
 @functools.lru_cache(maxsize=64)
 def coded_function(spec: RowFunction) -> CodedFunction | None:
     """``spec`` as the grouped op on codes; None where it is no such function."""
-    body = spec.body
+    body = scales_first(spec.body)
     if not any(dtype in CODES for dtype, _ in body.slots):
         return None
     operands = _operands(body)

@@ -18,7 +18,13 @@ from moeopt.recognise.gemm_sites import is_computed_weight, weight_and_operand
 from moeopt.recognise.named_obstacles import between_products, complex_products, named_obstacle
 from moeopt.recognise.product_of_all import one_product_of_all
 from moeopt.recognise.unnamed import Unnamed
-from moeopt.recognise.weights_for_rows import mixed_kernels, mixed_matrices, picked_matrices
+from moeopt.recognise.weights_for_rows import (
+    ONE_AT_A_TIME,
+    codes_of,
+    mixed_kernels,
+    mixed_matrices,
+    picked_matrices,
+)
 
 
 def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
@@ -67,10 +73,11 @@ def _computed_at_each_call(tape: Tape) -> Declined | None:
             if weight_and_operand(node, {}) is None:
                 alike.setdefault(tuple(read[0].meta["shape"]), []).append(node)
                 if picks_rows(read[1]) or len(alike[tuple(read[0].meta["shape"])]) > 1:
+                    coded = codes_of(read[0]) is not None
                     return Declined(
                         "its experts' weights are computed at each call (from integers and scales, from low-rank "
                         "factors, or from shared weights and own ones), and the op reads weights as they are stored; "
-                        "compute them once, and keep the results",
+                        + (ONE_AT_A_TIME if coded else "compute them once, and keep the results"),
                         node.meta.get("source", ""),
                     )
     return None

@@ -40,7 +40,7 @@ from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing_of_experts import with_frontier
 from moeopt.recognise.routing_types import NoIds
 from moeopt.recognise.token_rows import Tokens, match_tokens, token_readings
-from moeopt.recognise.weights_for_rows import single_neurons
+from moeopt.recognise.weights_for_rows import codes_for_rows, single_neurons
 
 _STAGES = (Stage.EXPERTS, Stage.FUNCTION, Stage.SUM, Stage.ROUTING, Stage.ROUTING)
 """By how many questions were answered before the attempt failed."""
@@ -111,7 +111,7 @@ def recognize(
 def _by_its_name(tape: Tape, best: Declined) -> Declined:
     """``best``, or what the code shows where that says no more than that a reading failed."""
     unsure = best.rank == Rank.READING or isinstance(best, (OtherFunction, SumsOfGates))
-    named = single_neurons(tape)
+    named = single_neurons(tape) or codes_for_rows(tape)
     if named is None and unsure:
         named = certain_obstacle(tape) or column_products(tape) or matrices_behind_one(tape)
     return named or best

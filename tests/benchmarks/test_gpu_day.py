@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import timing
 from benchmarks.gpu.table import rendered
 from benchmarks.gpu_day import CALL, HALVES, LIMITS
 
@@ -48,6 +49,14 @@ def test_a_language_model_is_timed_by_each_way(tmp_path):
     rows = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert [r["name"].split()[-1] for r in rows] == ["eager", "batched_mm", "grouped_mm", "moeopt"]
     assert all(r["ok"] and r["one token us"] > 0 for r in rows)
+
+
+def test_a_call_that_waits_is_not_captured(monkeypatch):
+    """Such a capture breaks off, and PyTorch's random generator stays in it: later steps could draw no number."""
+    monkeypatch.setattr(timing, "waits", lambda device, call: "called a synchronizing CUDA operation")
+    monkeypatch.setattr(timing.torch.cuda, "CUDAGraph", lambda: pytest.fail("it was captured"))
+    told = timing.in_a_graph("cuda", lambda: pytest.fail("it was called"))
+    assert told == "not tried, for it waits: called a synchronizing CUDA operation"
 
 
 def test_a_file_of_results_is_rendered_as_tables_and_failures_are_named():

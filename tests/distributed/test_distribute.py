@@ -295,6 +295,30 @@ def test_a_model_that_was_changed_after_it_was_optimised_is_refused(alone, chang
     assert told.endswith(", and the ranks would hold the old code: optimise the model again")
 
 
+@pytest.mark.filterwarnings("ignore::moeopt.errors.StaleModelWarning")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda opt: opt.model.bfloat16(), ("(Block: experts.0.w1.weight is torch.bfloat16 and was torch.float32)",
+                                            "x is float32 and the weights are bfloat16", "dtype=, device= of moeopt")),
+        (lambda opt: opt.model.experts.double(), ("(Block: experts.0.w1.weight is torch.float64", "example inputs")),
+        (lambda opt: opt.model.to("meta"), ("gate.weight of Block is on the meta device", "load the whole model")),
+    ],
+)  # fmt: skip
+def test_a_model_that_was_cast_or_moved_after_it_was_optimised_is_refused(alone, change, words):
+    opt = optimised()
+    change(opt)
+    with pytest.raises(moeopt.UsageError) as err:
+        moeopt.distribute(opt, alone)
+    assert all(word in str(err.value) for word in words), str(err.value)
+
+
+def test_a_mesh_of_another_device_than_the_models_is_refused(alone):
+    words = r"gate.weight of Block is on 'cpu', and .* on 'cuda': give a mesh .*init_device_mesh\('cpu', ...\).*device="
+    with pytest.raises(moeopt.UsageError, match=words):
+        moeopt.distribute(optimised(), DeviceMesh("cuda", [0]))
+
+
 def _dense():
     torch.manual_seed(0)
     return moeopt.optimize(torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.randn(2, 4), verify="off")

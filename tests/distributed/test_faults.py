@@ -93,6 +93,15 @@ def faults(rank: int, size: int) -> dict:
         seen["other number"] = told(lambda: d(tokens(3 + rank)))
         seen["other arguments"] = told(lambda: model(exact=rank == 0))
         seen["other placement"] = told(lambda: model(placement=[[rank], [0], [1], [1]]))
+        dist.barrier()
+        opt.model.layers[0].top_k = 2 - rank
+        if rank == 1:
+            with pytest.raises(moeopt.UsageError):
+                moeopt.distribute(opt, mesh, timeout=TIMEOUT)
+        else:
+            seen["changed here alone"] = told(lambda: moeopt.distribute(opt, mesh, timeout=TIMEOUT))
+        opt.model.layers[0].top_k = 2
+        seen["clean after a refusal"] = torch.equal(model()(tokens(4)), opt(tokens(4)))
         with torch.no_grad():
             if rank == 1:
                 opt.model.layers[1].experts[2].w1.weight[0, 0] += 1
@@ -121,6 +130,11 @@ def test_a_rank_that_raises_is_named_with_its_error(seen):
         assert words in seen[1]["unlike"]
 
 
+def test_what_one_rank_refuses_is_told_to_the_others(seen):
+    rank, *_, reason, _ = seen[0]["changed here alone"]
+    assert rank == 1 and reason.startswith("raised UsageError: layers.0 is no longer what was verified (top_k of the")
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
@@ -146,4 +160,4 @@ def test_a_rank_that_does_not_come_is_named(seen):
 
 
 def test_the_next_model_starts_clean(seen):
-    assert seen[0]["clean"] and seen[1]["clean"]
+    assert all(each[when] for each in seen for when in ("clean", "clean after a refusal"))

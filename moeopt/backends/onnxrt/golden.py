@@ -9,6 +9,7 @@ otherwise has an expert choice on the edge; it would say nothing of the machine,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from moeopt.backends.onnxrt.engine import GraphEngine
 from moeopt.backends.onnxrt.shaken import shaken
 from moeopt.bundle.caches import result_leaves
-from moeopt.bundle.golden import SLACK, Golden, compare, golden_run
+from moeopt.bundle.golden import SLACK, Golden, golden_run, with_edges
 from moeopt.capture.tree import ArgsKwargs
 from moeopt.value_types import PyObject
 from moeopt.verification.rounded import moved_by_rounding
@@ -36,7 +37,7 @@ def budget_of(certificate: PyObject) -> tuple[float | None, str]:
 
 
 def golden_runs(engine: GraphEngine, calls: Sequence[ArgsKwargs], distance: float | None) -> list[Golden]:
-    """What ``engine`` makes of each call, those without a margin left out unless none is left."""
+    """What ``engine`` makes of each call; those that are on the edge as a whole left out unless none is left."""
     runs = []
     for number, (args, kwargs) in enumerate(calls):
         try:
@@ -46,12 +47,12 @@ def golden_runs(engine: GraphEngine, calls: Sequence[ArgsKwargs], distance: floa
                 raise
             continue  # a size that the model cannot take
     with shaken(engine) as inside:
-        steady = [run for run in runs if _has_margin(engine, run, distance, inside)]
-    return steady or runs[:1]
+        steady = [with_edges(run, _again(engine, run, inside), distance, engine.states) for run in runs]
+    return [run for run in steady if run is not None] or runs[:1]
 
 
-def _has_margin(engine: GraphEngine, run: Golden, distance: float | None, inside: bool) -> bool:
-    """Whether rounding, ``inside`` the engine or of the inputs, moves all results less than they may differ."""
+def _again(engine: GraphEngine, run: Golden, inside: bool) -> list[list[Any]]:
+    """The results of the same call, with the noise of rounding ``inside`` the engine or on its inputs."""
     generator = torch.Generator().manual_seed(0)
 
     def nudged(value: PyObject) -> PyObject:
@@ -60,11 +61,4 @@ def _has_margin(engine: GraphEngine, run: Golden, distance: float | None, inside
         noise = torch.randn(value.shape, generator=generator, dtype=torch.float32)
         return (value.double() * (1 + torch.finfo(value.dtype).eps * noise)).to(value.dtype)
 
-    for _ in range(NUDGES):
-        outputs = result_leaves(engine.run_flat([nudged(v) for v in run.inputs]))
-        for number, (got, want) in enumerate(zip(outputs, run.outputs, strict=True)):
-            inexact = isinstance(want, Tensor) and want.is_floating_point()
-            far, reason = compare(got.cpu() if isinstance(got, Tensor) else got, want, number in engine.states)
-            if reason or far > (distance or (SLACK * torch.finfo(want.dtype).eps if inexact else 0.0)):
-                return False
-    return True
+    return [result_leaves(engine.run_flat([nudged(v) for v in run.inputs])) for _ in range(NUDGES)]

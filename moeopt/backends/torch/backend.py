@@ -13,6 +13,7 @@ from torch import nn
 from moeopt.backends.base import Backend, Made, Opened
 from moeopt.backends.refuse_quantize import refuse_engine_parts
 from moeopt.backends.torch.bundle import load_torch_bundle, save_torch_bundle, verify_torch_bundle
+from moeopt.backends.torch.golden import budget_and_edges
 from moeopt.bundle.fingerprint import fingerprint
 from moeopt.bundle.manifest import Manifest
 from moeopt.capture.isolated_run import run_quietly
@@ -65,7 +66,7 @@ def _check_it_runs(model: nn.Module, call: ArgsKwargs) -> None:
 
 
 def _golden_distance(certificate: Certificate) -> float | None:
-    """What the graph in a bundle may differ by from the model that it was made of, per token; None is 8 eps.
+    """What the graph in a bundle may differ by from the model that it was made of, per token; None: nobody measured it.
 
     The graph has the model's ops in other forms (a scan as a loop), and each of them rounds: as much as verification
     measured that rounding moves the outputs by.
@@ -144,6 +145,7 @@ class TorchBackend(Backend):
         copied = clone_inputs(call)  # a forward may write into its arguments
         with called_as_verified(made.model, "a bundle"), torch.no_grad(), default_impl():  # as the bundle runs it
             golden = made.model(*copied[0], **copied[1])
+        distance, edges = budget_and_edges(made.model, call, golden, _golden_distance(made.certificate))
         return save_torch_bundle(
             program,
             directory,
@@ -151,7 +153,8 @@ class TorchBackend(Backend):
             certificate=made.certificate,
             golden_inputs=[(args, kwargs)],
             golden_outputs=[golden],
-            golden_distance=_golden_distance(made.certificate),
+            golden_distance=distance,
+            golden_edges=[edges],
             source=fingerprint(made.model),
         )
 

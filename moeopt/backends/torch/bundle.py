@@ -43,6 +43,7 @@ def save_torch_bundle(
     golden_inputs: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]] = (),
     golden_outputs: Sequence[Any] = (),
     golden_distance: float | None = None,
+    golden_edges: Sequence[Mapping[int, torch.Tensor]] = (),
     source: Mapping[str, str] | None = None,
 ) -> Path:
     """Write an exported program as a bundle; returns its directory.
@@ -55,6 +56,7 @@ def save_torch_bundle(
         golden_inputs: ``(args, kwargs)`` of each golden run.
         golden_outputs: what the optimised model returned for each.
         golden_distance: the relative L2 distance per token that another machine may differ by; None is 8 eps.
+        golden_edges: of each golden run, ``Golden.edges``; none where they were not measured.
         source: what :func:`moeopt.bundle.fingerprint` said of the original model.
 
     Raises:
@@ -70,6 +72,9 @@ def save_torch_bundle(
     blocks, graph["views"] = pack(tensors)
     runs = [
         goldens.golden_run(args, kwargs, out) for (args, kwargs), out in zip(golden_inputs, golden_outputs, strict=True)
+    ]
+    runs = [
+        dataclasses.replace(run, edges=edges) for run, edges in zip(runs, golden_edges or [{}] * len(runs), strict=True)
     ]
     fields = {
         "source": dict(source or {}),
