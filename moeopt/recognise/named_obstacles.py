@@ -21,7 +21,7 @@ from moeopt.obstacles import Rank
 from moeopt.recognise.attention_inside import attends
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.recurrences import recurrence
-from moeopt.recognise.router_steers import CHOICES
+from moeopt.recognise.router_steers import CHOICES, becomes_a_number
 from moeopt.recognise.rows_of_others import (
     adds_up_neighbours,
     attends_inside,
@@ -197,11 +197,7 @@ def branches(tape: Tape) -> Declined | None:
     for read in tape.reads:
         shape = read.node.meta.get("shape")
         if steered.get(read.node, False) and shape is not None and all(size == 1 for size in shape):
-            return Declined(
-                f"its forward turns a value computed from the input into a Python number ({op_name(read.node)}) and "
-                "may branch on it, which a graph cannot repeat; keep it in a tensor (torch.where)",
-                read.line,
-            )
+            return Declined(becomes_a_number(read.node), read.line)
     return None
 
 

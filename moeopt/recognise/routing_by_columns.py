@@ -1,11 +1,14 @@
-"""A router whose weights are one vector an expert: no tensor holds the table, its columns stand apart.
+"""A router whose weights, or flags, are one vector an expert: no tensor holds the table, its columns stand apart.
 
     for g, (router, experts) in enumerate(groups):          p_TG = softmax(top(x))
         for m, expert in enumerate(experts):                q_TM = softmax(router(x))
             y = y + p_TG[:, g, None] * q_TM[:, m, None] * expert(x)
 
 A gate for each expert (``sigmoid(gate_e(x)) * expert_e(x)``) is the same. Each vector has an entry for every token, and
-they stand side by side in the rewritten block.
+they stand side by side in the rewritten block. So do flags, as of intervals of a number that each token has:
+
+    for e, (first, end) in enumerate(intervals):            y[mine] = expert_e(x[mine])
+        mine = (t >= first) & (t < end)
 
 Legend: T tokens, C candidates (experts), G groups of M experts.
 """
@@ -21,6 +24,8 @@ from torch import fx
 from moeopt.capture.tape import Tape
 from moeopt.recognise.routing_candidates import possible_sources
 from moeopt.recognise.routing_types import Extraction, Routing, RoutingForm, Table, same_values
+
+aten = torch.ops.aten
 
 
 def by_columns(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Routing]:
@@ -44,3 +49,25 @@ def by_columns(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dty
         if len(found) == len(nodes):
             weights = Extraction(found[0], [], tuple(found[1:]))
             yield Routing(candidates, None, weights, table.natural, RoutingForm.DENSE)
+
+
+def by_flags_apart(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Routing]:
+    """The reading by which each expert's tokens are a vector of flags.
+
+    Flags that are the same for all tokens of the probe are left to others: their vector cannot be told by values.
+    """
+    tokens, candidates = table.weights.shape
+    want_TC = table.weights[:, torch.tensor(table.natural)]
+    if tokens < 2 or table.weighed or not bool(((want_TC == 0) | (want_TC == 1)).all()):
+        return
+    if bool((want_TC == want_TC[:1]).all(0).any()):
+        return
+    flags = [n for n in before if n.meta.get("dtype") == torch.bool and math.prod(n.meta["shape"]) == tokens]
+    if len(flags) < candidates:
+        return
+    values = [(n, tape.value(n).reshape(-1)) for n in reversed(flags)]
+    nodes = [next((n for n, v in values if torch.equal(v, column != 0)), None) for column in want_TC.unbind(1)]
+    found = [n for n in nodes if n is not None]
+    if len(found) == len(nodes):
+        weights = Extraction(found[0], [(aten.to.dtype, (table.weights.dtype,))], tuple(found[1:]))
+        yield Routing(candidates, None, weights, table.natural, RoutingForm.TABLE)
