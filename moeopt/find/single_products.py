@@ -165,10 +165,11 @@ def _named_by_python(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
 
 
 def _summed_weights(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
-    """Calls that multiply by sums of their stacks' matrices, one sum for each sample or token."""
-    homes: dict[int, list[tuple[fx.Node, str]]] = {}
-    for node, stack in summed_matrices(unread.tape):
-        homes.setdefault(node.meta["call"], []).append((node, stack))
+    """Calls that multiply by sums of their matrices, one sum for each sample or token."""
+    homes: dict[int, list[tuple[fx.Node, tuple[str, ...]]]] = {}
+    for node, names in summed_matrices(unread.tape):
+        homes.setdefault(node.meta["call"], []).append((node, names))
     for index, products in homes.items():
-        (first, stack), weights = products[0], {id(unread.named[name]) for _, name in products}
-        yield unread.place(unread.tape.calls[index], first.meta["index"], len(unread.named[stack]), weights)
+        (first, names), weights = products[0], {id(unread.named[name]) for _, own in products for name in own}
+        count = len(names) if len(names) > 1 else len(unread.named[names[0]])
+        yield unread.place(unread.tape.calls[index], first.meta["index"], count, weights)

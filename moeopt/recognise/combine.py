@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from moeopt.capture.op_kinds import op_name
+from moeopt.capture.op_kinds import GATES, op_name
 from moeopt.capture.replay import ancestors, descendants, only_ways_out, replay
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
@@ -258,11 +258,19 @@ def _read(tape: Tape, labels: Labels, target: fx.Node, axis: int) -> Combine | s
 
 
 def _chosen_by_results(tape: Tape, labels: Labels, target: fx.Node) -> str:
-    """What to say where the experts' results decide which of them are chosen."""
+    """What to say where the experts' results decide which of them are chosen, or how much each counts."""
     behind = set(descendants(tape, [site.node for site in labels.candidate])) & ancestors([target])
     choice = next((n for n in tape.nodes if n in behind and op_name(n) in ("topk", "argmax", "sort", "argsort")), None)
     if choice is None:
-        return ""
+        results = {site.node for site in labels.candidate}
+        gates = (n for n in tape.nodes if n in behind and op_name(n) in GATES and results <= ancestors([n]))
+        if (gate := next(gates, None)) is None:
+            return ""
+        return (
+            f"they are weighed by what is computed of their own results ({op_name(gate)}), so all of them run for "
+            "every token before any weight is known, and the op would leave none out; compute the gate from something "
+            "that is known before they run, or leave the block as it is"
+        )
     return (
         f"they are chosen by their own results ({op_name(choice)}), so all of them run for every token before any is "
         "chosen, and the op would leave none out; choose by something that is known before they run, or leave the "

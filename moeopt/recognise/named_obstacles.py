@@ -206,7 +206,7 @@ def between_products(tape: Tape) -> Declined | None:
     for look in (_recurrence, _neighbours):
         if (found := look(tape)) is not None:
             return found
-    sites = _expert_products(tape)
+    sites = expert_products(tape)
     if (mixed := multiplied_with_each_other(tape, sites)) is not None:
         return attends(tape, mixed, alike_children(tape.root), mixed.meta.get("source", ""))
     if len(sites) < 2:
@@ -247,7 +247,7 @@ def between_products(tape: Tape) -> Declined | None:
 
 def complex_products(tape: Tape) -> Declined | None:
     """Experts of complex matrices."""
-    site = next((n for n in _expert_products(tape) if getattr(n.meta.get("dtype"), "is_complex", False)), None)
+    site = next((n for n in expert_products(tape) if getattr(n.meta.get("dtype"), "is_complex", False)), None)
     if site is None:
         return None
     return Declined(
@@ -262,7 +262,7 @@ def _plain(node: fx.Node) -> bool:
     return moves_rows(node) or is_pointwise(node) or is_matmul(node) or is_factory(node)
 
 
-def _expert_products(tape: Tape) -> list[fx.Node]:
+def expert_products(tape: Tape) -> list[fx.Node]:
     """Products with weights of alike modules, or with parts of a stack; none of a list of gates."""
     experts = {id(p): home for child, home in alike_children(tape.root).items() for p in child.parameters()}
     named = dict(tape.root.named_parameters(remove_duplicate=False))
