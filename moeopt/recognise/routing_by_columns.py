@@ -22,6 +22,8 @@ import torch
 from torch import fx
 
 from moeopt.capture.tape import Tape
+from moeopt.recognise.ids_of_masks import table_to_ids
+from moeopt.recognise.routing_by_tables import one_for_each_token
 from moeopt.recognise.routing_candidates import possible_sources
 from moeopt.recognise.routing_types import Extraction, Routing, RoutingForm, Table, same_values
 
@@ -52,22 +54,33 @@ def by_columns(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dty
 
 
 def by_flags_apart(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Routing]:
-    """The reading by which each expert's tokens are a vector of flags.
+    """The readings by which each expert's tokens are a vector of flags: the flags are the weights, or one number for
+    each token weighs what its experts give.
 
     Flags that are the same for all tokens of the probe are left to others: their vector cannot be told by values.
     """
     tokens, candidates = table.weights.shape
-    want_TC = table.weights[:, torch.tensor(table.natural)]
-    if tokens < 2 or table.weighed or not bool(((want_TC == 0) | (want_TC == 1)).all()):
-        return
-    if bool((want_TC == want_TC[:1]).all(0).any()):
+    natural = torch.tensor(table.natural)
+    want_TC, chosen_TC = table.weights[:, natural], table.visits[:, natural] > 0
+    if tokens < 2 or bool((chosen_TC == chosen_TC[:1]).all(0).any()):
         return
     flags = [n for n in before if n.meta.get("dtype") == torch.bool and math.prod(n.meta["shape"]) == tokens]
     if len(flags) < candidates:
         return
     values = [(n, tape.value(n).reshape(-1)) for n in reversed(flags)]
-    nodes = [next((n for n, v in values if torch.equal(v, column != 0)), None) for column in want_TC.unbind(1)]
+    nodes = [next((n for n, v in values if torch.equal(v, column)), None) for column in chosen_TC.unbind(1)]
     found = [n for n in nodes if n is not None]
-    if len(found) == len(nodes):
-        weights = Extraction(found[0], [(aten.to.dtype, (table.weights.dtype,))], tuple(found[1:]))
+    if len(found) < len(nodes):
+        return
+    first, *others = found
+    if not table.weighed and torch.equal(want_TC, chosen_TC.to(want_TC.dtype)):
+        weights = Extraction(first, [(aten.to.dtype, (table.weights.dtype,))], tuple(others))
         yield Routing(candidates, None, weights, table.natural, RoutingForm.TABLE)
+        return
+    ids = Extraction(first, [(table_to_ids, ())], tuple(others))
+    for node in reversed(list(possible_sources(before, floating=True))):
+        if math.prod(node.meta["shape"]) == tokens:
+            each = one_for_each_token(tape, node, chosen_TC, want_TC.double())
+            if each is not None:
+                yield Routing(candidates, ids, each, table.natural, RoutingForm.TABLE)
+                return

@@ -154,20 +154,24 @@ def summed_matrices(tape: Tape) -> Iterator[tuple[fx.Node, tuple[str, ...]]]:
             while moves_rows(side) and side.all_input_nodes:
                 side = side.all_input_nodes[0]
             stack = _blended_stack(side, names) or _blended_list(side, names)
-            if stack:
+            if stack := stack or _summed_by_a_product(side, whole, names):
                 yield node, stack
-                continue
-            found = weight_and_operand(side, {}) if is_matmul(side) and op_name(side) != "convolution" else None
-            if found is None:  # a convolution adds up channels, whatever its last axis is as long as
-                continue
-            held = [str(n.target) for n in ancestors([found[0]]) if n.op == "get_attr" and str(n.target) in names]
-            stacks = tuple(name for name in held if names[name].dim() > 2 or _is_bank(found, whole))[:1]
-            count = len(names[stacks[0]]) if stacks else len(held)
-            if not stacks and any(op_name(n) == "stack" for n in ancestors([found[0]])):
-                stacks = tuple(held) if min(names[name].dim() for name in held) > 1 else ()
-            weighs = stacks and found[1].meta["shape"][-1] == count > 1
-            if weighs and any(n.op == "placeholder" for n in ancestors([found[1]])):
-                yield node, stacks
+
+
+def _summed_by_a_product(side: fx.Node, whole: fx.Node, names: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """The names of what a product of a gate, computed from the input, and of matrices adds up to ``side``; ``whole`` is
+    how the sum is used."""
+    found = weight_and_operand(side, {}) if is_matmul(side) and op_name(side) != "convolution" else None
+    if found is None:  # a convolution adds up channels, whatever its last axis is as long as
+        return ()
+    before = ancestors([found[0]])
+    held = [str(n.target) for n in before if n.op == "get_attr" and str(n.target) in names]
+    stacks = tuple(name for name in held if names[name].dim() > 2 or _is_bank(found, whole))[:1]
+    count = len(names[stacks[0]]) if stacks else len(held)
+    if not stacks and any(op_name(n) == "stack" for n in before):
+        stacks = tuple(held) if min(names[name].dim() for name in held) > 1 else ()
+    weighs = found[1].meta["shape"][-1] == count > 1 and any(n.op == "placeholder" for n in ancestors([found[1]]))
+    return stacks if weighs else ()
 
 
 def _is_bank(found: tuple[fx.Node, fx.Node, bool], used: fx.Node) -> bool:

@@ -110,6 +110,48 @@ class GateOfResults(Gated):
         return sum(gate[..., e, None] * r for e, r in enumerate(results))
 
 
+class Joined(GateOfResults):
+    """Results that one call puts together, which is no sum."""
+
+    def join(self, parts):
+        raise NotImplementedError
+
+    def forward(self, x):
+        results = [up(F.relu(down(x))) for down, up in zip(self.down, self.up, strict=True)]
+        return self.join(torch.stack(results, -2) * self.gate(x).unsqueeze(-1))
+
+
+class Largest(Joined):
+    def join(self, parts):
+        return parts.max(-2).values
+
+
+class Spread(Joined):
+    def join(self, parts):
+        return parts.sum(-2), parts.var(-2)
+
+
+class NormOfAll(Joined):
+    def join(self, parts):
+        return F.layer_norm(parts, (E, D)).sum(-2)
+
+
+class Carried(nn.Module):
+    """A state that goes from row to row, each through the expert that the row chose."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(D, E)
+        self.layers = nn.ModuleList(nn.Linear(2 * D, D) for _ in range(E))
+
+    def forward(self, x):
+        state, states = torch.zeros(D), []
+        for row in x.reshape(-1, D):
+            state = torch.tanh(self.layers[int(self.router(row).argmax())](torch.cat([row, state])))
+            states.append(state)
+        return torch.stack(states).view_as(x)
+
+
 class HyperNetwork(nn.Module):
     """A matrix that a layer computes of hidden numbers: no mixture."""
 
@@ -143,6 +185,13 @@ class Transfer(nn.Module):
         (ChosenPatches, "^which rows its experts see is chosen by a comparison of the tokens with each other .topk"),
         (ValuesOfHeads, ONE_EACH),
         (GateOfResults, "they are weighed by what is computed of their own results .*compute the gate from something"),
+        (
+            Largest,
+            "not combined by a weighted sum per token: max puts them together over the experts, so all of them run",
+        ),
+        (Spread, "var puts them together over the experts"),
+        (NormOfAll, "native_layer_norm puts them together"),
+        (Carried, "^its experts run one after another, each for one row and on what the one before gave"),
     ],
 )
 def test_the_reason_names_the_obstacle(make, reason) -> None:

@@ -44,6 +44,25 @@ class OfTokens(Skipping):
         return (x[..., 0] * 0.2 + 0.5).clamp(0, 0.999) * STEPS
 
 
+class Levels(nn.Module):
+    """Levels of a score, in a dict of masks by name; the score weighs what the level's expert gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(H, 1)
+        self.experts = nn.ModuleDict(
+            {name: nn.Sequential(nn.Linear(H, 12), nn.ReLU(), nn.Linear(12, H)) for name in "ab"}
+        )
+
+    def forward(self, x):
+        score = torch.sigmoid(self.score(x)).squeeze(-1)
+        y = torch.zeros_like(x)
+        for name, mask in {"a": score < 0.5, "b": score >= 0.5}.items():
+            if mask.sum() > 0:
+                y[mask] = self.experts[name](x[mask]) * score[mask].unsqueeze(-1)
+        return y
+
+
 def call(samples: int = 6, length: int = 5):
     generator = torch.Generator().manual_seed(samples)
     return torch.randn(samples, length, H, generator=generator), torch.arange(samples) * (STEPS / samples) + 10.0
@@ -73,3 +92,13 @@ def test_of_an_expert_that_no_sample_reaches_the_reason_asks_for_other_inputs() 
     (block,) = moeopt.explain(Skipping().eval(), (x, step * 0 + 10)).blocks
     assert "into a Python number (any)" in block.reason
     assert "where that skips an expert which no row of the example inputs reaches, give example inputs" in block.reason
+
+
+def test_one_number_for_each_token_weighs_what_its_flags_choose() -> None:
+    torch.manual_seed(0)
+    model = Levels().eval()
+    fast = moeopt.optimize(model, torch.randn(3, 6, H), verify="fast")
+    assert [(b.status, b.experts) for b in fast.report.blocks] == [("rewritten", 2)], fast.report
+    for shape in ((1, 1), (4, 9)):
+        x = torch.randn(*shape, H)
+        torch.testing.assert_close(fast(x), model(x))
