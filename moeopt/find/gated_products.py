@@ -145,7 +145,9 @@ def _of_heads(product: fx.Node) -> tuple[int, int, int]:
     whole = math.prod(read[0].meta["shape"]) if read is not None else 0
     held = ancestors([read[0]]) if read is not None else set()
     leaves: list[tuple[int, ...]] = [n.meta["shape"] for n in held if n.op == "get_attr"]
-    return next(((s[0], s[1], s[3]) for s in leaves if len(s) == 4 and math.prod(s) == whole), (0, 0, 1))
+    rows = read[1].meta["shape"][-1] if read is not None else 0
+    stacks = (s for s in leaves if len(s) == 4 and math.prod(s) == whole and s[2] == rows != s[1])
+    return next(((s[0], s[1], s[3]) for s in stacks), (0, 0, 1))
 
 
 def _by_frequency(product: fx.Node) -> bool:
