@@ -82,7 +82,7 @@ class Capture:
         if any(f.routing.missing for f in self.found):
             self.tapes, self.founds, self.calls = [], [], []
             self.found = self._watch(48, options.seed, 0)
-        with skipped_by_few(tape, self.founds):
+        with skipped_by_few(self.founds):
             for tokens, variant in ((14, 1), (20, 2)):
                 self._watch(tokens, options.seed + variant, variant)
         self._read_all(options)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
 
-import torch
 from torch import nn
 
 from moeopt.capture.same_graph import same_computation
@@ -85,16 +84,15 @@ def why_other(err: Declined, founds: list[list[Recognition]]) -> Declined:
 
 
 @contextlib.contextmanager
-def skipped_by_few(first: Tape, founds: list[list[Recognition]]) -> Iterator[None]:
-    """Calls of few sequences, read after the ``first`` one: where no mask of an expert that none chose is computed
+def skipped_by_few(founds: list[list[Recognition]]) -> Iterator[None]:
+    """Calls of few sequences, read after the first one: where no mask of an expert that none chose is computed
     before the sum, nothing that is read from them says why."""
     try:
         yield
     except ExpertsNotHit:
         raise
     except Declined as err:
-        asks = any(read.node.meta.get("dtype") == torch.bool for read in first.reads)
-        raise (why_other(err, founds) if asks and err.rank < Rank.FORBIDS else err) from None
+        raise (why_other(err, founds) if err.rank < Rank.FORBIDS else err) from None
 
 
 def same_in_other_mode(
