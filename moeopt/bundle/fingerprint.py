@@ -6,6 +6,8 @@ import hashlib
 
 import torch
 
+from moeopt.ir.element_bytes import element_bytes
+
 
 def fingerprint(model: torch.nn.Module) -> dict[str, str]:
     """``{"class": ..., "sha256": ...}``; two models agree when their class and every parameter and buffer do."""
@@ -19,7 +21,6 @@ def fingerprint(model: torch.nn.Module) -> dict[str, str]:
             continue
         key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
         if key not in seen:  # tied tensors are read once
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            seen[key] = hashlib.sha256(flat.numpy().data).digest()
+            seen[key] = hashlib.sha256(element_bytes(tensor.cpu()).numpy().data).digest()
         digest.update(seen[key])
     return {"class": f"{type(model).__module__}.{type(model).__qualname__}", "sha256": digest.hexdigest()}

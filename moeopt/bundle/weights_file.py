@@ -21,6 +21,7 @@ import torch
 from moeopt.bundle.aligned import ALIGNMENT
 from moeopt.bundle.full_disk import told
 from moeopt.bundle.mapped_file import MappedFile
+from moeopt.ir.element_bytes import element_bytes
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -199,8 +200,7 @@ def header_of(places: Mapping[str, tuple[torch.Tensor, int]], begin: int, end: i
 def write_at(file: int, tensor: torch.Tensor, offset: int) -> None:
     """Write a tensor's elements in row-major order, from any device."""
     if tensor.numel():
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        _write(file, flat.numpy().data, offset)
+        _write(file, element_bytes(tensor.cpu()).numpy().data, offset)
 
 
 def _write(file: int, data: bytes | memoryview, offset: int) -> None:

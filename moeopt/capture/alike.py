@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moeopt.ir.element_bytes import element_bytes
 from moeopt.value_types import PyObject
 
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -168,5 +169,4 @@ def _one_number(t: torch.Tensor) -> bool:
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     with torch.no_grad():
-        one, other = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
-        return torch.equal(one, other)
+        return torch.equal(element_bytes(a), element_bytes(b))

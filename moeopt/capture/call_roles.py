@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from moeopt.errors import UsageError
+from moeopt.ir.element_bytes import element_bytes
 
 Role = Literal["tokens", "ids", "choices", "weights", "static", "pairs", "bounds", "lengths", "filled"]
 
@@ -172,12 +173,9 @@ class CallSpec:
         first = next((n for n, leaf in enumerate(self.leaves) if of_sequence(leaf)), None)
         if first is None or not self._values[first].numel():
             return torch.arange(self.grid[0])
-        rows = self._values[first].detach().cpu().contiguous().resolve_conj()
+        rows = self._values[first].cpu()
         first_with: dict[bytes, int] = {}
-        repeats = [
-            first_with.setdefault(row.reshape(-1).view(torch.uint8).numpy().tobytes(), i) != i
-            for i, row in enumerate(rows)
-        ]
+        repeats = [first_with.setdefault(element_bytes(row).numpy().tobytes(), i) != i for i, row in enumerate(rows)]
         return torch.tensor(sorted(range(len(repeats)), key=repeats.__getitem__))
 
     def has_whole_columns(self) -> bool:

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import fx
 
-from moeopt.value_types import FxTarget
+from moeopt.value_types import FxArg, FxTarget
 
 aten = torch.ops.aten
 
@@ -85,6 +85,22 @@ def picks_rows(node: fx.Node) -> bool:
     for _ in range(8):
         if op_name(node) in ("index", "index_select", "masked_select"):
             return True
+        if not moves_rows(node) or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return False
+
+
+def gathers_chosen_rows(node: fx.Node) -> bool:
+    """True where ``node`` holds rows gathered by a choice among them, as of the tokens that an expert chose; moved
+    since or not."""
+    for _ in range(8):
+        if op_name(node) == "gather":
+            places: FxArg = node.args[2]
+            while isinstance(places, fx.Node) and moves_rows(places) and places.all_input_nodes:
+                places = places.all_input_nodes[0]
+            rank = len(node.all_input_nodes[0].meta.get("shape") or ())
+            return op_name(places) in ("topk", "sort", "argsort") and int(node.args[1]) % max(rank, 1) < rank - 1  # type: ignore[arg-type]
         if not moves_rows(node) or not node.all_input_nodes:
             return False
         node = node.all_input_nodes[0]

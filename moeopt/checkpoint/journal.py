@@ -30,6 +30,7 @@ from moeopt.bundle.weights_file import WeightsFile
 from moeopt.checkpoint.folder_lock import take
 from moeopt.errors import CheckpointError, UsageError
 from moeopt.find.example_inputs import as_call
+from moeopt.ir.element_bytes import element_bytes
 from moeopt.value_types import PyObject
 from moeopt.verification.certificate import Certificate
 from moeopt.verification.model import EndToEnd
@@ -293,6 +294,4 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    if not tensor.numel():
-        return hashlib.sha256().hexdigest()
-    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(element_bytes(tensor).numpy().data).hexdigest()

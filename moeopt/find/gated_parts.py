@@ -47,6 +47,9 @@ def _parts_of_a_product(unread: UnreadBlocks, gate: fx.Node, memo: dict[fx.Node,
             first = _cut_product(gate, other, rows * width, memo)
         if first is None or math.prod(first.meta["shape"][:-1]) != rows or first.meta["shape"][-1] % width:
             continue
+        read = weight_and_operand(products[0], memo) if products else None
+        if read is not None and read[1].meta["shape"][-1] * width != first.meta["shape"][-1]:
+            continue  # several results joined, as keys of an attention among them, are no parts of one
         paths = [_path(unread, p, memo) for p in (first, *products)]
         if any(path not in unread.named for path in paths):
             continue

@@ -87,7 +87,8 @@ def _place(
     if _behind_own_products(held, memo):
         return place
     if not picked:
-        return dataclasses.replace(place, reason=ONE_MATRIX_EACH)
+        each = _of_heads(held[0])[1] if len(held) == 1 and _count(held) == _of_heads(held[0])[0] else 0
+        return dataclasses.replace(place, experts=each or place.experts, reason=ONE_MATRIX_EACH)
     of_a_stack = _OF_ONE_STACK.format(_path(unread, held[0], memo)) if len(held) == 1 else ""
     return dataclasses.replace(place, unread=of_a_stack)
 
@@ -137,6 +138,18 @@ def _count(products: Iterable[fx.Node]) -> int:
     return sum(len_of_stack(p) for p in {identity_of(p): p for p in products}.values())
 
 
+def _of_heads(product: fx.Node) -> tuple[int, int, int]:
+    """Heads, experts of each and outputs of one, where a product multiplies by a whole stack (heads, experts, inputs,
+    outputs); (0, 0, 1) of another."""
+    read = weight_and_operand(product, {})
+    whole = math.prod(read[0].meta["shape"]) if read is not None else 0
+    held = ancestors([read[0]]) if read is not None else set()
+    leaves: list[tuple[int, ...]] = [n.meta["shape"] for n in held if n.op == "get_attr"]
+    rows = read[1].meta["shape"][-1] if read is not None else 0
+    stacks = (s for s in leaves if len(s) == 4 and math.prod(s) == whole and s[2] == rows != s[1])
+    return next(((s[0], s[1], s[3]) for s in stacks), (0, 0, 1))
+
+
 def _by_frequency(product: fx.Node) -> bool:
     """Whether it is by complex matrices, one for each frequency of a Fourier transform."""
     return getattr(product.meta.get("dtype"), "is_complex", False) and len_of_stack(product) > 1
@@ -147,9 +160,12 @@ def _one_each(products: list[fx.Node], width: int, rows: int) -> bool:
     or of several for each of the gate's."""
     if products and all(map(_by_frequency, products)):  # of a Parameter each
         return len({identity_of(p) for p in products}) == width
+    shape: tuple[int, ...] = products[0].meta["shape"] if products else ()
+    heads, experts, size = _of_heads(products[0]) if len(products) == 1 else (0, 0, 1)
+    if experts == width and rows * experts * size == math.prod(shape):  # the gate has a row for each head
+        return heads > 1
     if not products or _count(products) != width or len({p.meta["shape"][-1] for p in products}) > 1:
         return False
-    shape = products[0].meta["shape"]
     if len({math.prod(p.meta["shape"]) for p in products}) > 1:  # of rows that a choice picked for each
         return False
     if op_name(products[0]) == "convolution":  # one number for an image, or for each place of one: else for channels

@@ -19,6 +19,7 @@ mixture: something must choose, or weigh.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 
@@ -26,6 +27,7 @@ from torch import fx
 
 from moeopt.capture.op_kinds import is_matmul, moves_rows, op_name, picks_rows
 from moeopt.capture.replay import ancestors, descendants
+from moeopt.capture.tape import Call
 from moeopt.find.block_candidates import BlockCandidate, identity_of
 from moeopt.find.compared_products import compared_products
 from moeopt.find.gated_parts import gated_parts
@@ -42,6 +44,13 @@ from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.weights_for_rows import stacked_tables, summed_matrices
 
 _CHOICES = ("topk", "argmax", "argmin", "sort", "argsort", "max", "min", "multinomial")
+
+
+_CARRIED = (
+    "its experts run one after another, each for one row and on what the one before gave (a state that is carried from "
+    "row to row), and Python code chooses each by a number; the op's experts all read the same tokens, so this block "
+    "stays as it is"
+)
 
 
 def single_products(unread: UnreadBlocks, places: list[BlockCandidate]) -> list[BlockCandidate]:
@@ -149,12 +158,9 @@ def _named_by_python(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
     choices = [n for n in unread.tape.nodes if op_name(n) in _CHOICES]
     depending = {*choices, *(descendants(unread.tape, choices) if choices else ())}  # once, not for each number
     chosen = {r.call for r in numbers if r.node in depending}
+    read = [r.node.meta["index"] for r in numbers if r.node in depending]
     for index in sorted(chosen):
-        call = unread.tape.calls[index]
-        for alike in alike_lists(call.module):
-            ran = [c for c in unread.children(call) if c.module in alike]
-            if ran and not unread.sequential(ran):
-                yield unread.place(call, ran[0].first, len(alike), weights_of(ran))
+        yield from _of_lists(unread, unread.tape.calls[index], read)
     memo: dict[fx.Node, bool] = {}
     for node in unread.tape.nodes:
         found = weight_and_operand(node, memo) if is_matmul(node) and node.meta["call"] in chosen else None
@@ -164,11 +170,25 @@ def _named_by_python(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
             yield unread.place(unread.tape.calls[node.meta["call"]], node.meta["index"], len(whole), {id(whole)})
 
 
+def _of_lists(unread: UnreadBlocks, call: Call, read: list[int]) -> Iterator[BlockCandidate]:
+    """The lists of a ``call`` of which Python ran some modules; ``read``: the indices of the numbers that it read."""
+    for alike in alike_lists(call.module):
+        ran = [c for c in unread.children(call) if c.module in alike]
+        if not ran:
+            continue
+        place = unread.place(call, ran[0].first, len(alike), weights_of(ran))
+        if not unread.sequential(ran):
+            yield place
+        elif any(ran[0].first <= at < ran[-1].first for at in read):
+            yield dataclasses.replace(place, reason=_CARRIED)
+
+
 def _summed_weights(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
-    """Calls that multiply by sums of their stacks' matrices, one sum for each sample or token."""
-    homes: dict[int, list[tuple[fx.Node, str]]] = {}
-    for node, stack in summed_matrices(unread.tape):
-        homes.setdefault(node.meta["call"], []).append((node, stack))
+    """Calls that multiply by sums of their matrices, one sum for each sample or token."""
+    homes: dict[int, list[tuple[fx.Node, tuple[str, ...]]]] = {}
+    for node, names in summed_matrices(unread.tape):
+        homes.setdefault(node.meta["call"], []).append((node, names))
     for index, products in homes.items():
-        (first, stack), weights = products[0], {id(unread.named[name]) for _, name in products}
-        yield unread.place(unread.tape.calls[index], first.meta["index"], len(unread.named[stack]), weights)
+        (first, names), weights = products[0], {id(unread.named[name]) for _, own in products for name in own}
+        count = len(names) if len(names) > 1 else len(unread.named[names[0]])
+        yield unread.place(unread.tape.calls[index], first.meta["index"], count, weights)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx, nn
 
-from moeopt.capture.op_kinds import GATES, is_matmul, op_name, picks_rows
+from moeopt.capture.op_kinds import GATES, gathers_chosen_rows, is_matmul, op_name, picks_rows
 from moeopt.capture.replay import ancestors
 from moeopt.capture.tape import Call, Tape
 from moeopt.capture.tree import leaves_of
@@ -69,7 +69,7 @@ class UnreadBlocks:
             lists = alike_lists(call.module, same_sizes=False)
         ran = [c for c in children if any(c.module in one for one in lists)]
         idle = sum(map(len, lists)) - len({id(c.module) for c in ran})
-        picked = sum(any(picks_rows(a) for a in leaves_of(fx.Node, c.args)) for c in ran)
+        picked = sum(any(picks_rows(a) or gathers_chosen_rows(a) for a in leaves_of(fx.Node, c.args)) for c in ran)
         routed = picked > 1 or (picked == 1 and idle > 0)
         weighed = not routed and not pairs and len(ran) > 1 and weighed_branches(self.tape, ran, same_sizes=not unequal)
         if not routed and not weighed:

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from moeopt.ir.element_bytes import element_bytes
 from moeopt.lower.alike_layers import weights_by_name
 from moeopt.lower.carried_state import Carrier, one_carried
 from moeopt.lower.layer_calls import PLAIN, Same, replaced_forward
@@ -143,5 +144,4 @@ def _outside(t: Tensor) -> PyObject:
     if not _is_plain(t):
         return "outside", Same(t)
     with torch.no_grad():
-        flat = t.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
-        return ("outside", t.dtype, tuple(t.shape), hashlib.sha256(flat.numpy().data).digest())
+        return ("outside", t.dtype, tuple(t.shape), hashlib.sha256(element_bytes(t.cpu()).numpy().data).digest())

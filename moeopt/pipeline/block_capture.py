@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,7 +30,15 @@ from moeopt.passes.group_experts import GroupExperts
 from moeopt.pipeline.call_guards import check_order, guard_of, tensors_of
 from moeopt.pipeline.coverage import Reader, keeps_all, later_probes
 from moeopt.pipeline.id_probe import id_ranges
-from moeopt.pipeline.probe_plans import UNLIKE, plan_of, read_alike, refuse_other_experts, same_in_other_mode, why_other
+from moeopt.pipeline.probe_plans import (
+    UNLIKE,
+    plan_of,
+    read_alike,
+    refuse_other_experts,
+    same_in_other_mode,
+    skipped_by_few,
+    why_other,
+)
 from moeopt.recognise.id_bounds import IdBounds, kept_by_caller
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router import RouterReading
@@ -74,8 +82,9 @@ class Capture:
         if any(f.routing.missing for f in self.found):
             self.tapes, self.founds, self.calls = [], [], []
             self.found = self._watch(48, options.seed, 0)
-        for tokens, variant in ((14, 1), (20, 2)):
-            self._watch(tokens, options.seed + variant, variant)
+        with skipped_by_few(self.founds):
+            for tokens, variant in ((14, 1), (20, 2)):
+                self._watch(tokens, options.seed + variant, variant)
         self._read_all(options)
         _stateless(self.tapes[0], self.plans, self.shapes)
 
@@ -125,7 +134,7 @@ class Capture:
         if reader.kind == GroupExperts.kind:
             given = getattr(reader, "given", ())
             self.id_ranges = id_ranges(module, self.calls, self.tapes, self.founds, given)
-            self.kept = _kept(self.tapes[0], self.found, given)
+            self.kept = kept_by_caller(self.tapes[0], self.found, given)
         other = probe_call(call_spec, 14, options.seed + 3, experts=len(self.found[0].experts), variant=1)
         self.scratch = scratch_attributes(module, self.calls[1], self.tapes[1], other)
         self.plans = [plan_of(t, f, self.id_ranges, self.scratch) for t, f in zip(self.tapes, self.founds, strict=True)]
@@ -274,13 +283,6 @@ def original_forward(module: nn.Module) -> Callable[..., Any]:
     inner = module.__dict__.get("_old_forward") or module.__dict__.get("forward")
     bound: Callable[..., Any] = inner if inner is not None else type(module).forward.__get__(module)
     return bound
-
-
-def _kept(tape: Tape, found: list[Recognition], given: Sequence[IdBounds]) -> tuple[IdBounds, ...]:
-    """Of each tensor argument the bounds that some of the experts' ids rely on; () where none do."""
-    by_experts = [kept_by_caller(tape, f.routing, len(f.experts), given) for f in found]
-    kept = tuple(next((b for b in parts if b is not None), None) for parts in zip(*by_experts, strict=True))
-    return kept if any(kept) else ()
 
 
 @contextlib.contextmanager

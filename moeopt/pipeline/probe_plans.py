@@ -6,7 +6,8 @@ was left out, the rows that were kept are all rows, and the sum of the experts i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 
@@ -17,6 +18,7 @@ from moeopt.errors import Declined
 from moeopt.obstacles import Rank
 from moeopt.pipeline.call_guards import tensors_of
 from moeopt.pipeline.coverage import Reader
+from moeopt.recognise.experts_hit import ExpertsNotHit
 from moeopt.recognise.recognition import Recognition
 from moeopt.rewrite.id_range import IdRange
 from moeopt.rewrite.kept_steps import ChangesOutside, KeptSteps, StepRef
@@ -79,6 +81,18 @@ def why_other(err: Declined, founds: list[list[Recognition]]) -> Declined:
         err.where,
         rank=err.rank,
     )
+
+
+@contextlib.contextmanager
+def skipped_by_few(founds: list[list[Recognition]]) -> Iterator[None]:
+    """Calls of few sequences, read after the first one: where no mask of an expert that none chose is computed
+    before the sum, nothing that is read from them says why."""
+    try:
+        yield
+    except ExpertsNotHit:
+        raise
+    except Declined as err:
+        raise (why_other(err, founds) if err.rank < Rank.FORBIDS else err) from None
 
 
 def same_in_other_mode(

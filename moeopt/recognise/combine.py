@@ -24,6 +24,7 @@ from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import GemmSite
+from moeopt.recognise.joined_results import decided_by_results, joins
 from moeopt.recognise.rows_of_others import weighed_by_another
 from moeopt.recognise.token_rows import rows_of
 
@@ -105,6 +106,12 @@ def read_combine(tape: Tape, labels: Labels) -> Combine:
             if axis == axes[0]:  # the others are sizes that happen to be the same
                 nearest = found
     source = nodes[-1].meta.get("source") if nodes else sites[0].node.meta.get("source")
+    if (join := joins(nodes, labels.tokens * out)) is not None:
+        raise Declined(
+            f"the experts' outputs are not combined by a weighted sum per token: {op_name(join)} puts them together "
+            "over the experts, so all of them run for every token, and this block stays as it is",
+            join.meta.get("source") or source,
+        )
     if (sums := _sums_of_gates(tape, labels, nodes)) is not None:
         raise weighed_by_another({s.node for s in sites}, nodes) or SumsOfGates(
             "its experts' outputs are summed several times, each time by another gate (one for each task, over the "
@@ -251,23 +258,10 @@ def _read(tape: Tape, labels: Labels, target: fx.Node, axis: int) -> Combine | s
     actual = rows_of(tape.value(target), axis).double()
     slack = 64 * max(torch.finfo(base.dtype).eps, torch.finfo(target.meta["dtype"]).eps)
     if not bool(((actual - total).abs() <= slack * scale.amax(-1, keepdim=True) + 1e-30).all()):
-        return _chosen_by_results(tape, labels, target) or (
+        return decided_by_results(tape, set(labels.candidate), target) or (
             "their sum is not linear in the experts' outputs, with one weight for each token and expert"
         )
     return Combine(target, axis, weights, base if bool(base.any()) else None)
-
-
-def _chosen_by_results(tape: Tape, labels: Labels, target: fx.Node) -> str:
-    """What to say where the experts' results decide which of them are chosen."""
-    behind = set(descendants(tape, [site.node for site in labels.candidate])) & ancestors([target])
-    choice = next((n for n in tape.nodes if n in behind and op_name(n) in ("topk", "argmax", "sort", "argsort")), None)
-    if choice is None:
-        return ""
-    return (
-        f"they are chosen by their own results ({op_name(choice)}), so all of them run for every token before any is "
-        "chosen, and the op would leave none out; choose by something that is known before they run, or leave the "
-        "block as it is"
-    )
 
 
 def needed(nodes: list[fx.Node], target: fx.Node) -> list[fx.Node]:

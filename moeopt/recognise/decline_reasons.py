@@ -6,7 +6,7 @@ import re
 
 from torch import fx, nn
 
-from moeopt.capture.op_kinds import is_matmul, op_name, picks_rows
+from moeopt.capture.op_kinds import is_matmul, moves_rows, op_name, picks_rows
 from moeopt.capture.replay import descendants
 from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
@@ -15,8 +15,9 @@ from moeopt.obstacles import Rank
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.ffn_groups import source_of
 from moeopt.recognise.gemm_sites import is_computed_weight, weight_and_operand
-from moeopt.recognise.named_obstacles import between_products, complex_products, named_obstacle
-from moeopt.recognise.product_of_all import one_product_of_all
+from moeopt.recognise.named_obstacles import between_products, complex_products, expert_products, named_obstacle
+from moeopt.recognise.product_of_all import ONE_MATRIX_EACH, one_product_of_all
+from moeopt.recognise.rows_of_others import chosen_among_tokens
 from moeopt.recognise.unnamed import Unnamed
 from moeopt.recognise.weights_for_rows import (
     ONE_AT_A_TIME,
@@ -55,10 +56,39 @@ def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:
     for look in (_computed_at_each_call, _one_of_many, one_product_of_all, between_products, picked_matrices):
         if (reason := look(tape)) is not None:
             return reason
+    if (reason := _one_matrix_each(tape)) is not None:
+        return reason
     return Unnamed(
         "between its experts' matmuls stands something that is not element-wise on each token's row (it mixes rows, "
         "depends on the whole batch, or weighs the hidden neurons), which the op does not carry",
         rank=Rank.READING,
+    )
+
+
+def _one_matrix_each(tape: Tape) -> Declined | None:
+    """Experts of which none has a second product: where they read several tensors, or are weighed in another way than
+    the readings before this one know."""
+    products = expert_products(tape)
+    if len(products) < 2 or not set(products).isdisjoint(descendants(tape, products)):
+        return None
+    if (chosen := chosen_among_tokens(tape)) is not None:
+        return chosen
+    rows: set[fx.Node] = set()
+    for node in products:
+        found = weight_and_operand(node, {})
+        operand = node if found is None else found[1]
+        while moves_rows(operand) and not picks_rows(operand) and operand.all_input_nodes:
+            operand = operand.all_input_nodes[0]
+        rows.add(operand)
+    line = products[0].meta.get("source", "")
+    if len(rows) == 1:
+        return Declined(ONE_MATRIX_EACH, line)
+    if any(map(picks_rows, rows)):
+        return None
+    return Declined(
+        f"its experts are one matrix each, and they read {len(rows)} different tensors (as of several hops or scales), "
+        "where the op's experts all read rows of one; this block stays as it is",
+        line,
     )
 
 

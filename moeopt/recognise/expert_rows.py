@@ -48,7 +48,10 @@ def label_chain(
         rows = out.rows_in(rows)
         label = rows[:, 0]
         if bool((rows != label[:, None]).any()) or bool((label == CONFLICT).any()):
-            raise Declined("between an expert's matmuls features of different rows are mixed", source_of(candidate))
+            raise Declined(
+                "between an expert's matmuls features of different rows, or of different matrices, come into one row",
+                source_of(candidate),
+            )
         if not bool((label >= 0).any()):
             labels.token[out] = labels.candidate[out] = torch.full_like(label, -1)
             continue

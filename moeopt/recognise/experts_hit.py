@@ -67,10 +67,26 @@ def _idle_parts(
     path: str, whole: torch.Tensor, refs: list[MatrixRef], experts: list[ExpertRef], others: list[GemmSite]
 ) -> list[str]:
     """A name for each further expert that the Parameter ``path`` holds: entries of a stack, or the rest of a matrix."""
-    here = {r.origin[0] for r in refs if r.path == path}
-    if whole.dim() > 2 and len(here) < whole.shape[0] and all(r.dk[0] == r.dm[0] == 0 for r in refs):
-        return [f"{path}[{i}]" for i in range(whole.shape[0]) if i not in here]
+    held = [r for e in experts for r in (*e.w_in, e.w_out) if r.path == path]  # gate and up may be parts of one stack
+    if whole.dim() > 2 and all(r.dk[0] == r.dm[0] == 0 for r in refs):
+        here = {r.origin[0] for r in held}
+        if len(here) < whole.shape[0]:
+            return [f"{path}[{i}]" for i in range(whole.shape[0]) if i not in here]
+        if (idle := _idle_behind(path, whole, held)) is not None:
+            return idle
     return _rest_of(path, whole, experts, others)
+
+
+def _idle_behind(path: str, whole: torch.Tensor, held: list[MatrixRef]) -> list[str] | None:
+    """The same where experts are counted by a further axis of the stack, behind one of gate and up, say; of an axis
+    of which one entry is read, as of the layers of a model, the others belong to someone else. None where no other axis
+    counts matrices."""
+    lead = [a for a in range(1, whole.dim()) if all(r.dk[a] == r.dm[a] == 0 for r in held)]
+    used = {a: {r.origin[a] for r in held} for a in lead}
+    counting = [a for a in lead if len(used[a]) > 1]
+    if not counting:
+        return None
+    return [f"{path}[{', '.join([':'] * a)}, {i}]" for a in counting for i in range(whole.shape[a]) if i not in used[a]]
 
 
 def _not_hit(missing: list[str], hit: int, group: list[FFNCandidate]) -> ExpertsNotHit:

@@ -31,7 +31,7 @@ def attach_bias(tape: Tape, site: GemmSite, memo: dict[fx.Node, bool]) -> None:
     if site.biases:
         return
     path: list[fx.Node] = []
-    current = node
+    current = site.node
     while True:
         users = [u for u in current.users if "index" in u.meta]
         if len(users) != 1:
@@ -58,7 +58,7 @@ def _is_zero(tape: Tape, node: fx.Node) -> bool:
 def _take_added(tape: Tape, site: GemmSite, bias: fx.Node, add: fx.Node, path: list[fx.Node]) -> None:
     """Fold ``add(matmul, bias)`` into the site; ``path`` is how the matmul was reshaped on the way to it."""
     labels = torch.arange(site.matrix.numel())[:, None].expand(-1, site.matrices[0].m)
-    moved = site.from_rows(labels, tape.value(site.matmul))
+    moved = site.from_rows(labels, tape.value(site.node))
     for step in path:
         moved = step.target(moved, *step.args[1:])  # type: ignore[operator]
     shape, m = add.meta["shape"], site.matrices[0].m

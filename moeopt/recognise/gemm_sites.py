@@ -16,6 +16,7 @@ from moeopt.capture.tape import Tape
 from moeopt.ir.weight_refs import MatrixRef
 from moeopt.recognise.gemm_biases import attach_bias
 from moeopt.recognise.gemm_site import GemmSite, is_computed_weight, is_weight
+from moeopt.recognise.parted_sites import parts_of
 from moeopt.recognise.weight_source import element_source, matrix_ref, vector_ref
 
 __all__ = ["GemmSite", "find_sites", "is_computed_weight", "is_weight", "weight_and_operand"]
@@ -30,8 +31,12 @@ def find_sites(tape: Tape) -> list[GemmSite]:
     for node in tape.nodes:
         if is_matmul(node):
             site = _site(tape, node, memo)
-            if site is not None:
-                sites.append(site)
+            if site is None:
+                continue
+            parts = parts_of(tape, site)
+            for part in parts:
+                attach_bias(tape, part, memo)
+            sites += parts or [site]
     return sites
 
 

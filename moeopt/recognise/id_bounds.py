@@ -18,6 +18,7 @@ from moeopt.capture.op_kinds import moves_rows, op_name
 from moeopt.capture.tape import Call, Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.recognise.ids_of_masks import mask_to_ids
+from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing_types import Routing
 from moeopt.value_types import PyObject
 
@@ -66,13 +67,16 @@ def open_ids(tape: Tape, routing: Routing, experts: int, given: Sequence[IdBound
     return ids
 
 
-def kept_by_caller(tape: Tape, routing: Routing, experts: int, given: Sequence[IdBounds]) -> list[IdBounds]:
-    """Of each tensor argument of the tape's call: its bounds, where only they say that each id names an expert."""
+def kept_by_caller(tape: Tape, found: Sequence[Recognition], given: Sequence[IdBounds]) -> tuple[IdBounds, ...]:
+    """Of each tensor argument of the tape's call the bounds that some of the experts' ids rely on, in that only they
+    say that each id names an expert; () where none do."""
     without = [[None if i == n else b for i, b in enumerate(given)] for n in range(len(given))]
-    return [
-        known if known is not None and open_ids(tape, routing, experts, others) is not None else None
-        for known, others in zip(given, without, strict=True)
-    ]
+
+    def relied_on(known: IdBounds, others: list[IdBounds]) -> bool:
+        return known is not None and any(open_ids(tape, f.routing, len(f.experts), others) is not None for f in found)
+
+    kept = tuple(known if relied_on(known, others) else None for known, others in zip(given, without, strict=True))
+    return kept if any(kept) else ()
 
 
 def bounds(node: fx.Node, depth: int = 24, given: Mapping[fx.Node, IdBounds] = MappingProxyType({})) -> IdBounds:

@@ -21,7 +21,7 @@ from moeopt.obstacles import Rank
 from moeopt.recognise.attention_inside import attends
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.recurrences import recurrence
-from moeopt.recognise.router_steers import CHOICES
+from moeopt.recognise.router_steers import CHOICES, becomes_a_number
 from moeopt.recognise.rows_of_others import (
     adds_up_neighbours,
     attends_inside,
@@ -197,11 +197,7 @@ def branches(tape: Tape) -> Declined | None:
     for read in tape.reads:
         shape = read.node.meta.get("shape")
         if steered.get(read.node, False) and shape is not None and all(size == 1 for size in shape):
-            return Declined(
-                f"its forward turns a value computed from the input into a Python number ({op_name(read.node)}) and "
-                "may branch on it, which a graph cannot repeat; keep it in a tensor (torch.where)",
-                read.line,
-            )
+            return Declined(becomes_a_number(read.node), read.line)
     return None
 
 
@@ -210,7 +206,7 @@ def between_products(tape: Tape) -> Declined | None:
     for look in (_recurrence, _neighbours):
         if (found := look(tape)) is not None:
             return found
-    sites = _expert_products(tape)
+    sites = expert_products(tape)
     if (mixed := multiplied_with_each_other(tape, sites)) is not None:
         return attends(tape, mixed, alike_children(tape.root), mixed.meta.get("source", ""))
     if len(sites) < 2:
@@ -251,7 +247,7 @@ def between_products(tape: Tape) -> Declined | None:
 
 def complex_products(tape: Tape) -> Declined | None:
     """Experts of complex matrices."""
-    site = next((n for n in _expert_products(tape) if getattr(n.meta.get("dtype"), "is_complex", False)), None)
+    site = next((n for n in expert_products(tape) if getattr(n.meta.get("dtype"), "is_complex", False)), None)
     if site is None:
         return None
     return Declined(
@@ -266,7 +262,7 @@ def _plain(node: fx.Node) -> bool:
     return moves_rows(node) or is_pointwise(node) or is_matmul(node) or is_factory(node)
 
 
-def _expert_products(tape: Tape) -> list[fx.Node]:
+def expert_products(tape: Tape) -> list[fx.Node]:
     """Products with weights of alike modules, or with parts of a stack; none of a list of gates."""
     experts = {id(p): home for child, home in alike_children(tape.root).items() for p in child.parameters()}
     named = dict(tape.root.named_parameters(remove_duplicate=False))

@@ -38,16 +38,7 @@ def only_the_router_steers(
             source = node.args[0] if node.target is operator.getitem and isinstance(node.args[0], fx.Node) else node
             if _is_check_of_one_hot(tape, source):
                 continue
-            way_out = "keep it in a tensor (torch.where)"
-            if op_name(source) == "aminmax":
-                way_out = (
-                    "where that is F.one_hot(ids, n), which looks at its ids, write ids[..., None] == torch.arange(n)"
-                )
-            raise Declined(
-                f"its forward turns a value computed from the input into a Python number ({op_name(source)}) and may "
-                f"branch on it, which a graph cannot repeat; {way_out}",
-                line or None,
-            )
+            raise Declined(becomes_a_number(source), line or None)
 
     before = ancestors([tokens, *cut])
     for node in dispatch - before:
@@ -57,6 +48,22 @@ def only_the_router_steers(
                 f"which rows its experts see depends on more than the tensors that hold the routing ({op_name(node)})",
                 node.meta.get("source"),
             )
+
+
+def becomes_a_number(node: fx.Node) -> str:
+    """The reason for a block whose Python reads ``node``, and the way out."""
+    way_out = "keep it in a tensor (torch.where)"
+    if op_name(node) == "aminmax":
+        way_out = "where that is F.one_hot(ids, n), which looks at its ids, write ids[..., None] == torch.arange(n)"
+    elif op_name(node) == "any":
+        way_out = (
+            "where that skips an expert which no row of the example inputs reaches, give example inputs that reach "
+            f"every expert; else {way_out}"
+        )
+    return (
+        f"its forward turns a value computed from the input into a Python number ({op_name(node)}) and may branch on "
+        f"it, which a graph cannot repeat; {way_out}"
+    )
 
 
 def _steered(tape: Tape, cut: set[fx.Node]) -> dict[fx.Node, bool]:

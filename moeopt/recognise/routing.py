@@ -33,6 +33,7 @@ from moeopt.recognise.routing_by_ids import by_ids, id_recipes, ids_of_sequences
 from moeopt.recognise.routing_by_sum import SumOfCodes
 from moeopt.recognise.routing_by_tables import by_choice, by_dense, by_flags, by_mask
 from moeopt.recognise.routing_candidates import axis_orders, rebuilt
+from moeopt.recognise.routing_of_sequences import repeated_here
 from moeopt.recognise.routing_types import (
     Extraction,
     FixedShares,
@@ -263,7 +264,8 @@ def _again(tape: Tape, before: list[fx.Node], table: Table, prior: Routing, mapp
             if key[1] >= len(alike):
                 return None
             nodes.append(alike[key[1]])
-        return Extraction(nodes[0], extraction.steps, tuple(nodes[1:]))
+        found = Extraction(nodes[0], extraction.steps, tuple(nodes[1:]))
+        return repeated_here(tape, found, len(table.visits)) if prior.of_groups else found
 
     ids_extraction = here(prior.ids) if prior.ids is not None else None
     if prior.ids is not None and ids_extraction is None:
@@ -282,7 +284,9 @@ def _again(tape: Tape, before: list[fx.Node], table: Table, prior: Routing, mapp
         fits = same_form and fits_table(rebuilt(ids, weights, mapping, table.visits.shape[1]), table)
     except (RuntimeError, IndexError):  # on this tape the same lines hold values of another form
         return None
-    return Routing(prior.top_k, ids_extraction, weights_extraction, mapping, prior.form) if fits else None
+    if not fits:
+        return None
+    return Routing(prior.top_k, ids_extraction, weights_extraction, mapping, prior.form, of_groups=prior.of_groups)
 
 
 _USUAL: tuple[Search, ...] = (by_ids, by_mask, by_dense, by_choice, by_flags)

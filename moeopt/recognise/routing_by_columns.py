@@ -1,11 +1,14 @@
-"""A router whose weights are one vector an expert: no tensor holds the table, its columns stand apart.
+"""A router whose weights, or flags, are one vector an expert: no tensor holds the table, its columns stand apart.
 
     for g, (router, experts) in enumerate(groups):          p_TG = softmax(top(x))
         for m, expert in enumerate(experts):                q_TM = softmax(router(x))
             y = y + p_TG[:, g, None] * q_TM[:, m, None] * expert(x)
 
 A gate for each expert (``sigmoid(gate_e(x)) * expert_e(x)``) is the same. Each vector has an entry for every token, and
-they stand side by side in the rewritten block.
+they stand side by side in the rewritten block. So do flags, as of intervals of a number that each token has:
+
+    for e, (first, end) in enumerate(intervals):            y[mine] = expert_e(x[mine])
+        mine = (t >= first) & (t < end)
 
 Legend: T tokens, C candidates (experts), G groups of M experts.
 """
@@ -19,8 +22,12 @@ import torch
 from torch import fx
 
 from moeopt.capture.tape import Tape
+from moeopt.recognise.ids_of_masks import table_to_ids
+from moeopt.recognise.routing_by_tables import one_for_each_token
 from moeopt.recognise.routing_candidates import possible_sources
 from moeopt.recognise.routing_types import Extraction, Routing, RoutingForm, Table, same_values
+
+aten = torch.ops.aten
 
 
 def by_columns(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Routing]:
@@ -44,3 +51,36 @@ def by_columns(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dty
         if len(found) == len(nodes):
             weights = Extraction(found[0], [], tuple(found[1:]))
             yield Routing(candidates, None, weights, table.natural, RoutingForm.DENSE)
+
+
+def by_flags_apart(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Routing]:
+    """The readings by which each expert's tokens are a vector of flags: the flags are the weights, or one number for
+    each token weighs what its experts give.
+
+    Flags that are the same for all tokens of the probe are left to others: their vector cannot be told by values.
+    """
+    tokens, candidates = table.weights.shape
+    natural = torch.tensor(table.natural)
+    want_TC, chosen_TC = table.weights[:, natural], table.visits[:, natural] > 0
+    if tokens < 2 or bool((chosen_TC == chosen_TC[:1]).all(0).any()):
+        return
+    flags = [n for n in before if n.meta.get("dtype") == torch.bool and math.prod(n.meta["shape"]) == tokens]
+    if len(flags) < candidates:
+        return
+    values = [(n, tape.value(n).reshape(-1)) for n in reversed(flags)]
+    nodes = [next((n for n, v in values if torch.equal(v, column)), None) for column in chosen_TC.unbind(1)]
+    found = [n for n in nodes if n is not None]
+    if len(found) < len(nodes):
+        return
+    first, *others = found
+    if not table.weighed and torch.equal(want_TC, chosen_TC.to(want_TC.dtype)):
+        weights = Extraction(first, [(aten.to.dtype, (table.weights.dtype,))], tuple(others))
+        yield Routing(candidates, None, weights, table.natural, RoutingForm.TABLE)
+        return
+    ids = Extraction(first, [(table_to_ids, ())], tuple(others))
+    for node in reversed(list(possible_sources(before, floating=True))):
+        if math.prod(node.meta["shape"]) == tokens:
+            each = one_for_each_token(tape, node, chosen_TC, want_TC.double())
+            if each is not None:
+                yield Routing(candidates, ids, each, table.natural, RoutingForm.TABLE)
+                return

@@ -182,7 +182,7 @@ def by_choice(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtyp
         if kind is None or node.op == "get_attr" or not shape:
             continue
         if kind.is_floating_point and weights is None and math.prod(shape) == tokens:
-            weights = _one_for_each_token(tape, node, chosen, want)
+            weights = one_for_each_token(tape, node, chosen, want)
         if math.prod(shape) != tokens * candidates:
             continue
         for steps, _ in table_readings(shape, tokens, candidates):
@@ -197,7 +197,7 @@ def by_choice(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtyp
         yield Routing(candidates, ids, weights, table.natural, RoutingForm.TABLE)
 
 
-def _one_for_each_token(tape: Tape, node: fx.Node, chosen: torch.Tensor, want: torch.Tensor) -> Extraction | None:
+def one_for_each_token(tape: Tape, node: fx.Node, chosen: torch.Tensor, want: torch.Tensor) -> Extraction | None:
     """(T, E) weights that are one number for all experts of a token: that of ``node``, or one over it (a mean)."""
     steps: Steps = [(aten.reshape.default, ([-1, 1],)), (aten.expand.default, ([-1, chosen.shape[1]],))]
     inverse: Steps = [*steps, (aten.reciprocal.default, ())]

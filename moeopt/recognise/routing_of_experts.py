@@ -29,7 +29,7 @@ from moeopt.recognise.product_of_all import layers_of_all_before
 from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.router_steers import only_the_router_steers
 from moeopt.recognise.routing import find_routing
-from moeopt.recognise.routing_by_columns import by_columns
+from moeopt.recognise.routing_by_columns import by_columns, by_flags_apart
 from moeopt.recognise.routing_by_ids import by_names
 from moeopt.recognise.routing_by_kept import by_kept
 from moeopt.recognise.routing_by_sum import by_sum
@@ -86,7 +86,8 @@ def with_frontier(
             place = weight_position(tape, reading, table, tokens, labels, combine, group)
 
     try:
-        rarer = (by_slots, by_kept, by_names, by_sequences(tokens.node.meta["shape"], tokens.axis), by_columns)
+        of_sequences = by_sequences(tokens.node.meta["shape"], tokens.axis)
+        rarer = (by_slots, by_kept, by_names, of_sequences, by_columns, by_flags_apart)
         last = by_sum(labels, combine, tokens, group, levels)
         routing = find_routing(tape, dispatch, table, weight_dtype(tape, group), again, accept, rarer, last)
     except (FixedShares, NoIds, NoWeights) as err:

@@ -17,12 +17,13 @@ import torch
 from torch import fx
 
 from moeopt.capture.tape import Tape
+from moeopt.recognise.routing_by_columns import by_flags_apart
 from moeopt.recognise.routing_by_ids import by_ids
-from moeopt.recognise.routing_by_tables import by_choice, by_dense, by_mask
+from moeopt.recognise.routing_by_tables import by_choice, by_dense, by_flags, by_mask
 from moeopt.recognise.routing_types import Extraction, Routing, Search, Table
 
 aten = torch.ops.aten
-_SEARCHES: tuple[Search, ...] = (by_ids, by_mask, by_dense, by_choice)
+_SEARCHES: tuple[Search, ...] = (by_ids, by_mask, by_dense, by_choice, by_flags, by_flags_apart)
 
 
 def by_sequences(shape: tuple[int, ...], axis: int) -> Search:
@@ -78,3 +79,17 @@ def _repeated(tape: Tape, extraction: Extraction, each: int, last: bool) -> Extr
         (aten.reshape.default, ([-1, columns],)),
     ]
     return dataclasses.replace(extraction, steps=[*steps[:at], *again, *steps[at:]])
+
+
+def repeated_here(tape: Tape, extraction: Extraction, tokens: int) -> Extraction:
+    """``extraction``, found in another call, with its rows repeated as often as this call's ``tokens`` ask for."""
+    ops = [op for op, _ in extraction.steps]
+    at = ops.index(aten.expand.default) if aten.expand.default in ops else 0
+    if at < 1 or ops[at - 1] is not aten.unsqueeze.default:
+        return extraction
+    first, again, rest = extraction.steps[: at - 1], extraction.steps[at][1][0], extraction.steps[at + 1 :]
+    groups = len(dataclasses.replace(extraction, steps=first).run(tape))
+    each = [tokens // groups if size > 0 else size for size in again] if groups else again
+    return dataclasses.replace(
+        extraction, steps=[*first, extraction.steps[at - 1], (aten.expand.default, (each,)), *rest]
+    )

@@ -87,7 +87,7 @@ def weight_position(
 
 def _of_both_or_none(source: fx.Node, both: bool) -> WeightPosition:
     """Where weights count that were found to enter in both places or in none."""
-    if source.meta.get("dtype") == torch.bool and not both:
+    if source.meta.get("dtype") == torch.bool:
         return "output"  # flags pick the rows, and a row that is picked counts once, wherever a 1 is multiplied
     where = "act on both the experts' inputs and their outputs" if both else "never reach the experts"
     raise Declined(f"the tensor that holds the routing weights of all probes would {where}")

@@ -9,13 +9,14 @@ sums       x @ (sum of g_e W_e)   no expert runs by itself
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import fx
 
-from moeopt.capture.op_kinds import is_matmul, is_pointwise, moves_rows, op_name, picks_rows
+from moeopt.capture.op_kinds import GATES, is_matmul, is_pointwise, moves_rows, op_name, picks_rows
 from moeopt.capture.replay import ancestors, descendants
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
@@ -28,6 +29,8 @@ from moeopt.recognise.router_steers import CHOICES
 ONE_AT_A_TIME = "make floats of the codes of one expert where its rows are multiplied: such experts run on the codes"
 _STEPS = 64
 """Element-wise calls that are looked at behind a matrix."""
+_GATE_STEPS = 8
+"""Calls between a gate and the sum of what it weighs."""
 
 
 def single_neurons(tape: Tape) -> Declined | None:
@@ -172,33 +175,79 @@ def mixed_kernels(tape: Tape) -> Declined | None:
     return None
 
 
-def summed_matrices(tape: Tape) -> Iterator[tuple[fx.Node, str]]:
-    """Products of activations with a matrix that is a sum of a stack's, weighed by something that is computed from the
-    input, and the name of the stack."""
+def summed_matrices(tape: Tape) -> Iterator[tuple[fx.Node, tuple[str, ...]]]:
+    """Products of activations with a matrix, or a kernel, that is a sum of several, weighed by something that is
+    computed from the input; and the name of the stack that holds these, or their own names."""
     names = dict(tape.root.named_parameters(remove_duplicate=False))
     for node in tape.nodes:
-        if op_name(node) not in ("bmm", "baddbmm"):
+        if op_name(node) not in ("bmm", "baddbmm", "convolution"):
             continue
-        for side in node.all_input_nodes:
+        for whole in node.all_input_nodes[1:2] if op_name(node) == "convolution" else node.all_input_nodes:
+            side = whole
             while moves_rows(side) and side.all_input_nodes:
                 side = side.all_input_nodes[0]
-            stack = _blended_stack(side, names)
-            if stack:
+            stack = _blended_stack(side, names) or _blended_list(side, names)
+            if stack := stack or _summed_by_a_product(side, whole, names):
                 yield node, stack
-                continue
-            found = weight_and_operand(side, {}) if is_matmul(side) and op_name(side) != "convolution" else None
-            if found is None:  # a convolution adds up channels, whatever its last axis is as long as
-                continue
-            stacks = [str(n.target) for n in ancestors([found[0]]) if n.op == "get_attr"]
-            stacks = [name for name in stacks if name in names and names[name].dim() > 2]
-            weighs = stacks and found[1].meta["shape"][-1] == len(names[stacks[0]])
-            if weighs and any(n.op == "placeholder" for n in ancestors([found[1]])):
-                yield node, stacks[0]
 
 
-def _blended_stack(matrix: fx.Node, names: Mapping[str, torch.Tensor]) -> str:
+def _summed_by_a_product(side: fx.Node, whole: fx.Node, names: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """The names of what a product of a gate, computed from the input, and of matrices adds up to ``side``; ``whole`` is
+    how the sum is used."""
+    found = weight_and_operand(side, {}) if is_matmul(side) and op_name(side) != "convolution" else None
+    if found is None:  # a convolution adds up channels, whatever its last axis is as long as
+        return ()
+    before = ancestors([found[0]])
+    held = [str(n.target) for n in before if n.op == "get_attr" and str(n.target) in names]
+    stacks = tuple(name for name in held if names[name].dim() > 2 or _is_bank(found, whole))[:1]
+    count = len(names[stacks[0]]) if stacks else len(held)
+    if not stacks and any(op_name(n) == "stack" for n in before):
+        stacks = tuple(held) if min(names[name].dim() for name in held) > 1 else ()
+    weighs = found[1].meta["shape"][-1] == count > 1 and any(n.op == "placeholder" for n in ancestors([found[1]]))
+    return stacks if weighs else ()
+
+
+def _is_bank(found: tuple[fx.Node, fx.Node, bool], used: fx.Node) -> bool:
+    """Whether a table's rows are matrices or kernels laid out flat: a gate weighs them as they are stored, and the sum
+    is ``used`` as one of more axes. What a layer computes of hidden numbers is no sum of experts."""
+    table, gate, left = found
+    shape = used.meta["shape"]
+    flat = len(shape) > 2 and math.prod(shape[-2:]) > max(shape[-2:]) and shape[-1] != table.meta["shape"][-1]
+    for _ in range(_GATE_STEPS):
+        if op_name(gate) in GATES:
+            return flat and table.op == "get_attr" and not left
+        if not (moves_rows(gate) or is_pointwise(gate)) or not gate.all_input_nodes:
+            return False
+        gate = gate.all_input_nodes[-1 if op_name(gate) == "scatter" else 0]
+    return False
+
+
+def _blended_list(matrix: fx.Node, names: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """The names of the matrices, alike but for a number, that ``matrix`` is the sum of, each weighed by what the input
+    gives; else ()."""
+    parts: dict[str, None] = {}
+    stack, seen = [matrix], set[fx.Node]()
+    adds, weighs = False, False
+    while stack and len(seen) < _STEPS:
+        node = stack.pop()
+        name = str(node.target)
+        if node.op == "get_attr" and name in names and names[name].dim() > 1:
+            parts[name] = None
+        elif node not in seen and (moves_rows(node) or is_pointwise(node) or op_name(node) in ("sum", "mean")):
+            seen.add(node)
+            stack.extend(node.all_input_nodes)
+            adds = adds or op_name(node) in ("add", "addcmul", "lerp", "sum", "mean")
+            weighs = weighs or op_name(node) in ("mul", "addcmul", "lerp")
+        elif not any(n.op == "placeholder" for n in (node, *ancestors([node]))):
+            return ()
+    alike = len({(names[name].shape, re.sub(r"\d+", "#", name)) for name in parts}) == 1
+    of_input = any(n.op == "placeholder" for n in ancestors([matrix]))
+    return tuple(parts) if alike and len(parts) > 1 and adds and weighs and of_input else ()
+
+
+def _blended_stack(matrix: fx.Node, names: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
     """The name of the one stack whose matrices, looked up by what the input says, ``matrix`` is several of: added up,
-    element by element, by weights that the input gives (a phase between four poses); else ""."""
+    element by element, by weights that the input gives (a phase between four poses); else ()."""
     stack, seen = [matrix], set[fx.Node]()
     lookups, adds, weighs = set[fx.Node](), False, False
     while stack and len(seen) < _STEPS:
@@ -217,14 +266,15 @@ def _blended_stack(matrix: fx.Node, names: Mapping[str, torch.Tensor]) -> str:
         weighs = weighs or op_name(node) in ("mul", "addcmul", "lerp")
     held = {str(n.target) for n in ancestors(lookups) if n.op == "get_attr"} & names.keys() if lookups else set()
     stacks = [name for name in held if names[name].dim() > 2]
-    return stacks[0] if len(stacks) == 1 and len(lookups) > 1 and adds and weighs else ""
+    return (stacks[0],) if len(stacks) == 1 and len(lookups) > 1 and adds and weighs else ()
 
 
 def mixed_matrices(tape: Tape) -> Declined | None:
     """The first of :func:`summed_matrices`."""
-    for node, stack in summed_matrices(tape):
+    for node, names in summed_matrices(tape):
+        own = listed(dict.fromkeys(re.sub(r"\d+", "#", name) if len(names) > 1 else name for name in names))
         return Declined(
-            f"it adds up its experts' matrices ({stack}) for each sample or token and multiplies by the sum, so no "
+            f"it adds up its experts' matrices ({own}) for each sample or token and multiplies by the sum, so no "
             "expert runs by itself and there is nothing to group; this block stays as it is",
             node.meta.get("source"),
             rank=Rank.FORBIDS,

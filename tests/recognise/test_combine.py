@@ -88,7 +88,7 @@ def test_rows_are_counted_by_visit():
         (lambda o, w: (o[0], o[1], o[2]), "their outputs never meet in one tensor with a row per token"),
         (lambda o, w: torch.cat(o), "their outputs never meet in one tensor with a row per token"),
         (lambda o, w: torch.stack(o).sum((0, 1)), "their outputs never meet in one tensor with a row per token"),
-        (lambda o, w: torch.stack(o).amax(0), "is not linear in the experts' outputs"),
+        (lambda o, w: torch.stack(o).amax(0), "amax puts them together over the experts"),
         (lambda o, w: o[0] * o[1] + o[2], "is not linear in the experts' outputs"),
         (lambda o, w: o[0].tanh() + o[1] + o[2], "is not linear in the experts' outputs"),
         (lambda o, w: (sum(o), o[1]), "reads the result of single experts"),

@@ -358,7 +358,10 @@ class SoftSlots(MoE):
         (Nothing, "something that is not element-wise on each token's row"),
         (DifferentFunctions, "its experts do not all compute the same function (plain "),
         (lambda: MoE(CubeExpert), "the function between the expert's two matmuls (pow) is none that the op carries"),
-        (lambda: MoE(Permuted), "between an expert's matmuls features of different rows are mixed"),
+        (
+            lambda: MoE(Permuted),
+            "between an expert's matmuls features of different rows, or of different matrices, come into one row",
+        ),
         (lambda: MoE(OtherTokensForUp), "an expert's gate and up matmuls see different tokens"),
         (BothSides, "routing weights act on both the experts' inputs and their outputs"),
         (Residual, "tokens that no expert serves keep another value"),

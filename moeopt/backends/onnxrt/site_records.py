@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moeopt.bundle.values import DTYPES
 from moeopt.errors import BundleError, Declined, UsageError
+from moeopt.ir.element_bytes import element_bytes
 from moeopt.ir.row_function import RowFunction
 from moeopt.ir.specs import ExpertsSpec, RouterSpec
 from moeopt.lower.onnx.build import Builder
@@ -193,8 +194,7 @@ def _digit_site(record: Mapping[str, Any], sizes: list[tuple[int, tuple[int, ...
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    raw = [t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
-    return torch.equal(*raw)
+    return torch.equal(element_bytes(a), element_bytes(b))
 
 
 def _which(tensors: list[Tensor | None]) -> bool | list[bool]:

@@ -25,6 +25,7 @@ from moeopt.backends.onnxrt.session import FLOAT_ROWS, ISA_ENTRY
 from moeopt.bundle import golden as goldens
 from moeopt.bundle.manifest import Manifest
 from moeopt.errors import BundleError, LimitError
+from moeopt.ir.element_bytes import element_bytes
 from moeopt.limits import STILL, LoadLimits
 from moeopt.lower.onnx.experts_node import DOMAIN
 from moeopt.untrusted import shown
@@ -182,9 +183,8 @@ def _written(feeds: Feeds, folder: Path, number: int) -> dict[str, Any]:
     """The tensors of a call as files, and what they are: element type, bytes of an element, shape, file."""
     said = {}
     for at, (name, tensor) in enumerate(feeds.items()):
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
         path = folder / f"{number}.{at}"
-        path.write_bytes(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+        path.write_bytes(element_bytes(tensor.cpu()).numpy().tobytes())
         said[name] = [_element_type(tensor.dtype), tensor.element_size(), list(tensor.shape), path.name]
     return said
 
