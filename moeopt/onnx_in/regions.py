@@ -67,7 +67,8 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
                 continue
             unrouted |= region is not None and not _has_router(region, chains)
             if region is not None and _has_router(region, chains):
-                found.append(replace(region, folds=chains.in_several_shapes))
+                apart = tuple((p.node.outputs[0].name, p.of_all) for p in chains.products if p.of_all)
+                found.append(replace(region, folds=chains.in_several_shapes or bool(apart), apart=apart))
             if len(found) == _MOST_REGIONS:
                 break
         taken |= set(positions)
