@@ -161,6 +161,15 @@ def test_it_is_verified_and_the_file_as_a_module_agrees():
     assert [(b.status, b.experts) for b in again.report.blocks] == [("rewritten", E)]
 
 
+def test_a_hundred_experts_are_taken_apart_too():
+    file, many = File(opset=18), 128
+    weights, ids, _ = file.router(experts=many)
+    matrices = file.node("Gather", file.weight(many, H, O, name="experts.w"), ids, axis=0)
+    every = file.node("MatMul", file.node("Unsqueeze", "x", file.constant([1, 2])), matrices)
+    model = file.model(chosen(file, file.node("Squeeze", every, file.constant([2])), weights))
+    right(model, optimized(model))
+
+
 def test_a_gate_that_chooses_none_has_the_reason():
     file = File(opset=18)
     gate = file.node("Softmax", file.node("MatMul", "x", file.weight(H, E)), axis=-1)
