@@ -87,11 +87,9 @@ def frozen_routing(candidate: CandidateRegion, others: Iterable[CandidateRegion]
         whole = (o for o in others if o.chains.experts == scored and any(choice in r.nodes for r in o.regions[:1]))
         if scored > count and (widths := other_widths(index, candidate.chains, scored)):
             return widths
-        if scored > count and next(whole, None) is None:
-            alike = candidate.chains.written >= scored
-            equal = "several experts are equal (tools for graphs store equal weights once) or " if alike else ""
+        if scored > candidate.chains.written and scored > count and next(whole, None) is None:
             return (
-                f"{BROKEN}, unless {equal}some scores are meant for no expert (null experts), which a file does not "
+                f"{BROKEN}, unless some scores are meant for no expert (null experts), which a file does not "
                 f"tell: its router scores {scored} experts, and the file holds {count}. An export that traces a loop "
                 f"over the experts that are hit keeps those of its sample only, and tokens that choose another get "
                 f"nothing; {WAY_OUT}"

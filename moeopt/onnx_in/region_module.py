@@ -30,6 +30,7 @@ from moeopt.onnx_in.places import from_zero_told
 from moeopt.onnx_in.products import CONVOLUTIONS, MOVING, shape_of
 from moeopt.onnx_in.program import NodeStep, SizeTerm, SizeTerms, program_of
 from moeopt.onnx_in.regions import CandidateRegion
+from moeopt.onnx_in.shared_weights import each_its_own
 from moeopt.onnx_in.static_sizes import free_sizes
 from moeopt.onnx_in.tensors import tensor_of
 from moeopt.value_types import OnnxValue, PyObject
@@ -152,12 +153,12 @@ def region_module(
                 known.add(value.name)
     if region.folds:
         steps = _folded(steps, constants, opset)
+    if region.shares:
+        steps = each_its_own(steps, constants)
     sizes = dict(ends.sizes)
     if region.apart:
-        shapes = _shapes(steps, constants, ends, region, opset)
-        steps = live_steps(
-            ExpertsApart(steps, constants, shapes, dict(region.apart)).steps([region.exit.name]), [region.exit.name]
-        )
+        shapes, result = _shapes(steps, constants, ends, region, opset), [region.exit.name]
+        steps = live_steps(ExpertsApart(steps, constants, shapes, dict(region.apart)).steps(result), result)
     if ends.fixed is not None:
         steps, freed = free_sizes(steps, constants, *ends.fixed, _shapes(steps, constants, ends, region, opset))
         sizes |= freed

@@ -68,7 +68,9 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
             unrouted |= region is not None and not _has_router(region, chains)
             if region is not None and _has_router(region, chains):
                 apart = tuple((p.node.outputs[0].name, p.of_all) for p in chains.products if p.of_all)
-                found.append(replace(region, folds=chains.in_several_shapes or bool(apart), apart=apart))
+                shares = chains.share_weights
+                folds = chains.in_several_shapes or bool(apart) or shares
+                found.append(replace(region, folds=folds, apart=apart, shares=shares))
             if len(found) == _MOST_REGIONS:
                 break
         taken |= set(positions)
