@@ -16,6 +16,7 @@ from moeopt.onnx_in.operators.table import operator_of
 from moeopt.onnx_in.products import PRODUCTS, WeightProduct, weight_products
 from moeopt.onnx_in.program import TAKEN
 from moeopt.onnx_in.single_chains import single_chains
+from moeopt.onnx_in.weighed_results import blocks_of_one_table
 from moeopt.value_types import OnnxNode, OnnxValue
 
 _MOST_REGIONS = 8
@@ -88,7 +89,7 @@ def _separate_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> I
     for chains in every:
         if chains.experts > 1 and _holds_another(index, chains, homes):
             chains = _that_join_before(index, chains, homes) or chains
-        yield chains
+        yield from blocks_of_one_table(index, chains) if len(chains.pairs) > 2 else [chains]
 
 
 def _holds_another(index: GraphIndex, chains: ExpertChains, homes: Mapping[int, ExpertChains]) -> bool:
