@@ -39,6 +39,7 @@ class ExpertsApart:
         self._parts: dict[str, ExpertParts] = {}
         self._tables: dict[str, LookedUp] = {}
         self._expanded: dict[str, str] = {}
+        self._with_one: dict[str, str] = {}  # a value with one more axis at its end, and the value
         self._joined: set[str] = set()
         self._products = ProductsApart(self._out, self._parts, self._tables, self._expanded)
 
@@ -62,14 +63,23 @@ class ExpertsApart:
         """Remember lookups in constants, and what is expanded."""
         if step.domain:
             return
-        if step.op_type == "Gather" and step.inputs[0] in self._out.constants and not step.attributes.get("axis"):
+        constant = bool(step.inputs) and step.inputs[0] in self._out.constants
+        if step.op_type == "Gather" and constant and not step.attributes.get("axis"):
             self._tables[step.outputs[0]] = LookedUp(step.inputs[0], step.inputs[1])
+        elif step.op_type == "GatherND" and constant and step.inputs[1] in self._with_one:
+            if not step.attributes.get("batch_dims"):
+                self._tables[step.outputs[0]] = LookedUp(step.inputs[0], self._with_one[step.inputs[1]])
+        elif step.op_type == "Unsqueeze" and self._shapes.get(step.outputs[0]) == (*self._shape(step.inputs[0]), 1):
+            self._with_one[step.outputs[0]] = step.inputs[0]
         elif step.op_type == "Transpose" and step.inputs[0] in self._tables:
             table, rank = self._tables[step.inputs[0]], len(self._shapes[step.inputs[0]])
             if list(step.attributes.get("perm") or ()) == [*range(rank - 2), rank - 1, rank - 2]:
                 self._tables[step.outputs[0]] = replace(table, turned=not table.turned)
         elif step.op_type == "Expand":
             self._expanded[step.outputs[0]] = step.inputs[0]
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes.get(name, (-1,))
 
     def _each(self, step: NodeStep) -> ExpertParts | None:
         """What a step gives of each part, where it works element by element or gives other axes."""

@@ -17,7 +17,7 @@ from moeopt.onnx_in.program import NodeStep
 from moeopt.onnx_in.step_writer import StepWriter
 
 _MATRICES = ("MatMul", "FusedMatMul", "Gemm")
-_TURNS = ("transA", "transBatchA", "transBatchB", "alpha")
+_TURNS = ("transA", "transBatchA", "transBatchB")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ProductsApart:
         form that is not taken apart."""
         if step.op_type == "Einsum":
             return self._einsum(step, count)
-        if step.domain and step.attributes.get("transB") or not step.attributes.keys().isdisjoint(_TURNS):
+        if step.domain and step.attributes.get("transB") or any(step.attributes.get(name, 0) for name in _TURNS):
             return None
         if step.op_type not in _MATRICES:
             return None
@@ -124,9 +124,14 @@ class ProductsApart:
         if shape[last] not in (1, made[last]):
             return None
         added = shape[last] == made[last]
-        own = rows if added else out.new("Squeeze", rows, out.number([last]))
-        matrices = [out.matrix(table.stack, e, table.turned) for e in range(count)]
-        names = [out.like(step, (own, matrix) if at else (matrix, own)) for matrix in matrices]
+        if not at and shape[-1] != 1:
+            return None
+        flat = [last] * (not added) + [len(shape) - 1] * (not at)  # a column times a matrix is a row times it turned
+        own = out.new("Squeeze", rows, out.number(flat)) if flat else rows
+        matrices = [out.matrix(table.stack, e, table.turned == bool(at)) for e in range(count)]
+        names = [out.like(step, (own, matrix)) for matrix in matrices]
+        if not at:
+            names = [out.with_axes(name, [len(shape) - 2 + added]) for name in names]
         return ExpertParts(tuple(names), last + added, 0, table.ids, added)
 
     def _einsum(self, step: NodeStep, count: int) -> ExpertParts | None:

@@ -74,9 +74,9 @@ def _ids(index: GraphIndex, product: WeightProduct) -> OnnxValue | None:
         node = None if value is None else value.producer()
         if node is not None and node.op_type == "Transpose":
             node = node.inputs[0].producer()
-        if node is not None and node.op_type == "Gather" and node.inputs[0] is product.weight:
-            axis = node.attributes.get("axis")
-            return node.inputs[1] if axis is None or axis.as_int() == 0 else None
+        if node is not None and node.op_type in ("Gather", "GatherND") and node.inputs[0] is product.weight:
+            along = node.attributes.get("axis" if node.op_type == "Gather" else "batch_dims")
+            return node.inputs[1] if along is None or along.as_int() == 0 else None
     return None
 
 

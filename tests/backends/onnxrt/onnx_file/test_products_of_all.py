@@ -71,7 +71,7 @@ def picked_results(file):
 
 
 def side_by_side(file):
-    every = file.node("Gemm", "x", stack(file, E * O, H), file.weight(E * O), transB=1)
+    every = file.node("Gemm", "x", stack(file, E * O, H), file.weight(E * O), transB=1, alpha=1.0)
     every = file.node("Relu", file.node("Reshape", every, file.constant([-1, E, O])))
     return by_columns(file, every, file.table(*file.router()), axis=1)
 
@@ -111,6 +111,17 @@ def looked_up_turned(file):
     return chosen(file, file.node("Squeeze", file.node("MatMul", rows, matrices), file.constant([2])), weights)
 
 
+def looked_up_columns(file):
+    """As torch's newer exporter writes them: by GatherND, and with the matrix on the left."""
+    weights, ids, _ = file.router()
+    last = file.constant([-1])
+    places = file.node("Unsqueeze", ids, last)
+    columns = file.node("Unsqueeze", file.node("Unsqueeze", "x", file.constant([1])), file.constant([3]))
+    every = file.node("MatMul", file.node("GatherND", stack(file, E, O, H), places, batch_dims=0), columns)
+    every = file.node("Add", file.node("Squeeze", every, last), file.node("GatherND", file.weight(E, O), places))
+    return chosen(file, every, weights)
+
+
 def looked_up_by_einsum(file):
     weights, ids, _ = file.router()
     return chosen(
@@ -135,7 +146,7 @@ def the_best_alone(file):
 
 FORMS = (
     matmul, with_bias, turned, repeated_rows, einsum, einsum_of_three, picked_results, side_by_side,
-    side_by_side_and_a_row_of_weights, first_layers_side_by_side, looked_up, looked_up_turned, looked_up_by_einsum,
+    side_by_side_and_a_row_of_weights, first_layers_side_by_side, looked_up, looked_up_turned, looked_up_columns, looked_up_by_einsum,
     looked_up_flat, the_best_alone,
 )  # fmt: skip
 
