@@ -146,8 +146,8 @@ def the_best_alone(file):
 
 FORMS = (
     matmul, with_bias, turned, repeated_rows, einsum, einsum_of_three, picked_results, side_by_side,
-    side_by_side_and_a_row_of_weights, first_layers_side_by_side, looked_up, looked_up_turned, looked_up_columns, looked_up_by_einsum,
-    looked_up_flat, the_best_alone,
+    side_by_side_and_a_row_of_weights, first_layers_side_by_side, looked_up, looked_up_turned, looked_up_columns,
+    looked_up_by_einsum, looked_up_flat, the_best_alone,
 )  # fmt: skip
 
 
