@@ -68,10 +68,7 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
                 continue
             unrouted |= region is not None and not _has_router(region, chains)
             if region is not None and _has_router(region, chains):
-                apart = tuple((p.node.outputs[0].name, p.of_all) for p in chains.products if p.of_all)
-                shares = chains.share_weights
-                folds = chains.in_several_shapes or bool(apart) or shares
-                found.append(replace(region, folds=folds, apart=apart, shares=shares))
+                found.append(_as_read(region, chains))
             if len(found) == _MOST_REGIONS:
                 break
         taken |= set(positions)
@@ -80,6 +77,14 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
         name = names.unique(region_name(chains.products) or f"region_{count}")
         count += 1
         yield CandidateRegion(name, index, chains, tuple(found), unrouted and not found)
+
+
+def _as_read(region: GraphRegion, chains: ExpertChains) -> GraphRegion:
+    """A region, with what is done to its steps before a reader of modules sees them."""
+    apart = tuple((p.node.outputs[0].name, p.of_all) for p in chains.products if p.of_all)
+    shares = chains.share_weights
+    folds = chains.in_several_shapes or bool(apart) or shares
+    return replace(region, folds=folds, apart=apart, shares=shares)
 
 
 def _separate_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> Iterator[ExpertChains]:

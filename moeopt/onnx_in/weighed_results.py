@@ -181,7 +181,7 @@ def blocks_of_one_table(index: GraphIndex, chains: ExpertChains) -> list[ExpertC
     """Chains of alike blocks whose results the same columns of one table weigh, those of each block for themselves."""
     places: dict[int, Hashable] = {}
     for _, last in chains.pairs:
-        places[last.at] = places.get(last.at) or _place_of_weight(index, last)
+        places[last.at] = places.get(last.at) or next(places_of_weights(index, last), None)
     times = set(Counter(places.values()).values())
     if None in places.values() or len(times) > 1 or times == {1}:
         return [chains]
@@ -194,8 +194,9 @@ def blocks_of_one_table(index: GraphIndex, chains: ExpertChains) -> list[ExpertC
     return [replace(chains, pairs=[p for p in chains.pairs if block[p[1].at] == number]) for number in numbers]
 
 
-def _place_of_weight(index: GraphIndex, product: WeightProduct) -> Hashable:
-    """The table whose column weighs what a product gives, and the column's place; None where none is near."""
+def places_of_weights(index: GraphIndex, product: WeightProduct) -> Iterator[Hashable]:
+    """The tables whose columns weigh what a product gives, each with the column's place: several of one table where
+    equal experts are computed once."""
     todo, made = [product.at], {id(v) for v in product.node.outputs}
     for _ in range(_NEAR):
         if not todo:
@@ -204,7 +205,6 @@ def _place_of_weight(index: GraphIndex, product: WeightProduct) -> Hashable:
         for factor, result in weighed_sides(node) if node.op_type in ("Mul", "Where") else ():
             column = column_of(index, factor) if id(result) in made else None
             if column is not None and is_routed(index, column[0]):
-                return id(column[0]), column[1]
+                yield id(column[0]), column[1]
         made |= {id(v) for v in node.outputs}
         todo += [at for v in node.outputs for at in index.readers(v) if at not in weight_products(index)]
-    return None

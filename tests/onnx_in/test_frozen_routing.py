@@ -233,3 +233,17 @@ def test_one_that_is_missing_among_those_that_share_weights_is_told():
         "the file is broken, unless some scores are meant for no expert (null experts), which a file does not tell: "
         "its router scores 4 experts, and the file holds 3"
     )
+
+
+def test_equal_experts_that_are_computed_once_are_not_missing():
+    """Tools for graphs merge equal nodes."""
+    file = by_hand.File()
+    made, results = file.table(*file.router()), [file.expert("x", f"experts.{e}") for e in range(3)]
+    model = file.model(file.weighed("x", made, lambda x, e: results[e % 3]))
+    (block,) = moeopt.optimize(model, verify="off").report.blocks
+    (last,) = [n.name for n in model.graph.node if n.output[0] == results[0]]
+    assert block.reason == (
+        "some of its experts are equal, and the file computes these once: several columns of the router weigh what the "
+        f"node {last!r} (MatMul) gives, and moeopt reads one column for each expert; optimise the file from before a "
+        "tool merged equal nodes (onnxslim, onnxsim), or the PyTorch model"
+    )
