@@ -30,7 +30,7 @@ def products_of_all(index: GraphIndex, open_: Collection[int]) -> Iterator[Exper
     """The mixtures whose experts are one product, among those at the ``open_`` positions."""
     for at in sorted(open_):
         product = weight_products(index)[at]
-        experts = _experts(index, product)
+        experts, _ = _experts(index, product)
         if experts > 1:
             whole = replace(product, of_all=experts)
             behind = [] if product.picked else _before(index, product)
@@ -39,17 +39,26 @@ def products_of_all(index: GraphIndex, open_: Collection[int]) -> Iterator[Exper
             yield ExpertChains(root, [(first, whole) for first in firsts] or [(whole, whole)])
 
 
-def _experts(index: GraphIndex, product: WeightProduct) -> int:
-    """How many experts a product is of; 0 where it is not seen to be of several."""
+def of_two_blocks(index: GraphIndex, chains: ExpertChains) -> bool:
+    """Whether chains are the one product of a block and that of the next: each has a router of its own."""
+    if len(chains.pairs) > 1 or not all(product.of_stack for product in chains.pairs[0]):
+        return False
+    routers = [router for experts, router in (_experts(index, product) for product in chains.pairs[0]) if experts > 1]
+    return len(routers) > 1 and routers[0] != routers[1]
+
+
+def _experts(index: GraphIndex, product: WeightProduct) -> tuple[int, int]:
+    """How many experts a product is of, and the position of their router's product; 0 where it is not seen to be of
+    several."""
     if product.picked:
         ids = _ids(index, product)
-        scored = 0 if ids is None else _scored(index, ids)
-        return scored if product.of_stack and product.shape[0] == scored else 0
-    scored = _weighed_by(index, product) if product.of_stack or columns_given(product) else 0
+        scored, router = (0, -1) if ids is None else _scored(index, ids)
+        return (scored, router) if product.of_stack and product.shape[0] == scored else (0, -1)
+    scored, router = _weighed_by(index, product) if product.of_stack or columns_given(product) else (0, -1)
     if product.of_stack:
         whole = len(weight_shape(product)[0]) > 2 and not product.part  # nodes may have taken one out
-        return scored if product.shape[0] == scored and whole else 0
-    return scored if scored and scored == _cut_into(index, product) else 0
+        return (scored, router) if product.shape[0] == scored and whole else (0, -1)
+    return (scored, router) if scored and scored == _cut_into(index, product) else (0, -1)
 
 
 def _before(index: GraphIndex, product: WeightProduct) -> list[WeightProduct]:
@@ -80,8 +89,9 @@ def _ids(index: GraphIndex, product: WeightProduct) -> OnnxValue | None:
     return None
 
 
-def _weighed_by(index: GraphIndex, product: WeightProduct) -> int:
-    """How many columns the table has that weighs, or picks from, what a product gives; 0 where none is seen."""
+def _weighed_by(index: GraphIndex, product: WeightProduct) -> tuple[int, int]:
+    """How many columns the table has that weighs, or picks from, what a product gives, and where the product of its
+    scores is; (0, -1) where none is seen."""
     todo, seen = [product.at], {product.at}
     made = {id(v) for v in product.node.outputs}
     sides = list(product.node.inputs) if product.node.op_type == "Einsum" else []
@@ -92,7 +102,8 @@ def _weighed_by(index: GraphIndex, product: WeightProduct) -> int:
         for other in others:
             if other is None or id(other) in made or index.is_constant(other) or other is product.rows:
                 continue
-            if scored := _scored(index, other):
+            scored = _scored(index, other)
+            if scored[0]:
                 return scored
         if at != product.at and (at in weight_products(index) or (others and node.op_type not in ("Mul", "Where"))):
             continue
@@ -101,25 +112,28 @@ def _weighed_by(index: GraphIndex, product: WeightProduct) -> int:
             if reader not in seen:
                 seen.add(reader)
                 todo.append(reader)
-    return 0
+    return 0, -1
 
 
-def _scored(index: GraphIndex, table: OnnxValue) -> int:
-    """How many columns the scores have that a choice behind ``table`` is made by; 0 where none is seen."""
+def _scored(index: GraphIndex, table: OnnxValue) -> tuple[int, int]:
+    """How many columns the scores have that a choice behind ``table`` is made by, and where their product is."""
     products = weight_products(index)
     todo, seen, chosen = [table], set[int](), False
-    scored: set[int] = set()
+    scored: set[int] = set()  # the products
     while todo and len(seen) < _FAR:
         at = index.at(todo.pop(0))
         if at < 0 or at in seen:
             continue
         seen.add(at)
         if at in products:
-            scored.add(columns_given(products[at]))
+            scored.add(at)
             continue
         chosen |= index.nodes[at].op_type in CHOICES
         todo += [v for v in index.reads(index.nodes[at]) if not index.is_constant(v)]
-    return max(scored, default=0) if chosen and len(scored) == 1 else 0
+    if not chosen or len(scored) != 1:
+        return 0, -1
+    (router,) = scored
+    return columns_given(products[router]), router
 
 
 def _cut_into(index: GraphIndex, product: WeightProduct) -> int:

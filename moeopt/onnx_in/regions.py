@@ -14,6 +14,7 @@ from moeopt.onnx_in.cuts import GraphRegion, common_entry, exits, is_tensor, reg
 from moeopt.onnx_in.index import MEASURES, GraphIndex
 from moeopt.onnx_in.operators.table import operator_of
 from moeopt.onnx_in.products import PRODUCTS, WeightProduct, weight_products
+from moeopt.onnx_in.products_of_all import of_two_blocks
 from moeopt.onnx_in.program import TAKEN
 from moeopt.onnx_in.single_chains import single_chains
 from moeopt.onnx_in.weighed_results import blocks_of_one_table
@@ -120,7 +121,7 @@ def _that_join_before(
 
 def _all_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> list[ExpertChains]:
     """Chains of two products, and those of one that are in none of these, in the order of their first products."""
-    found = expert_chains(index, products)
+    found = [chains for chains in expert_chains(index, products) if not of_two_blocks(index, chains)]
     held = {id(p.weight) for chains in found if chains.experts > 1 for p in chains.products}
     within = {at for at, p in products.items() if id(p.weight) in held}  # of joined results, one alone is in a chain
     return sorted([*found, *single_chains(index, within)], key=lambda chains: min(p.at for p in chains.products))

@@ -181,6 +181,27 @@ def test_a_hundred_experts_are_taken_apart_too():
     right(model, optimized(model))
 
 
+@pytest.mark.parametrize("form", ["stack", "lookup"])
+def test_layers_one_behind_the_other_are_two_blocks(form):
+    """The product of the first and that of the second are no two layers of one expert."""
+    file, x = File(opset=18), "x"
+    for name in "ab":
+        weights, ids, logits = file.router(x=x)
+        matrices = file.weight(E, H, H, name=f"{name}.experts.w")
+        if form == "stack":
+            every = file.node("Tanh", file.node("MatMul", x, matrices))
+            result = by_columns(file, every, file.table(weights, ids, logits))
+        else:
+            rows = file.node("Unsqueeze", x, file.constant([1, 2]))
+            every = file.node("MatMul", rows, file.node("Gather", matrices, ids, axis=0))
+            result = chosen(file, file.node("Tanh", file.node("Squeeze", every, file.constant([2]))), weights)
+        x = file.node("Add", x, result)
+    model = file.model(x)
+    found = optimized(model)
+    right(model, found, count=2)
+    assert [(b.name, b.experts) for b in found.report.blocks] == [("a", E), ("b", E)]
+
+
 def test_a_gate_that_chooses_none_has_the_reason():
     file = File(opset=18)
     gate = file.node("Softmax", file.node("MatMul", "x", file.weight(H, E)), axis=-1)
