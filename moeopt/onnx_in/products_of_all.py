@@ -54,11 +54,12 @@ def _experts(index: GraphIndex, product: WeightProduct) -> tuple[int, int]:
         ids = _ids(index, product)
         scored, router = (0, -1) if ids is None else _scored(index, ids)
         return (scored, router) if product.of_stack and product.shape[0] == scored else (0, -1)
-    scored, router = _weighed_by(index, product) if product.of_stack or columns_given(product) else (0, -1)
+    parts = 0 if product.of_stack else _cut_into(index, product)
+    scored, router = _weighed_by(index, product) if product.of_stack or parts else (0, -1)
     if product.of_stack:
         whole = len(weight_shape(product)[0]) > 2 and not product.part  # nodes may have taken one out
         return (scored, router) if product.shape[0] == scored and whole else (0, -1)
-    return (scored, router) if scored and scored == _cut_into(index, product) else (0, -1)
+    return (scored, router) if scored and scored == parts else (0, -1)
 
 
 def _before(index: GraphIndex, product: WeightProduct) -> list[WeightProduct]:
