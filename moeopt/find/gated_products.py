@@ -45,6 +45,8 @@ _OF_ONE_STACK = (
 )
 _STEPS = 256
 """Calls that are looked at on the way from a gate to its products."""
+_BEHIND = 4096
+"""Calls that are looked at on the way back from joined results to all products that gave these: several each."""
 
 
 def gated_products(unread: UnreadBlocks) -> Iterator[BlockCandidate]:
@@ -266,7 +268,7 @@ def _products_behind(node: fx.Node, memo: dict[fx.Node, bool]) -> list[fx.Node]:
         if node in seen:
             continue
         seen.add(node)
-        if len(seen) > _STEPS:
+        if len(seen) > _BEHIND:
             return []
         if is_matmul(node):
             if weight_and_operand(node, memo) is None:

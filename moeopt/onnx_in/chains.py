@@ -39,13 +39,18 @@ class ExpertChains:
 
     @property
     def experts(self) -> int:
-        """How many functions there are, as far as the shapes of their weights say.
+        """How many functions there are, as far as the shapes of their weights say; several may share one of the two.
 
         A product that all of them follow, or that follows all of them, is none of theirs: the fewer count.
         """
-        counts = [sum({p.function: p.stacked for p in side}.values()) for side in zip(*self.pairs, strict=True)]
-        fewest: int = min(counts)
-        return fewest
+        several = {(first.function, last.function): min(first.stacked, last.stacked) for first, last in self.pairs}
+        return min(self.written, sum(several.values()))
+
+    @property
+    def share_weights(self) -> bool:
+        """Whether several products of one side are by the same weight."""
+        sides = list(zip(*self.pairs, strict=True))
+        return any(len({p.function for p in side}) < len({p.at for p in side}) for side in sides)
 
     @property
     def written(self) -> int:

@@ -34,12 +34,16 @@ class GraphRegion:
         entries: the values that it reads and does not make, the root first; constants are not among them.
         exit: the value that it is there for.
         folds: whether the views of its weights are made once, as its weights lie in several shapes.
+        shares: whether several of its experts have one weight, which is several to be read.
+        apart: results of products that are all experts at once, and taken apart to be read, with how many these are.
     """
 
     nodes: tuple[OnnxNode, ...]
     entries: tuple[OnnxValue, ...]
     exit: OnnxValue
     folds: bool = False
+    apart: tuple[tuple[str, int], ...] = ()
+    shares: bool = False
 
 
 def exits(index: GraphIndex, seeds: Iterable[int], room: int) -> list[OnnxValue]:

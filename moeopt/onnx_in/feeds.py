@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,13 @@ from torch import Tensor
 from moeopt.errors import UsageError
 from moeopt.onnx_in.ends import graph_inputs, tensor_type
 from moeopt.onnx_in.read import OnnxFile
+from moeopt.untrusted import shown_line
 from moeopt.value_types import OnnxGraph, OnnxNode, PyObject
 
 GraphFeeds = dict[str, Tensor]
+ONE_MORE: Callable[[int], int] = (1).__add__
+OTHER_SIZES: tuple[Callable[[int], int], ...] = (ONE_MORE, *((n).__mul__ for n in (2, 3, 4)), lambda n: max(n - 1, 1))
+"""What a size may be changed to: a file may take multiples of its patches or windows alone."""
 _VIEWS = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Slice", "Flatten", "Transpose", "Expand")
 
 
@@ -123,15 +127,18 @@ def _axis(node: OnnxNode) -> int:
     return next((int(a.i) for a in node.attribute if a.name == "axis"), 0)
 
 
-def resized(feeds: GraphFeeds, dims: Mapping[str, list[Any]]) -> GraphFeeds | None:
-    """The same inputs with every free size one larger, values repeated; None where no size is free."""
+def resized(
+    feeds: GraphFeeds, dims: Mapping[str, list[Any]], size_of: Callable[[int], int] = ONE_MORE
+) -> GraphFeeds | None:
+    """The same inputs with every free size as ``size_of`` says, values repeated; None where none is free or changes."""
     made: GraphFeeds = {}
     changed = False
     for name, value in feeds.items():
         for axis, dim in enumerate(dims[name]):
             if not isinstance(dim, int) and value.shape[axis]:
-                at = torch.arange(value.shape[axis] + 1) % value.shape[axis]
-                value, changed = value.index_select(axis, at), True
+                size = size_of(value.shape[axis])
+                changed |= size != value.shape[axis]
+                value = value.index_select(axis, torch.arange(size) % value.shape[axis])
         made[name] = value
     return made if changed else None
 
@@ -155,3 +162,16 @@ def in_tokens(feeds: GraphFeeds, dims: Mapping[str, list[Any]], tokens: int) -> 
                     value = value.index_select(axis, torch.arange(size) % value.shape[axis])
             made[name] = value
         yield made
+
+
+def sizes_unknown(file: OnnxFile, calls: Sequence[GraphFeeds]) -> str:
+    """Why nothing is known of a file on other sizes than one, where it says that it takes others; else ""."""
+    dims = {v.name: tensor_type(file, v)[1] for v in graph_inputs(file.proto.graph)}
+    free = next((name for name, shape in dims.items() if not all(isinstance(d, int) for d in shape)), None)
+    if len(calls) > 1 or free is None:
+        return ""
+    return (
+        f"the file says that sizes of its inputs are free ({shown_line(free)} {dims[free]}), and of those that were "
+        f"tried it ran on one alone ({list(calls[0][free].shape)}), so that nobody sees which numbers in it are sizes: "
+        "export it with sizes that are fixed, or with shapes that follow the inputs"
+    )

@@ -18,7 +18,7 @@ block is left alone, and its owner is told.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 from moeopt.onnx_in.chains import columns_given
@@ -29,6 +29,7 @@ from moeopt.onnx_in.other_widths import other_widths
 from moeopt.onnx_in.products import MOVING, WeightProduct, shape_of, weight_products
 from moeopt.onnx_in.regions import CandidateRegion, region_name
 from moeopt.onnx_in.tensors import constant_of
+from moeopt.onnx_in.weighed_results import places_of_weights
 from moeopt.value_types import OnnxNode, OnnxValue
 
 WAY_OUT = (
@@ -87,16 +88,29 @@ def frozen_routing(candidate: CandidateRegion, others: Iterable[CandidateRegion]
         whole = (o for o in others if o.chains.experts == scored and any(choice in r.nodes for r in o.regions[:1]))
         if scored > count and (widths := other_widths(index, candidate.chains, scored)):
             return widths
-        if scored > count and next(whole, None) is None:
-            alike = candidate.chains.written >= scored
-            equal = "several experts are equal (tools for graphs store equal weights once) or " if alike else ""
+        if scored > max(candidate.chains.written, count) and next(whole, None) is None:
+            if merged := _computed_once(index, candidate.chains.products, scored):
+                return merged
             return (
-                f"{BROKEN}, unless {equal}some scores are meant for no expert (null experts), which a file does not "
+                f"{BROKEN}, unless some scores are meant for no expert (null experts), which a file does not "
                 f"tell: its router scores {scored} experts, and the file holds {count}. An export that traces a loop "
                 f"over the experts that are hit keeps those of its sample only, and tokens that choose another get "
                 f"nothing; {WAY_OUT}"
             )
     return ""
+
+
+def _computed_once(index: GraphIndex, products: Collection[WeightProduct], scored: int) -> str:
+    """The reason where as many columns as are ``scored`` weigh fewer results, as equal experts are computed once."""
+    weighed = {product.at: set(places_of_weights(index, product)) for product in products}
+    if len(set[Hashable]().union(*weighed.values())) < scored:
+        return ""
+    node = index.nodes[max(weighed, key=lambda at: len(weighed[at]))]
+    return (
+        "some of its experts are equal, and the file computes these once: several columns of the router weigh what "
+        f"the node {node.name!r} ({node.op_type}) gives, and moeopt reads one column for each expert; optimise the "
+        "file from before a tool merged equal nodes (onnxslim, onnxsim), or the PyTorch model"
+    )
 
 
 def _capacity(index: GraphIndex, node: OnnxNode, rows: int) -> str:

@@ -50,7 +50,8 @@ class WeightProduct:
     """A product with constant weights: its node's position, the rows it reads, the constant and its shape.
 
     ``scales``: of codes, the constant that they are multiplied with; None of floats. ``part``: where in the constant
-    the matrix lies; () where it is all of it, or several matrices.
+    the matrix lies; () where it is all of it, or several matrices. ``of_all``: of experts that are this product alone,
+    how many matrices it multiplies by, or picks from.
     """
 
     at: int
@@ -61,6 +62,7 @@ class WeightProduct:
     picked: bool
     scales: OnnxValue = None
     part: tuple[Hashable, ...] = ()
+    of_all: int = 0
 
     @property
     def function(self) -> Hashable:
@@ -71,7 +73,7 @@ class WeightProduct:
     @property
     def stacked(self) -> int:
         """How many matrices the weight holds, 1 for a plain one and for one that is taken out of a stack."""
-        return self.shape[0] if self.of_stack and not self.part else 1
+        return self.of_all or (self.shape[0] if self.of_stack and not self.part else 1)
 
     @property
     def of_stack(self) -> bool:

@@ -22,6 +22,7 @@ from moeopt.onnx_in.chains import matrices
 from moeopt.onnx_in.coded import CodedWeights, coded_weights
 from moeopt.onnx_in.coded_nodes import CodedConstants
 from moeopt.onnx_in.cuts import GraphRegion
+from moeopt.onnx_in.experts_apart import ExpertsApart
 from moeopt.onnx_in.interpreter import InterpretedGraph, live_steps, steps_of
 from moeopt.onnx_in.operators.call import NodeCall
 from moeopt.onnx_in.operators.table import OPERATORS
@@ -29,6 +30,7 @@ from moeopt.onnx_in.places import from_zero_told
 from moeopt.onnx_in.products import CONVOLUTIONS, MOVING, shape_of
 from moeopt.onnx_in.program import NodeStep, SizeTerm, SizeTerms, program_of
 from moeopt.onnx_in.regions import CandidateRegion
+from moeopt.onnx_in.shared_weights import each_its_own
 from moeopt.onnx_in.static_sizes import free_sizes
 from moeopt.onnx_in.tensors import tensor_of
 from moeopt.value_types import OnnxValue, PyObject
@@ -39,7 +41,7 @@ class RegionEnds:
     """The entries of a region that are tensors for it, and those that are sizes, as products of the former's sizes.
 
     ``fixed``: of a file that runs in one size only, the shape of the root and its axis that is no row; ``values``: what
-    the tensors are on that size.
+    the tensors are on that size, or on the largest where shapes must be known.
     """
 
     tensors: tuple[str, ...]
@@ -66,7 +68,8 @@ def region_ends(candidate: CandidateRegion, region: GraphRegion, runs: Sequence[
     fixed = None
     if len(runs) == 1:
         fixed = tuple(runs[0][tensors[0]].shape), feature_axis(candidate)
-    return RegionEnds(tuple(tensors), sizes, fixed, tuple(runs[0][n] for n in tensors) if fixed else ())
+    most = max(runs, key=lambda run: run[tensors[0]].numel())
+    return RegionEnds(tuple(tensors), sizes, fixed, tuple(most[n] for n in tensors) if fixed or region.apart else ())
 
 
 def _may_be_size(value: Tensor) -> bool:
@@ -150,7 +153,12 @@ def region_module(
                 known.add(value.name)
     if region.folds:
         steps = _folded(steps, constants, opset)
+    if region.shares:
+        steps = each_its_own(steps, constants)
     sizes = dict(ends.sizes)
+    if region.apart:
+        shapes, result = _shapes(steps, constants, ends, region, opset), [region.exit.name]
+        steps = live_steps(ExpertsApart(steps, constants, shapes, dict(region.apart)).steps(result), result)
     if ends.fixed is not None:
         steps, freed = free_sizes(steps, constants, *ends.fixed, _shapes(steps, constants, ends, region, opset))
         sizes |= freed
@@ -234,7 +242,12 @@ def feature_axis(candidate: CandidateRegion) -> int:
 def _is_width(size: int, candidate: CandidateRegion, region: GraphRegion) -> bool:
     """Whether a weight of the region has that size, or a matrix that is a part of one."""
     held = (shape_of(v) or () for n in region.nodes for v in n.inputs if v is not None)
-    return any(size in shape for shape in held) or any(size in shape for shape, *_ in matrices(candidate.chains))
+    beside = (size * p.of_all in p.shape for p in candidate.chains.products if p.of_all)
+    return (
+        any(size in shape for shape in held)
+        or any(size in shape for shape, *_ in matrices(candidate.chains))
+        or any(beside)
+    )
 
 
 class GraphRegions(nn.Module):

@@ -14,8 +14,10 @@ from moeopt.onnx_in.cuts import GraphRegion, common_entry, exits, is_tensor, reg
 from moeopt.onnx_in.index import MEASURES, GraphIndex
 from moeopt.onnx_in.operators.table import operator_of
 from moeopt.onnx_in.products import PRODUCTS, WeightProduct, weight_products
+from moeopt.onnx_in.products_of_all import of_two_blocks
 from moeopt.onnx_in.program import TAKEN
 from moeopt.onnx_in.single_chains import single_chains
+from moeopt.onnx_in.weighed_results import blocks_of_one_table
 from moeopt.value_types import OnnxNode, OnnxValue
 
 _MOST_REGIONS = 8
@@ -67,7 +69,7 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
                 continue
             unrouted |= region is not None and not _has_router(region, chains)
             if region is not None and _has_router(region, chains):
-                found.append(replace(region, folds=chains.in_several_shapes))
+                found.append(_as_read(region, chains))
             if len(found) == _MOST_REGIONS:
                 break
         taken |= set(positions)
@@ -78,6 +80,14 @@ def candidate_regions(index: GraphIndex) -> Iterator[CandidateRegion]:
         yield CandidateRegion(name, index, chains, tuple(found), unrouted and not found)
 
 
+def _as_read(region: GraphRegion, chains: ExpertChains) -> GraphRegion:
+    """A region, with what is done to its steps before a reader of modules sees them."""
+    apart = tuple((p.node.outputs[0].name, p.of_all) for p in chains.products if p.of_all)
+    shares = chains.share_weights
+    folds = chains.in_several_shapes or bool(apart) or shares
+    return replace(region, folds=folds, apart=apart, shares=shares)
+
+
 def _separate_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> Iterator[ExpertChains]:
     """All chains; of those that join only behind others, the ones that join before."""
     every = _all_chains(index, products)
@@ -85,7 +95,7 @@ def _separate_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> I
     for chains in every:
         if chains.experts > 1 and _holds_another(index, chains, homes):
             chains = _that_join_before(index, chains, homes) or chains
-        yield chains
+        yield from blocks_of_one_table(index, chains) if len(chains.pairs) > 2 else [chains]
 
 
 def _holds_another(index: GraphIndex, chains: ExpertChains, homes: Mapping[int, ExpertChains]) -> bool:
@@ -111,7 +121,7 @@ def _that_join_before(
 
 def _all_chains(index: GraphIndex, products: dict[int, WeightProduct]) -> list[ExpertChains]:
     """Chains of two products, and those of one that are in none of these, in the order of their first products."""
-    found = expert_chains(index, products)
+    found = [chains for chains in expert_chains(index, products) if not of_two_blocks(index, chains)]
     held = {id(p.weight) for chains in found if chains.experts > 1 for p in chains.products}
     within = {at for at, p in products.items() if id(p.weight) in held}  # of joined results, one alone is in a chain
     return sorted([*found, *single_chains(index, within)], key=lambda chains: min(p.at for p in chains.products))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from moeopt.onnx_in.chains import ExpertChains, moved_from, weight_input, weight_shape
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.products import WeightProduct, weight_products
+from moeopt.onnx_in.products_of_all import products_of_all
 from moeopt.onnx_in.prologues import shared_beginnings
 from moeopt.onnx_in.weighed_results import column_of, is_routed, weighed_results, weighed_sides
 from moeopt.value_types import OnnxNode, OnnxValue
@@ -29,6 +30,7 @@ _VIEWS = 16
 
 def single_chains(index: GraphIndex, within: Collection[int]) -> Iterator[ExpertChains]:
     """The mixtures of a graph among its products outside of those ``within`` chains of two, by their positions."""
+    yield from products_of_all(index, weight_products(index).keys() - within)
     open_ = {at: p for at, p in weight_products(index).items() if at not in within and _is_of_one(p)}
     if len(open_) < 2:
         return

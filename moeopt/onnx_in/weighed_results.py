@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
-from moeopt.onnx_in.chains import weight_shape
+from moeopt.onnx_in.chains import ExpertChains, weight_shape
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.matrix_shapes import whole_numbers_made
 from moeopt.onnx_in.products import WeightProduct, shape_of, weight_products
@@ -175,3 +175,36 @@ def _weight(index: GraphIndex, value: OnnxValue) -> tuple[int, ...]:
         return ()
     shape = shape_of(value) or ()
     return shape if math.prod(shape) > 1 else ()
+
+
+def blocks_of_one_table(index: GraphIndex, chains: ExpertChains) -> list[ExpertChains]:
+    """Chains of alike blocks whose results the same columns of one table weigh, those of each block for themselves."""
+    places: dict[int, Hashable] = {}
+    for _, last in chains.pairs:
+        places[last.at] = places.get(last.at) or next(places_of_weights(index, last), None)
+    times = set(Counter(places.values()).values())
+    if None in places.values() or len(times) > 1 or times == {1}:
+        return [chains]
+    seen: Counter[Hashable] = Counter()
+    block: dict[int, int] = {}
+    for at in sorted(places):
+        block[at] = seen[places[at]]
+        seen[places[at]] += 1
+    numbers = range(max(block.values()) + 1)
+    return [replace(chains, pairs=[p for p in chains.pairs if block[p[1].at] == number]) for number in numbers]
+
+
+def places_of_weights(index: GraphIndex, product: WeightProduct) -> Iterator[Hashable]:
+    """The tables whose columns weigh what a product gives, each with the column's place: several of one table where
+    equal experts are computed once."""
+    todo, made = [product.at], {id(v) for v in product.node.outputs}
+    for _ in range(_NEAR):
+        if not todo:
+            break
+        node = index.nodes[todo.pop(0)]
+        for factor, result in weighed_sides(node) if node.op_type in ("Mul", "Where") else ():
+            column = column_of(index, factor) if id(result) in made else None
+            if column is not None and is_routed(index, column[0]):
+                yield id(column[0]), column[1]
+        made |= {id(v) for v in node.outputs}
+        todo += [at for v in node.outputs for at in index.readers(v) if at not in weight_products(index)]

@@ -1,5 +1,6 @@
 """A file whose export froze the experts of one sample is told as broken, and not made quicker."""
 
+import onnx
 import pytest
 import torch
 
@@ -193,21 +194,56 @@ def test_experts_of_samples_are_missed_too(tmp_path):
     assert f"its router scores 4 experts, and the file holds {block.experts}" in block.reason and block.experts < 4
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 1), (0, 1, 2)])
-def test_experts_that_share_their_weights_may_be_equal_ones(order):
-    """As many as are scored stand in the file, one of them twice; where one is missing, that is no way to have them."""
-    file, H, I = by_hand.File(), by_hand.H, by_hand.I
-    made = file.table(*file.router())
-    weights = [(file.weight(H, I), file.weight(I, H)) for _ in range(3)]
+@pytest.mark.parametrize("shared", [("up", "down", "bias"), ("up",), ("down",), ("bias",)], ids="-".join)
+def test_experts_that_share_weights_are_whole_and_rewritten(shared, tmp_path):
+    """As many as are scored stand in the file; tools for graphs store equal weights once."""
+    file, H, I = by_hand.File(opset=18), by_hand.H, by_hand.I
+    made, held = file.table(*file.router()), {}
+
+    def weight(name, e, *shape):
+        own = (
+            e % 2
+            if name in {"both": ("up", "down", "bias"), "first": ("up",), "last": ("down",)}.get(shared, ())
+            else e
+        )
+        own = 0 if name == shared else own
+        return held.setdefault((name, own), None) or held.update({(name, own): file.weight(*shape)}) or held[name, own]
 
     def expert(x, e):
-        up, down = weights[order[e]]
-        return file.node("MatMul", file.node("Relu", file.node("MatMul", x, up)), down)
+        hidden = file.node("Relu", file.node("MatMul", x, weight("up", e, H, I)))
+        return file.node("Add", file.node("MatMul", hidden, weight("down", e, I, H)), weight("bias", e, H))
 
-    found = moeopt.optimize(file.model(file.weighed("x", made, expert, len(order))), verify="off")
-    (block,) = found.report.blocks
-    equal = "several experts are equal (tools for graphs store equal weights once) or " if len(order) == 4 else ""
+    model = file.model(file.weighed("x", made, expert))
+    onnx.save(model, tmp_path / "m.onnx")
+    found = moeopt.optimize(model, verify="off")
+    assert [(b.status, b.experts) for b in found.report.blocks] == [("rewritten", 4)]
+    x = torch.randn(5, H)
+    torch.testing.assert_close(found(x=x), run(tmp_path / "m.onnx", x=x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_one_that_is_missing_among_those_that_share_weights_is_told():
+    file, H, I = by_hand.File(), by_hand.H, by_hand.I
+    made, up = file.table(*file.router()), file.weight(H, I)
+
+    def expert(x, e):
+        return file.node("MatMul", file.node("Relu", file.node("MatMul", x, up)), file.weight(I, H))
+
+    (block,) = moeopt.optimize(file.model(file.weighed("x", made, expert, 3)), verify="off").report.blocks
     assert block.reason.startswith(
-        f"the file is broken, unless {equal}some scores are meant for no expert (null experts), which a file does not "
-        "tell: its router scores 4 experts, and the file holds 3"
+        "the file is broken, unless some scores are meant for no expert (null experts), which a file does not tell: "
+        "its router scores 4 experts, and the file holds 3"
+    )
+
+
+def test_equal_experts_that_are_computed_once_are_not_missing():
+    """Tools for graphs merge equal nodes."""
+    file = by_hand.File()
+    made, results = file.table(*file.router()), [file.expert("x", f"experts.{e}") for e in range(3)]
+    model = file.model(file.weighed("x", made, lambda x, e: results[e % 3]))
+    (block,) = moeopt.optimize(model, verify="off").report.blocks
+    (last,) = [n.name for n in model.graph.node if n.output[0] == results[0]]
+    assert block.reason == (
+        "some of its experts are equal, and the file computes these once: several columns of the router weigh what the "
+        f"node {last!r} (MatMul) gives, and moeopt reads one column for each expert; optimise the file from before a "
+        "tool merged equal nodes (onnxslim, onnxsim), or the PyTorch model"
     )

@@ -1,7 +1,7 @@
 """Mixtures of a file that no region shows: the whole graph is read as a module, as ``moeopt.from_onnx`` gives it.
 
-Regions are cut around chains of products with weights. Rows of a memory, vectors, masked neurons and matrices of a
-stack that one product multiplies by have no such chains; a reader of modules finds them, and says what they are.
+Regions are cut around chains of products with weights. Rows of a memory, vectors, masked neurons and rows that are
+weighed before they meet a whole stack have no such chains; a reader of modules finds them, and says what they are.
 Nothing of them is rewritten here.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ from moeopt.capture.tree import ArgsKwargs
 from moeopt.codes_in_files import codes_in
 from moeopt.errors import Declined, MoeoptError, NotEquivalentError, UsageError
 from moeopt.onnx_in.ends import graph_inputs, tensor_type
-from moeopt.onnx_in.feeds import GraphFeeds, given_feeds, made_up_feeds, resized
+from moeopt.onnx_in.feeds import OTHER_SIZES, GraphFeeds, given_feeds, made_up_feeds, resized
 from moeopt.onnx_in.frozen_routing import BROKEN, frozen_routing
 from moeopt.onnx_in.index import GraphIndex
 from moeopt.onnx_in.left_alone import left_alone, no_pairs
@@ -169,13 +170,14 @@ def example_feeds(file: OnnxFile, inputs: PyObject, seed: int, samples: int = 2)
 
 
 def _in_another_size(session: PyObject, feeds: GraphFeeds, dims: Mapping[str, list[PyObject]]) -> Iterator[GraphFeeds]:
-    """One call at most: with all of its free sizes larger, or with one of them where the file does not take that."""
+    """One call at most: with all of its free sizes larger, or with one of them where the file does not take that; by
+    one, or multiplied."""
     symbols = dict.fromkeys(d for shape in dims.values() for d in shape if isinstance(d, str))
     frees: list[set[str | None]] = [{*symbols, None}]
     frees += [{symbol} for symbol in symbols]
-    for free in frees:
+    for size_of, free in itertools.product(OTHER_SIZES, frees):
         only = {name: [d if d in free else 0 for d in shape] for name, shape in dims.items()}
-        other = resized(feeds, only)
+        other = resized(feeds, only, size_of)
         if other is not None and _runs(session, other) is None:
             yield other
             return

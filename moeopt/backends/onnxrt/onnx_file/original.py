@@ -22,6 +22,7 @@ from moeopt.lower.onnx.experts_node import DOMAIN
 from moeopt.onnx_in.counted_loops import with_counted_rounds
 from moeopt.onnx_in.free_names import FreeNames
 from moeopt.onnx_in.read import OnnxFile
+from moeopt.onnx_in.tensors import tensor_of
 from moeopt.untrusted import shown_line
 from moeopt.value_types import JsonValue, OnnxModel, PyObject
 
@@ -135,12 +136,15 @@ class InnerValues:
 
     def __init__(self, file: OnnxFile, names: Sequence[str]) -> None:
         self._names = list(dict.fromkeys(names))
+        held = file.model.graph.initializers  # of an input that a caller may leave out
+        self._defaults = {n: tensor_of(held[n].const_value, n) for n in self._names if n in held}
         self._session = session_on(with_outputs(file.proto, self._names), file.directory, file.name)
 
     def run(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The values by name. ``UsageError`` where the graph stops on these inputs."""
         results = dict(zip(self._session.outputs, self._session.run(feeds), strict=True))
-        return {name: results[name] if name in results else feeds[name] for name in self._names}
+        known = {**self._defaults, **feeds, **results}
+        return {name: known[name] for name in self._names}
 
 
 class ShakenOriginal:

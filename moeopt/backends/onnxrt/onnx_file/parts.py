@@ -16,7 +16,7 @@ from moeopt.backends.onnxrt.onnx_file.original import InnerValues
 from moeopt.errors import Declined, MoeoptError
 from moeopt.onnx_in.coded_nodes import ON_ACTIVATIONS, CodedConstants
 from moeopt.onnx_in.cuts import GraphRegion, is_tensor
-from moeopt.onnx_in.feeds import GraphFeeds
+from moeopt.onnx_in.feeds import GraphFeeds, sizes_unknown
 from moeopt.onnx_in.frozen_routing import WAY_OUT, frozen_routing
 from moeopt.onnx_in.interpreter import InterpretedGraph, unread
 from moeopt.onnx_in.read import OnnxFile
@@ -93,12 +93,15 @@ def file_parts(
         inner = InnerValues(file, sorted(wanted))
         runs = [inner.run(feeds) for feeds in calls]
     codes = CodedConstants(file.opset, file.model.graph)
+    unknown = sizes_unknown(file, calls)
     for candidate in candidates:
         say(f"reading {candidate.name} as a module")
         try:
             if frozen := frozen_routing(candidate, candidates):
                 raise Declined(frozen)
             part = _part(codes, candidate, runs)
+            if unknown:
+                raise Declined(unknown)
             if not _is_another_chain_of(part, found.parts):
                 found.parts.append(part)
         except Declined as err:

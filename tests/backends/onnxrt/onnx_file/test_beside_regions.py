@@ -10,6 +10,8 @@ from torch import nn
 
 import moeopt
 from moeopt.backends.onnxrt.onnx_file import beside_regions
+from moeopt.backends.onnxrt.onnx_file.beside_regions import _in_the_file
+from moeopt.report import BlockReport
 from tests.onnx_in.toys import export, run
 from tests.zoo import CASES
 
@@ -227,18 +229,23 @@ class SharedDown(nn.Module):
         return self.base(x) + (torch.einsum("btr,ero->bteo", self.down(x), self.up) * table[..., None]).sum(-2)
 
 
-def test_what_is_rewritten_as_a_module_alone_says_why_and_is(tmp_path):
+def test_adapters_behind_one_matrix_are_rewritten_in_the_file_and_as_a_module(tmp_path):
     torch.manual_seed(0)
     path = file_of(SharedDown(), tmp_path / "home.onnx")
-    (block,) = moeopt.explain(path).blocks
-    assert (block.status, block.experts) == ("declined", 4)
-    assert (
-        "blocks are cut out around products that each expert has for its own, from the same rows to one" in block.reason
+    for subject, inputs in ((path, None), (moeopt.from_onnx(path), X)):
+        found = moeopt.optimize(subject, inputs, backend="onnxruntime", verify="fast")
+        assert [(b.status, b.experts) for b in found.report.blocks if b.kind == "moe"] == [("rewritten", 4)]
+        torch.testing.assert_close(found(MORE), run(path, in0=MORE)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_rewritten_as_a_module_alone_says_so():
+    block = _in_the_file(BlockReport("inner", "moe", "rewritten", "", 4), "mixture_0")
+    assert (block.name, block.status, block.experts) == ("mixture_0", "declined", 4)
+    assert block.reason == (
+        "in a file, blocks are cut out around products that each expert has for its own, from the same rows to one "
+        "sum, and its experts have no such products (one may be shared by all of them); read as a module it can be "
+        "rewritten: moeopt.optimize(moeopt.from_onnx(path), inputs, backend='onnxruntime')"
     )
-    assert "moeopt.optimize(moeopt.from_onnx(path), inputs, backend='onnxruntime')" in block.reason
-    found = moeopt.optimize(moeopt.from_onnx(path), X, backend="onnxruntime", verify="fast")
-    assert [(b.status, b.experts) for b in found.report.blocks] == [("rewritten", 4)]
-    torch.testing.assert_close(found(MORE), run(path, in0=MORE)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_weights_that_are_the_same_for_every_token_are_no_router(tmp_path):

@@ -364,3 +364,33 @@ def test_a_block_of_a_file_as_a_module_stands_in_no_line_of_python():
     module = moeopt.from_onnx(file.model(file.dense(lambda x, e: file.node("MatMul", x, file.weight(H, H)))))
     (block,) = moeopt.explain(module, torch.randn(5, H)).blocks
     assert (block.status, block.experts, block.source) == ("declined", E, "")
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_alike_blocks_that_one_table_weighs_are_several(between):
+    """From the same rows, their experts one block after the other, or each expert of one beside that of the other."""
+    file, sums = File(opset=18), {}
+    table = file.table(*file.router())
+    order = [(e, b) for e in range(E) for b in "ab"] if between else [(e, b) for b in "ab" for e in range(E)]
+    for e, b in order:
+        column = file.node("Gather", table, file.constant([e]), axis=1)
+        part = file.node("Mul", file.expert("x", f"{b}.experts.{e}"), column)
+        sums[b] = file.node("Add", sums[b], part) if b in sums else part
+    model = file.model(file.node("Mul", *sums.values()))
+    found = optimized(model)
+    right(model, found, count=2)
+    assert [(b.name, b.experts, b.top_k) for b in found.report.blocks] == [("a", E, K), ("b", E, K)]
+
+
+def test_a_router_that_a_caller_may_replace_stays_an_input(tmp_path):
+    """It is an input with a value of its own: a region reads it as what flows in."""
+    file = File()
+    model = file.model(file.dense())
+    (gate,) = [t for t in model.graph.initializer if t.name.startswith("gate")]
+    model.graph.input.append(helper.make_tensor_value_info(gate.name, gate.data_type, list(gate.dims)))
+    found = optimized(model)
+    right(model, found)
+    x, other = torch.randn(5, H), torch.randn(H, E)
+    new = onnx.load(found.save(tmp_path / "bundle") / "model.onnx")
+    feeds = {"x": x, gate.name: other}
+    torch.testing.assert_close(run(new, **feeds)[0], run(model, **feeds)[0], rtol=1e-4, atol=1e-5)

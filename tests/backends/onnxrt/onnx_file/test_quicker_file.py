@@ -51,7 +51,14 @@ def test_the_file_stays_where_it_is_as_fast(asked):
     assert (block.kind, block.status, block.experts, block.lowering) == ("moe", "declined", 4, "")
     _, (_, runs, default, advantage) = asked
     assert [len(run["x"]) for run in runs] == [1, 4, 16, 128]
-    assert default == "file" and advantage > 1, "a tie changes nothing"
+    assert default == "new" and advantage > 1, "at a tie the form that multiplies fewer rows is taken"
+
+
+def test_at_a_tie_the_file_stays_that_multiplies_as_few_rows(asked):
+    file = File()
+    asked[0].answer = "new"
+    optimized(file.model(picked_rows(file)))
+    assert [default for _, _, default, _ in asked[1:]] == ["file", *["new"] * 4], "the mean, and each number of rows"
 
 
 def test_the_new_form_is_taken_where_it_is_faster(asked):
@@ -59,7 +66,7 @@ def test_the_new_form_is_taken_where_it_is_faster(asked):
     model = dense()
     right(model, optimized(model))
     _, (_, runs, default, _), *single = asked
-    assert len(runs) == 4 and default == "file"
+    assert len(runs) == 4 and default == "new"
     assert [(len(run["x"]), default) for _, (run,), default, _ in single] == [(n, "new") for n in (1, 4, 16, 128)]
 
 

@@ -241,25 +241,6 @@ def test_a_gate_that_chooses_none_has_the_reason_and_no_other_way_out():
     assert said.endswith("loop over the experts with the rows that chose them")
 
 
-@pytest.mark.parametrize("form", ["MatMul", "Einsum", "table inside"])
-def test_one_product_of_a_stack_has_the_reason(form):
-    file = File()
-    table = file.table(*file.router())
-    stack = file.weight(E, H, O, name="experts.w")
-    if form == "MatMul":
-        every = file.node("MatMul", file.node("Unsqueeze", "x", file.constant([0])), stack)
-        columns = file.node("Unsqueeze", file.node("Transpose", table, perm=[1, 0]), file.constant([-1]))
-        result = file.sum(file.node("Mul", every, columns), 0, 0)
-    elif form == "Einsum":
-        every = file.node("Relu", file.node("Einsum", "x", stack, equation="th,eho->teo"))
-        result = file.node("Einsum", every, table, equation="teo,te->to")
-    else:
-        result = file.node("Einsum", "x", stack, table, equation="th,eho,te->to")
-    said = reason(file.model(result))
-    assert said.startswith("its experts are matrices of one stack (experts_w), and one product multiplies every row by")
-    assert "to run the chosen alone, loop over the experts with the rows that chose them" in said
-
-
 @pytest.mark.parametrize("chosen", ["rows", "weights"])
 def test_projections_of_what_a_router_chose_are_no_experts(chosen):
     """Those of an attention over chosen tokens: all of them read the same rows."""
