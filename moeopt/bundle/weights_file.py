@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from moeopt.bundle.aligned import ALIGNMENT
-from moeopt.bundle.full_disk import told
 from moeopt.bundle.mapped_file import MappedFile
+from moeopt.full_disk import told
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
