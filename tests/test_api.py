@@ -36,6 +36,17 @@ def patched():
     return model
 
 
+def traced():
+    """It has no signature, and no module at a number in a list."""
+    return torch.jit.trace(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2))
+
+
+def without_values():
+    model = build()
+    with torch.device("meta"):
+        moeopt.optimize(model, X, verify="off")
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
@@ -51,6 +62,9 @@ def patched():
             lambda: moeopt.optimize(nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2))), X),
             "1 is a TorchScript module, which can be neither watched nor copied with shared weights; give the Python",
         ),
+        (lambda: moeopt.optimize(traced(), X, verify="off"), "model is a TorchScript module, which can be neither"),
+        (lambda: moeopt.inspect(traced()), "model is a TorchScript module, which can be neither watched"),
+        (without_values, "default device is 'meta', where tensors have no values, .* outside of `with torch.device"),
         (lambda: moeopt.optimize(optimized(build()), X), "optimised already; pass the original, or its .model"),
         (lambda: moeopt.optimize(build(), "x"), "example_inputs is a str; give a tensor, a tuple of positional"),
         (lambda: moeopt.optimize(build(Two)), "Two was given without example_inputs, and what it takes could not be"),

@@ -72,7 +72,31 @@ def test_mistakes_are_told(bundle, tmp_path):
     with pytest.raises(moeopt.UsageError, match="torch is a bundle: give the server's model repository, a folder of"):
         write_triton_model(bundle, torch_bundle)
     (tmp_path / "file").touch()
-    with pytest.raises(moeopt.UsageError, match="cannot be written: Not a directory; give a repository that you may"):
+    with pytest.raises(moeopt.UsageError, match="file is a file: give the server's model repository, a folder of"):
         write_triton_model(bundle, tmp_path / "file")
+    with pytest.raises(moeopt.UsageError, match="cannot be written: Not a directory; give a repository that you may"):
+        write_triton_model(bundle, tmp_path / "file" / "r")
     with pytest.raises(moeopt.BundleError):
         write_triton_model(tmp_path, tmp_path / "r", "none")
+    with pytest.raises(moeopt.UsageError, match="is no name for a model .up to 200 letters, digits"):
+        write_triton_model(bundle, tmp_path / "r", "a" * 201)
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["^C", "full"])
+def test_what_was_stopped_half_way_is_not_there(bundle, tmp_path, monkeypatch, ending):
+    def stopped(source, to):
+        assert not (tmp_path / "moe").exists()
+        raise ending
+
+    monkeypatch.setattr("shutil.copyfile", stopped)
+    with pytest.raises(type(ending)) as told:
+        write_triton_model(bundle, tmp_path)
+    assert "free some space, and call again" in str(told.value) or isinstance(ending, KeyboardInterrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_kill_left_is_cleared_and_an_empty_folder_filled(bundle, tmp_path):
+    (tmp_path / ".moe.abcdefgh" / "1").mkdir(parents=True)
+    (tmp_path / "moe").mkdir()
+    assert (write_triton_model(bundle, tmp_path) / "config.pbtxt").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "moeopt"
 FLOORS = [
     {"obstacles"},
-    {"errors", "value_types", "file_lock", "listed", "sizes"},
+    {"errors", "value_types", "file_lock", "full_disk", "listed", "sizes"},
     {
         "options",
         "limits",

@@ -125,6 +125,7 @@ TENSORS = [
     (lambda: X.half(), "x is float16 and the weights are float32: give x.to(torch.float32), or dtype='float16'"),
     (lambda: X.to("meta"), "x is on meta and the weights on cpu: give x.to('cpu')"),
     (lambda: X.to_sparse(), "x is a sparse tensor (torch.sparse_coo): give x.to_dense()"),
+    (lambda: torch.nested.as_nested_tensor([X, X[:1]], layout=torch.jagged), "torch.nested.to_padded_tensor(x, 0.0)"),
     (lambda: {"y": X}, "check that it runs on these inputs in eager mode: its forward takes x"),
     (lambda: (), "missing 1 required positional argument: 'x'; check that .*: its forward takes x"),
     (lambda: {"x": np.ones((3, H), "float32")}, "x is a numpy ndarray: give torch.as_tensor(x)"),

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.bundle import aside
-from moeopt.bundle.full_disk import told
 from moeopt.bundle.schemas import ManifestFile
 from moeopt.errors import BundleError, UsageError
+from moeopt.full_disk import told
 from moeopt.other_files import home_hint
 from moeopt.untrusted import checked, open_regular, read_bytes, read_json, shown
 from moeopt.value_types import JsonValue, PyObject

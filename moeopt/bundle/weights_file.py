@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from moeopt.bundle.aligned import ALIGNMENT
-from moeopt.bundle.full_disk import told
 from moeopt.bundle.mapped_file import MappedFile
+from moeopt.full_disk import told
 from moeopt.ir.element_bytes import element_bytes
 
 DTYPE_NAMES = {

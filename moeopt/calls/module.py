@@ -12,6 +12,7 @@ from torch import nn
 
 from moeopt.backends.choice import checked_choice
 from moeopt.capture.dead_proxies import set_aside
+from moeopt.capture.unreadable_models import refuse_scripted
 from moeopt.errors import UsageError
 from moeopt.find.example_inputs import NO_CACHE, as_call, in_order, made_up, without_cache
 from moeopt.optimized import Optimized
@@ -26,6 +27,7 @@ def check_no_arguments(model: PyObject, fields: Mapping[str, PyObject]) -> None:
     """``UsageError`` where inputs of the model's own were given as if they were options."""
     if not isinstance(model, nn.Module):
         return
+    refuse_scripted(model)  # a traced one has no signature
     own = [name for name in fields if name in inspect.signature(model.forward).parameters]
     if own and not any(name in {f.name for f in dataclasses.fields(Options)} for name in own):
         raise UsageError(

@@ -87,6 +87,8 @@ def _unlike_the_weights(name: str, value: PyObject, module: nn.Module) -> str:
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     if not isinstance(value, torch.Tensor) or weight is None:
         return ""
+    if value.is_nested:
+        return f"{name} is a nested tensor: give its rows padded, torch.nested.to_padded_tensor({name}, 0.0)"
     if value.layout is not torch.strided:
         return f"{name} is a sparse tensor ({value.layout}): give {name}.to_dense()"
     if value.device != weight.device:

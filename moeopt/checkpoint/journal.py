@@ -24,12 +24,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from moeopt.bundle import aside
-from moeopt.bundle.full_disk import told
 from moeopt.bundle.values import DTYPES
 from moeopt.bundle.weights_file import WeightsFile
 from moeopt.checkpoint.folder_lock import take
 from moeopt.errors import CheckpointError, UsageError
 from moeopt.find.example_inputs import as_call
+from moeopt.full_disk import told
 from moeopt.ir.element_bytes import element_bytes
 from moeopt.value_types import PyObject
 from moeopt.verification.certificate import Certificate

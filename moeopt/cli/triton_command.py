@@ -8,15 +8,19 @@ The configuration's fields: https://github.com/triton-inference-server/common/bl
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from moeopt.bundle.aside import clear_abandoned, folder
 from moeopt.cli.early import check_bundle
 from moeopt.errors import UsageError
+from moeopt.full_disk import told
 from moeopt.value_types import OnnxValue
 
 _TYPES = {
@@ -25,7 +29,7 @@ _TYPES = {
     "FLOAT16": "TYPE_FP16", "FLOAT": "TYPE_FP32", "DOUBLE": "TYPE_FP64", "BFLOAT16": "TYPE_BF16",
 }  # fmt: skip
 _GRAPH = "model.onnx"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 
 
 def triton_command(
@@ -56,11 +60,14 @@ def write_triton_model(bundle: Path, repository: Path, name: str | None = None) 
         )
     name = bundle.resolve().name if name is None else name
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r} is no name for a model (letters, digits, '_', '-', '.'): give another with --name")
-    if is_bundle(repository):
-        raise UsageError(f"{repository} is a bundle: give the server's model repository, a folder of models")
+        raise UsageError(
+            f"{name!r} is no name for a model (up to 200 letters, digits, '_', '-', '.'): give another with --name"
+        )
+    if is_bundle(repository) or (repository.exists() and not repository.is_dir()):
+        what = "a bundle" if repository.is_dir() else "a file"
+        raise UsageError(f"{repository} is {what}: give the server's model repository, a folder of models")
     target = repository / name
-    if target.exists():
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise UsageError(f"{target} is there already: remove it, or give another name with --name")
     import onnx_ir as ir
 
@@ -68,14 +75,20 @@ def write_triton_model(bundle: Path, repository: Path, name: str | None = None) 
     graph = ir.load(manifest.path(_GRAPH)).graph
     config = _config(name, graph.inputs, graph.outputs, str(manifest.data.get("provider", "cpu")))
     try:
-        (target / "1").mkdir(parents=True)
+        repository.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(dir=repository, prefix=f".{name}."))
     except OSError as err:
         raise UsageError(
             f"{target} cannot be written: {err.strerror or err}; give a repository that you may write to"
         ) from err
-    for file in files:
-        shutil.copyfile(manifest.path(file), target / "1" / file)
-    (target / "config.pbtxt").write_text(config)
+    clear_abandoned(target)
+    with told(target), folder(target) as new:  # in its place when it is whole: a server may be looking for it
+        (new / "1").mkdir()
+        for file in files:
+            shutil.copyfile(manifest.path(file), new / "1" / file)
+        (new / "config.pbtxt").write_text(config)
+        os.chmod(new, 0o755)
+        os.rename(new, target)
     return target
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moeopt.errors import UsageError
+from moeopt.full_disk import told
 from moeopt.html import graph, heat
 from moeopt.html.certificate import certificate_view
 from moeopt.html.load import load_views
@@ -53,7 +54,7 @@ def write_page(
     text = page(report, groups or [], certificate, profile, inspection, timings, key)
     handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+        with told(target), os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
         os.chmod(draft, 0o644)
         os.replace(draft, target)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from moeopt.capture.divided_models import flattened_parameter
+from moeopt.capture.unreadable_models import refuse_scripted
 from moeopt.errors import UsageError
 from moeopt.hub_cache import on_this_disk
 from moeopt.inspection.config_file import checked_fields, config_fields
@@ -55,6 +56,7 @@ def load(target: PyObject, trust_remote_code: bool = False) -> Loaded:
         CheckpointError: a safetensors header is damaged.
     """
     if isinstance(target, nn.Module):
+        refuse_scripted(target)
         _refuse_parts(target)
         return Loaded(target, type(target).__name__, "model")
     if isinstance(target, torch.export.ExportedProgram):

@@ -8,6 +8,7 @@ from torch import nn
 from moeopt.capture.divided_models import divided_parameter
 from moeopt.capture.shared_copy import shared_copy
 from moeopt.capture.tree import ArgsKwargs
+from moeopt.capture.unreadable_models import refuse_no_values, refuse_scripted
 from moeopt.errors import UsageError
 from moeopt.options import Options
 from moeopt.pipeline.no_model import model_hint
@@ -20,8 +21,9 @@ def as_model(model: PyObject) -> nn.Module:
     """The model as a module.
 
     Raises:
-        UsageError: it is of another kind, or holds TorchScript.
+        UsageError: it is of another kind, or holds TorchScript; new tensors have no values here.
     """
+    refuse_no_values()
     if isinstance(model, torch.export.ExportedProgram):
         return model.module()
     if not isinstance(model, nn.Module):
@@ -29,12 +31,7 @@ def as_model(model: PyObject) -> nn.Module:
             f"model is a {type(model).__name__}; give an nn.Module, an fx.GraphModule or an ExportedProgram"
             f"{model_hint(model)}"
         )
-    scripted = next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
-    if scripted is not None:  # no hook can be set on it, and a copy of it has weights of its own
-        raise UsageError(
-            f"{scripted or 'model'} is a TorchScript module, which can be neither watched nor copied with shared "
-            "weights; give the Python modules, or optimise the submodule with the experts"
-        )
+    refuse_scripted(model)
     refuse_divided(model)
     return model
 

@@ -6,6 +6,8 @@ folder/00-model.layers.0.mlp/
     program.txt     what runs now, step by step (rewritten blocks)
     1-group_experts.before.graph, 1-group_experts.after.graph, 2-...
                     the graph around each pass that fired; before the first one, the recorded call
+
+What an earlier run left in the folder goes first: its blocks would look like this run's.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from moeopt.pipeline.describe import describe_router
 from moeopt.rewrite.install import install, uninstall
 from moeopt.rewrite.text import tape_lines, text
 
+_OWN = "witness.txt", "reading.txt", "program.txt"
+
 
 class Dump:
     """Text files for every block of one run.
@@ -38,8 +42,12 @@ class Dump:
         self.folder, self._count = Path(folder), 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for path in filter(Path.is_dir, self.folder.glob("[0-9][0-9]*-*")):
+                _clear(path)
         except OSError as err:
-            raise UsageError(f"dump={str(folder)!r}: the folder cannot be made: {err.strerror or err}") from None
+            raise UsageError(
+                f"dump={str(folder)!r}: the folder cannot be made or cleared: {err.strerror or err}"
+            ) from None
 
     def block(
         self, name: str, module: nn.Module, call: ArgsKwargs | None, rewrite: Rewrite | None, reason: str,
@@ -70,6 +78,15 @@ class Dump:
                 (place / file).write_text(words, encoding="utf-8")
         except OSError as err:
             raise UsageError(f"dump={str(self.folder)!r}: {place} cannot be written: {err.strerror or err}") from None
+
+
+def _clear(place: Path) -> None:
+    """Remove a block's folder of an earlier run; what anybody else wrote there stays."""
+    for path in place.iterdir():
+        if path.name in _OWN or path.suffix == ".graph":
+            path.unlink()
+    if not any(place.iterdir()):
+        place.rmdir()
 
 
 def _reading(rewrite: Rewrite) -> str:

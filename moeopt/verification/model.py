@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from moeopt.capture.isolated_run import WatchWrites
+from moeopt.listed import listed
 from moeopt.value_types import PyObject
 from moeopt.verification.distance import finiteness, token_distance
 from moeopt.verification.judge import EPS_ALLOWANCE, FACTOR, MISTRUST
@@ -38,7 +39,7 @@ from moeopt.verification.language import find_ids, find_logits, greedy_agreement
 from moeopt.verification.noise import Noise
 from moeopt.verification.pins import RoutingLog, RoutingPins
 from moeopt.verification.state import RestoreState, clone_inputs_and_objects, modules_of
-from moeopt.verification.trees import describe, equal_leaves, flatten
+from moeopt.verification.trees import describe, equal_leaves, flatten, numbers
 
 DRAWS = 3
 CEILING = FACTOR * MISTRUST
@@ -216,19 +217,26 @@ def compare_outputs(want: PyObject, got: PyObject, noisy: Sequence[Any], noisele
         if reason:
             result.passed = False
             result.reason = result.reason or f"output {number} {reason}"
+    if unseen := {type(leaf).__name__ for leaf in wants if hasattr(leaf, "__next__")}:
+        result.notes.append(
+            f"the result holds what can be read only once ({listed(sorted(unseen))}), whose values were not "
+            "compared: return a list or a tuple to have them compared"
+        )
+    elif wants and not any(isinstance(numbers(leaf), (Tensor, int)) for leaf in wants):
+        result.notes.append("the model returns no numbers, so its blocks were compared, and nothing end to end")
     return result
 
 
 def _leaf(a: PyObject, b: PyObject, shaken: list[tuple[Any, Any]], result: EndToEnd) -> str:
     """Judge one leaf into ``result``; ``shaken``: noisy and quiet of each draw. The reason why it fails, or ""."""
-    if isinstance(a, float) and isinstance(b, float):
-        a, b = torch.tensor(a), torch.tensor(b)
-        shaken = [(torch.tensor(noisy), torch.tensor(noiseless)) for noisy, noiseless in shaken]
+    if isinstance(a, Tensor) != isinstance(b, Tensor):
+        return f"is {b!r} instead of {a!r}"
+    a, b, shaken = numbers(a), numbers(b), [(numbers(noisy), numbers(noiseless)) for noisy, noiseless in shaken]
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return "" if equal_leaves(a, b) else f"is {b!r} instead of {a!r}"
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return f"is {b.dtype} {tuple(b.shape)} instead of {a.dtype} {tuple(a.shape)}"
-    if not a.dtype.is_floating_point:
+    if not (a.dtype.is_floating_point or a.dtype.is_complex):
         return "" if torch.equal(a, b) else f"({a.dtype}) differs in {int((a != b).sum())} elements"
     if not a.numel():
         return ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -91,8 +92,22 @@ def _same(a: PyObject, b: PyObject) -> bool:
     return a is b or (isinstance(a, _SCALAR) and equal_leaves(a, b))
 
 
+def numbers(leaf: PyObject) -> PyObject:
+    """A Python float or complex number, or an array of NumPy, as a tensor; anything else as it is."""
+    if isinstance(leaf, (float, complex)):
+        return torch.tensor(leaf)
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        try:
+            return torch.from_numpy(np.array(leaf))  # a copy: views may run backwards, and be read only
+        except TypeError:  # of text, of objects, of a dtype that PyTorch has not
+            return leaf
+    return leaf
+
+
 def equal_leaves(a: PyObject, b: PyObject) -> bool:
     """Whether two leaves that are not tensors are the same value; objects without one: the same type."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):  # of text or of objects: the others are tensors by then
+        return np.array_equal(a, b)
     if not isinstance(a, _SCALAR) or isinstance(a, nn.Module):
         return type(a) is type(b)
     return type(a) is type(b) and (a == b or (a != a and b != b))

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from moeopt.bundle.aligned import ALIGNMENT
-from moeopt.bundle.full_disk import told
 from moeopt.bundle.manifest import write_bundle
 from moeopt.bundle.weights_file import DTYPE_NAMES, WeightsFile, becomes_the_bundles, is_becoming_one, save_weights
+from moeopt.full_disk import told
 
 
 def sample(dtype, shape=(5, 3)):

@@ -229,4 +229,11 @@ def test_a_page_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(OSError, match="disk full"):
         pages.report().to_html(path)
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fdopen", full)
+    with pytest.raises(OSError, match=r"No space left on device: free some space, and call again: '.*a\.html'"):
+        pages.report().to_html(path)
     assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["a.html"]

@@ -29,7 +29,11 @@ def texts(folder):
 
 def test_a_rewritten_and_a_declined_block(tmp_path):
     model, x = seeded(Model), torch.randn(6, H)
+    for left in ("01-second/program.txt", "02-gone/reading.txt", "02-gone/1-x.before.graph", "03-mine/notes.md"):
+        (tmp_path / "dump" / left).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "dump" / left).write_text("of an earlier run")
     report = moeopt.optimize(model, x, dump=tmp_path / "dump").report
+    assert not (tmp_path / "dump" / "02-gone").exists() and (tmp_path / "dump" / "03-mine" / "notes.md").is_file()
     assert [b.status for b in report.blocks] == ["rewritten", "declined"]
     files = texts(tmp_path / "dump")
     assert sorted(files) == [
@@ -55,7 +59,7 @@ def test_the_same_model_gives_the_same_files(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_told_before_anything_is_done(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"dump='.*file/dump': the folder cannot be made: Not a directory"):
+    with pytest.raises(UsageError, match=r"dump='.*file/dump': the folder cannot be made or cleared: Not a directory"):
         moeopt.optimize(seeded(MoE), torch.randn(6, H), dump=tmp_path / "file" / "dump")
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -96,6 +97,25 @@ def test_leaves():
     assert "not finite at token 1" in compare_outputs(x, bad, []).reason
     assert compare_outputs(bad, x, []).passed and compare_outputs(0.5, 0.5, []).passed
     assert not compare_outputs(0.5, 0.6, []).passed
+    assert not compare_outputs(0.5, torch.tensor(0.5), []).passed
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.numpy, lambda x: torch.complex(x, -x), lambda x: x.numpy()[::-1]])
+def test_numbers_of_another_form_are_compared_as_numbers(form):
+    x = seeded(3, 4)
+    near, far = x * (1 + 2**-22), x + torch.tensor([[0.0], [1e-3], [0.0]])
+    found = compare_outputs([form(x)], [form(near)], [])
+    assert found.passed and found.tokens == 3 and found.distance > 0
+    assert "at its worst token" in compare_outputs([form(x)], [form(far)], []).reason
+    assert not compare_outputs(np.array(["a", "b"]), np.array(["a", "c"]), []).passed
+
+
+def test_what_cannot_be_compared_is_told():
+    (note,) = compare_outputs([seeded(2), iter([1])], [seeded(2), iter([2])], []).notes
+    assert "can be read only once (list_iterator)" in note and "return a list or a tuple to have them compared" in note
+    (note,) = compare_outputs((None, "text"), (None, "text"), []).notes
+    assert note == "the model returns no numbers, so its blocks were compared, and nothing end to end"
+    assert compare_outputs((None, 3), (None, 3), []).notes == compare_outputs((), (), []).notes == []
 
 
 def test_generate_that_fails_is_noted():

@@ -173,6 +173,11 @@ def trace(
         program = export_widened((args, kwargs), wider, export)
     plan.remarks += counted_sizes(program)
     signature = describe_call(program)
+    if not any("tensor" in entry for entry in signature["outputs"]):
+        raise NotSaveableError(
+            f"{type(model).__name__} returns no tensor, and an engine gives nothing else: return one from its forward, "
+            "or use backend='torch'"
+        )
     say("converting it to ONNX")
     return to_onnx(program), sites, signature
 

@@ -57,3 +57,18 @@ def test_what_moeopt_adds_to_the_options_of_the_user_s_is_what_the_docs_say(mode
     assert own.get_session_config_entry(FLOAT_ROWS) == "4"
     said = (Path(__file__).parents[3] / "docs" / "backends.md").read_text()
     assert f'`{FLOAT_ROWS}` = "1"' in said and "are used, not copied" in said
+
+
+def test_a_model_that_returns_no_tensor_is_refused(model):
+    class Nothing(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            self.inner(x)
+
+    with pytest.raises(
+        moeopt.BundleError, match=r"Nothing returns no tensor, and an engine gives nothing else: return"
+    ):
+        moeopt.optimize(Nothing().eval(), torch.randn(2, 5, 16), backend="onnxruntime", verify="off")
