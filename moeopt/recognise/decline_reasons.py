@@ -12,6 +12,7 @@ from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
 from moeopt.obstacles import Rank
+from moeopt.recognise.codes_for_rows import ONE_AT_A_TIME, codes_behind
 from moeopt.recognise.ffn_candidates import FFNCandidate
 from moeopt.recognise.ffn_groups import source_of
 from moeopt.recognise.gemm_sites import is_computed_weight, weight_and_operand
@@ -20,8 +21,6 @@ from moeopt.recognise.product_of_all import ONE_MATRIX_EACH, one_product_of_all
 from moeopt.recognise.rows_of_others import chosen_among_tokens
 from moeopt.recognise.unnamed import Unnamed
 from moeopt.recognise.weights_for_rows import (
-    ONE_AT_A_TIME,
-    codes_of,
     mixed_kernels,
     mixed_matrices,
     picked_matrices,
@@ -103,7 +102,7 @@ def _computed_at_each_call(tape: Tape) -> Declined | None:
             if weight_and_operand(node, {}) is None:
                 alike.setdefault(tuple(read[0].meta["shape"]), []).append(node)
                 if picks_rows(read[1]) or len(alike[tuple(read[0].meta["shape"])]) > 1:
-                    coded = codes_of(read[0]) is not None
+                    coded = codes_behind(read[0]) is not None
                     return Declined(
                         "its experts' weights are computed at each call (from integers and scales, from low-rank "
                         "factors, or from shared weights and own ones), and the op reads weights as they are stored; "

@@ -25,6 +25,7 @@ from moeopt.ir.specs import ExpertsSpec
 from moeopt.ir.weight_refs import ExpertRef, tensor_at
 from moeopt.obstacles import Obstacle, Rank, Stage
 from moeopt.recognise.changed_rows import changed_rows
+from moeopt.recognise.codes_for_rows import codes_for_rows
 from moeopt.recognise.column_products import column_products
 from moeopt.recognise.combine import Labels, SeveralSums, SumsOfGates, read_combine
 from moeopt.recognise.decline_reasons import no_experts
@@ -40,7 +41,7 @@ from moeopt.recognise.recognition import Recognition
 from moeopt.recognise.routing_of_experts import with_frontier
 from moeopt.recognise.routing_types import NoIds
 from moeopt.recognise.token_rows import Tokens, match_tokens, token_readings
-from moeopt.recognise.weights_for_rows import codes_for_rows, single_neurons
+from moeopt.recognise.weights_for_rows import single_neurons
 
 _STAGES = (Stage.EXPERTS, Stage.FUNCTION, Stage.SUM, Stage.ROUTING, Stage.ROUTING)
 """By how many questions were answered before the attempt failed."""

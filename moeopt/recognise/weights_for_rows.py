@@ -20,13 +20,11 @@ from moeopt.capture.op_kinds import GATES, is_matmul, is_pointwise, moves_rows, 
 from moeopt.capture.replay import ancestors, descendants
 from moeopt.capture.tape import Tape
 from moeopt.errors import Declined
-from moeopt.ir.row_function import CODES
 from moeopt.listed import listed
 from moeopt.obstacles import Rank
 from moeopt.recognise.gemm_sites import weight_and_operand
 from moeopt.recognise.router_steers import CHOICES
 
-ONE_AT_A_TIME = "make floats of the codes of one expert where its rows are multiplied: such experts run on the codes"
 _STEPS = 64
 """Element-wise calls that are looked at behind a matrix."""
 _GATE_STEPS = 8
@@ -37,7 +35,7 @@ def single_neurons(tape: Tape) -> Declined | None:
     """Rows of a table, picked by the router for each token: experts of one neuron where they are multiplied with the
     token, values of a memory where they are only added up."""
     names = ("embedding", "_embedding_bag", "_embedding_bag_forward_only")
-    picked = [n for n in tape.nodes if op_name(n) in names and _is_table(n.args[0])]
+    picked = [n for n in tape.nodes if op_name(n) in names and is_table(n.args[0])]
     picked = picked or _rows_of_tables(tape)
     picked = [n for n in picked if any(op_name(a) in CHOICES for a in ancestors(n.all_input_nodes[1:]))]
     picked = [n for n in picked if not _holds_matrices(n)]
@@ -58,42 +56,19 @@ def single_neurons(tape: Tape) -> Declined | None:
     )
 
 
-def codes_for_rows(tape: Tape) -> Declined | None:
-    """Matrices of codes, picked by the router for each token and made floats, before or after: gpt-fast's form."""
-    for node in tape.nodes:
-        if op_name(node) not in ("index", "index_select") or len(node.all_input_nodes) != 2:
-            continue
-        of, ids = node.all_input_nodes
-        codes = codes_of(of)
-        if codes is None or _of_rows(of) or len(of.meta.get("shape") or ()) < 3:
-            continue
-        if any(op_name(a) in CHOICES for a in (ids, *ancestors([ids]))):
-            return Declined(
-                f"its experts' weights are codes ({codes.target}), and each token gets a copy of the matrices of its "
-                f"experts as floats; loop over the experts that are hit, and {ONE_AT_A_TIME}",
-                node.meta.get("source"),
-            )
-    return None
-
-
-def codes_of(made: fx.Node) -> fx.Node | None:
-    """A stored tensor of codes that ``made`` is, or is computed of."""
-    return next((n for n in (made, *ancestors([made])) if _is_table(n) and n.meta.get("dtype") in CODES), None)
-
-
 def _rows_of_tables(tape: Tape) -> list[fx.Node]:
     """Rows that an index picks out of tables, as files do; none where it picks matrices too, whose biases these are, or
     the scales of their codes, which the block makes floats of before."""
     names = ("index", "index_select")
     picks = [n for n in tape.nodes if op_name(n) in names and len(n.all_input_nodes) == 2]
-    lookups = [n for n in picks if _is_table(n.args[0])]
-    made = [n for n in picks if n not in lookups and not _of_rows(n.all_input_nodes[0])]
+    lookups = [n for n in picks if is_table(n.args[0])]
+    made = [n for n in picks if n not in lookups and not of_rows(n.all_input_nodes[0])]
     if any(len(n.all_input_nodes[0].meta.get("shape") or ()) > 2 for n in (*lookups, *made)):
         return []
     return [n for n in lookups if len(n.all_input_nodes[0].meta["shape"]) == 2]
 
 
-def _of_rows(node: fx.Node) -> bool:
+def of_rows(node: fx.Node) -> bool:
     return any(n.op == "placeholder" for n in ancestors([node]))
 
 
@@ -141,11 +116,11 @@ def _path(lookup: fx.Node) -> str:
 def stacked_tables(node: object) -> list[fx.Node]:
     """The Parameters that ``node`` is, or that it stacks along a first dimension; none where it is anything else."""
     if isinstance(node, fx.Node) and op_name(node) == "stack" and node.args[1:] in ((), (0,)):
-        return list(node.all_input_nodes) if all(map(_is_table, node.all_input_nodes)) else []
-    return [node] if isinstance(node, fx.Node) and _is_table(node) else []
+        return list(node.all_input_nodes) if all(map(is_table, node.all_input_nodes)) else []
+    return [node] if isinstance(node, fx.Node) and is_table(node) else []
 
 
-def _is_table(node: object) -> bool:
+def is_table(node: object) -> bool:
     return isinstance(node, fx.Node) and node.op == "get_attr" and "constant" not in node.meta
 
 
