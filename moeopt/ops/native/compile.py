@@ -43,11 +43,9 @@ _ISA_FLAGS = {
     TILES: _AMX,
     "neon": ("-DMOEOPT_NEON",),
 }
-FLAGS = ("-O3", "-fno-unswitch-loops", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno",
-         "-fno-trapping-math", "-ffp-contract=fast", "-w")  # fmt: skip
-"""-fno-unswitch-loops: copies of loops for each dtype that a store may have are a third of the compiler's time, and
-make no call faster. -w: GCC's own headers of vector intrinsics warn by the thousand; the tests compile with warnings on
-what is ours."""
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+         "-ffp-contract=fast", "-w")  # fmt: skip
+"""-w: GCC's own headers of vector intrinsics warn by the thousand; the tests compile with warnings on what is ours."""
 LIBRARIES = ("-pthread", "-ldl") if sys.platform.startswith("linux") else ("-pthread",)
 UNITS = ("experts.cpp", "pool.cpp", "team.cpp", "ort_op.cpp")
 """What is compiled once; ``isa.cpp`` and ``isa64.cpp`` are compiled for each instruction set but that of tiles."""
