@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from torch import fx, nn
 
 from moeopt.capture.op_kinds import is_matmul, moves_rows, op_name, picks_rows
-from moeopt.capture.replay import descendants
+from moeopt.capture.replay import ancestors, descendants
 from moeopt.capture.tape import Tape
 from moeopt.capture.tree import leaves_of
 from moeopt.errors import Declined
@@ -119,12 +120,29 @@ def _wide_convolution(tape: Tape) -> Declined | None:
         kernel, groups = node.args[1].meta["shape"][2:], node.args[8]
         if any(size != 1 for size in kernel) or groups != 1:
             what = "x".join(map(str, kernel)) + (f" in {groups} groups" if groups != 1 else "")
+            way_out = ""
+            if _rows_as_images(node):
+                way_out = (
+                    ", or any function of a row: where each row is an image of its own, let the experts take rows and "
+                    "reshape them inside (x.view(-1, c, h, w) before, .flatten(1) behind)"
+                )
             return Declined(
                 f"it computes convolutions of {what}; the op multiplies each token's row by a matrix, so that it "
-                "carries 1x1 convolutions in one group only",
+                f"carries 1x1 convolutions in one group only{way_out}",
                 node.meta.get("source", ""),
             )
     return None
+
+
+def _rows_as_images(convolution: fx.Node) -> bool:
+    """Whether what is convolved was made of rows of one axis, each of which became an image."""
+    before = ancestors(convolution.all_input_nodes[:1])
+    moves = [n for n in before if moves_rows(n)]
+    shapes = [tuple(tuple(one.meta.get("shape") or ()) for one in (n.all_input_nodes[0], n)) for n in moves]
+    return any(
+        len(rows) == 2 and len(images) > 2 and rows[0] == images[0] and math.prod(rows) == math.prod(images)
+        for rows, images in shapes
+    )
 
 
 def _one_of_many(tape: Tape) -> Declined | None:
