@@ -232,8 +232,7 @@ class ProductsApart:
         if parts.axis != rank - 2 or len(shape) != rank or shape[-2] != 1:
             return False
         each = [self._out.new("Mul", n, self._out.pick(table, rank - 1, e)) for e, n in enumerate(parts.names)]
-        flat = f"{step.outputs[0]}.flat"
-        self._out.sum(each, flat)
+        flat = self._out.sum(each)
         self._out.write("Unsqueeze", (flat, self._out.number([rank - 2])), step.outputs[0])
         return True
 

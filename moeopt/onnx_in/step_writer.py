@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,6 +31,7 @@ class StepWriter:
         self.constants, self.shapes = constants, shapes
         self.steps: list[NodeStep] = []
         self._names = FreeNames([*constants, *shapes, *(n for s in given for n in (*s.inputs, *s.outputs))])
+        self._held: dict[Hashable, str] = {}
 
     def new(self, op_type: str, *inputs: str, **attributes: PyObject) -> str:
         """The name of what a new step of one result gives."""
@@ -49,13 +50,14 @@ class StepWriter:
         self.steps.append(replace(step, inputs=tuple(inputs), outputs=(name,), attributes=both))
         return name
 
-    def sum(self, names: Sequence[str], result: str) -> None:
-        """The sum of several values, called ``result``."""
+    def sum(self, names: Sequence[str], result: str = "") -> str:
+        """The name of the sum of several values: ``result`` where that is given."""
         total = names[0]
         for number, name in enumerate(names[1:], 2):
-            made = result if number == len(names) else self._names.new(f"{result}.sum")
+            made = result if result and number == len(names) else self._names.new("apart.sum")
             self.write("Add", (total, name), made)
             total = made
+        return total
 
     def pick(self, name: str, axis: int, place: int) -> str:
         """One place of an axis; the value itself where there is no such axis (-1)."""
@@ -73,27 +75,27 @@ class StepWriter:
 
     def matrix(self, stack: str, expert: int, turned: bool = False) -> str:
         """The constant that is one matrix of a stack, where it lies."""
-        made = f"{stack}.{expert}" + ".turned" * turned
-        if made not in self.constants:
-            held = self.constants[stack]
-            own = (held.squeeze(0) if held.shape[0] == 1 and held.dim() > 3 else held)[expert]
-            self.constants[made] = own.transpose(-1, -2) if turned else own
-        return made
+        held = self.constants[stack]
+        own = (held.squeeze(0) if held.shape[0] == 1 and held.dim() > 3 else held)[expert]
+        return self._part(f"{stack}.{expert}", turned, own.transpose(-1, -2) if turned else own)
 
     def place(self, name: str, axis: int, place: int) -> str:
         """The constant that is one place of another's axis."""
-        made = f"{name}.{place}.of_{axis}"
-        if made not in self.constants:
-            self.constants[made] = self.constants[name].select(axis, place)
-        return made
+        return self._part(f"{name}.{place}", (axis,), self.constants[name].select(axis, place))
 
     def cut(self, name: str, axis: int, parts: int, part: int) -> str | None:
         """The constant that is one of ``parts`` as long of another's axis; None where that cannot be divided so."""
         held = self.constants[name]
         if not held.dim() or held.shape[axis] % parts:
             return None
-        made = f"{name}.{part}"
-        if made not in self.constants:
-            width = held.shape[axis] // parts
-            self.constants[made] = held.narrow(axis, part * width, width)
-        return made
+        width = held.shape[axis] // parts
+        return self._part(f"{name}.{part}", (axis, parts), held.narrow(axis, part * width, width))
+
+    def _part(self, stem: str, how: Hashable, held: Tensor) -> str:
+        """The name of a part of a constant, the same each time that this part is asked for. A file may have constants
+        that are called as the part would be (``experts.0`` beside ``experts``): those are others."""
+        which = stem, how
+        if which not in self._held:
+            name = self._held[which] = self._names.new(stem)
+            self.constants[name] = held
+        return self._held[which]

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import moeopt
+from moeopt.onnx_in.step_writer import StepWriter
 from tests.backends.onnxrt.onnx_file.test_by_hand import optimized, reason, right, run
 from tests.onnx_in.by_hand import E, File, H, I, K
 
@@ -246,3 +247,27 @@ def test_columns_that_do_not_lie_side_by_side_are_not_taken_for_experts():
     model = file.model(file.sum(file.node("Mul", every, table), 2, 0))
     found, x = optimized(model), torch.from_numpy(np.random.default_rng(3).normal(size=(5, H)).astype(np.float32))
     torch.testing.assert_close(found(x=x), run(model, x=x)[0])
+
+
+def test_constants_that_are_called_as_a_part_would_be_are_others():
+    """``experts.w`` is a stack, and ``experts.w.0`` what the file multiplies rows with before."""
+    file = File(opset=18)
+    rows = file.node("MatMul", "x", file.weight(H, H, name="experts.w.0"))
+    every = file.node("Relu", file.node("MatMul", rows, stack(file, E, H, H)))
+    every = file.node("Mul", every, file.weight(H, name="experts.w.1"))
+    model = file.model(by_columns(file, every, file.table(*file.router())))
+    right(model, optimized(model))
+
+
+def test_each_part_of_a_constant_is_one_of_its_own():
+    """The same constant cut along either axis, into more parts, and read as a stack."""
+    held = torch.arange(64.0).view(4, 4, 4)
+    out = StepWriter((), {"w": held, "w.1": held[0], "w.1.of_0": held[0]}, {})
+    wanted = {
+        out.matrix("w", 1): held[1], out.matrix("w", 1, turned=True): held[1].T, out.place("w", 0, 1): held[1],
+        out.place("w", 1, 1): held[:, 1], out.cut("w", 0, 2, 1): held[2:], out.cut("w", 1, 2, 1): held[:, 2:],
+        out.cut("w", 1, 4, 1): held[:, 1:2],
+    }  # fmt: skip
+    assert len(wanted) == 7 and out.matrix("w", 1) in wanted
+    for name, part in wanted.items():
+        torch.testing.assert_close(out.constants[name], part)
