@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from moeopt.capture.op_kinds import op_name
 from moeopt.capture.tape import Tape
 from moeopt.recognise.ids_of_masks import table_to_ids
 from moeopt.recognise.routing_by_tables import one_for_each_token
@@ -28,6 +29,8 @@ from moeopt.recognise.routing_candidates import possible_sources
 from moeopt.recognise.routing_types import Extraction, Routing, RoutingForm, Table, same_values
 
 aten = torch.ops.aten
+_PICK = ("index", "index_put", "index_put_", "nonzero", "masked_select")
+"""What takes the rows of a flag."""
 
 
 def by_columns(tape: Tape, before: list[fx.Node], table: Table, dtype: torch.dtype | None) -> Iterator[Routing]:
@@ -67,7 +70,8 @@ def by_flags_apart(tape: Tape, before: list[fx.Node], table: Table, dtype: torch
     flags = [n for n in before if n.meta.get("dtype") == torch.bool and math.prod(n.meta["shape"]) == tokens]
     if len(flags) < candidates:
         return
-    values = [(n, tape.value(n).reshape(-1)) for n in reversed(flags)]
+    picking = [n for n in flags if any(op_name(u) in _PICK for u in n.users)]  # others may be equal by chance
+    values = [(n, tape.value(n).reshape(-1)) for n in reversed(picking or flags)]
     nodes = [next((n for n, v in values if torch.equal(v, column)), None) for column in chosen_TC.unbind(1)]
     found = [n for n in nodes if n is not None]
     if len(found) < len(nodes):

@@ -102,3 +102,27 @@ def test_one_number_for_each_token_weighs_what_its_flags_choose() -> None:
     for shape in ((1, 1), (4, 9)):
         x = torch.randn(*shape, H)
         torch.testing.assert_close(fast(x), model(x))
+
+
+class Marked(nn.Module):
+    """Rows near a boundary are moved first: that flag equals an expert's on numbers that are none of those between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(H, 12), nn.GELU(), nn.Linear(12, H)) for _ in range(E))
+        self.moved = nn.Parameter(torch.randn(H))
+
+    def forward(self, x, t):
+        masks = [t < 2, (t >= 2) & (t < 5), t >= 5]
+        x = torch.where((t <= 2.5)[..., None], x + self.moved, x)
+        y = torch.zeros_like(x)
+        for mask, expert in zip(masks, self.experts, strict=True):
+            y[mask] = expert(x[mask])
+        return y
+
+
+def test_a_flag_that_is_equal_by_chance_is_not_taken_for_an_expert_s() -> None:
+    torch.manual_seed(0)
+    t = torch.tensor([0.0, 1, 3.5, 7, 3.2, 0.5, 7, 1])
+    fast = moeopt.optimize(Marked().eval(), (torch.randn(8, H), t), verify="fast")
+    assert [(b.status, b.experts) for b in fast.report.blocks] == [("rewritten", E)], fast.report
