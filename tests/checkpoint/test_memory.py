@@ -49,6 +49,8 @@ print(json.dumps({**found, "notes": made.report.notes}))
 LAYERS = dict(hidden_size=512, moe_intermediate_size=1024, num_experts=16, intermediate_size=256)
 LAYER = 16 * 3 * 512 * 1024 * 4
 """Bytes of one layer's experts."""
+KEPT_BY_THE_KERNEL = 32 << 20
+"""At most, as ``moeopt/ops/native/src/workspace.h`` says."""
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +101,11 @@ def deep(tmp_path_factory):
 
 
 def test_a_quantised_checkpoint_is_never_expanded_in_memory(deep, tmp_path):
-    """Four layers of floats are pages of a scratch file while they are verified; what stays are pages of codes."""
+    """Four layers of floats are pages of a scratch file while they are verified; what stays are pages of codes, and what
+    the CPU kernel keeps for its next call."""
     small = in_int4(write("qwen3", tmp_path / "small", num_hidden_layers=1, hidden_size=64, moe_intermediate_size=64))
     found = watched(deep, "", small, quantize="checkpoint")
-    assert found["peak"] < 3 * LAYER and found["left"] < LAYER // 4
+    assert found["peak"] < 3 * LAYER and found["left"] < LAYER // 4 + KEPT_BY_THE_KERNEL
     assert any("have the codes of the checkpoint" in note for note in found["notes"])
 
 
