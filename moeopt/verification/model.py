@@ -23,7 +23,7 @@ tokens are left there is no verdict but a failure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,7 +39,7 @@ from moeopt.verification.language import find_ids, find_logits, greedy_agreement
 from moeopt.verification.noise import Noise
 from moeopt.verification.pins import RoutingLog, RoutingPins
 from moeopt.verification.state import RestoreState, clone_inputs_and_objects, modules_of
-from moeopt.verification.trees import describe, equal_leaves, flatten, numbers
+from moeopt.verification.trees import describe, equal_leaves, flatten, not_comparable, numbers
 
 DRAWS = 3
 CEILING = FACTOR * MISTRUST
@@ -217,14 +217,27 @@ def compare_outputs(want: PyObject, got: PyObject, noisy: Sequence[Any], noisele
         if reason:
             result.passed = False
             result.reason = result.reason or f"output {number} {reason}"
-    if unseen := {type(leaf).__name__ for leaf in wants if hasattr(leaf, "__next__")}:
-        result.notes.append(
-            f"the result holds what can be read only once ({listed(sorted(unseen))}), whose values were not "
-            "compared: return a list or a tuple to have them compared"
-        )
-    elif wants and not any(isinstance(numbers(leaf), (Tensor, int)) for leaf in wants):
-        result.notes.append("the model returns no numbers, so its blocks were compared, and nothing end to end")
+    result.notes += _not_compared(wants)
     return result
+
+
+def _not_compared(leaves: Sequence[Any]) -> Iterator[str]:
+    """What is to be told of results that hold values of which only the types were compared, or none."""
+    closed = [leaf for leaf in leaves if not_comparable(leaf)]
+    once = sorted({type(leaf).__name__ for leaf in closed if hasattr(leaf, "__next__")})
+    other = sorted({type(leaf).__name__ for leaf in closed if not hasattr(leaf, "__next__")})
+    if once:
+        yield (
+            f"the result holds what can be read only once ({listed(once)}), whose values were not compared: return a "
+            "list or a tuple to have them compared"
+        )
+    if other:
+        yield (
+            f"the result holds objects ({listed(other)}) of which only the types were compared: return tensors and "
+            "numbers, in lists, tuples or dicts, to have them compared"
+        )
+    if not closed and not any(isinstance(numbers(leaf), (Tensor, int)) for leaf in leaves):
+        yield "the model returns no numbers, so its blocks were compared, and nothing end to end"
 
 
 def _leaf(a: PyObject, b: PyObject, shaken: list[tuple[Any, Any]], result: EndToEnd) -> str:

@@ -9,6 +9,10 @@ may know no more of the class than these.
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
+from collections.abc import ItemsView, Iterable, KeysView, Mapping, ValuesView
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -27,6 +31,10 @@ _SCALAR: tuple[type, ...] = (
     complex,
     str,
     bytes,
+    bytearray,
+    range,
+    Decimal,
+    Fraction,
     torch.dtype,
     torch.device,
     torch.Size,
@@ -60,13 +68,37 @@ def _open_leaf(leaf: PyObject, above: frozenset[int]) -> PyObject:
         return leaf
     if _is_named(leaf) and (named := _named(leaf)) is not None:
         return {f"{named[0]} by name": {name: _opened(part, above) for name, part in named[1].items()}}
+    inside = _inside(leaf)
+    return leaf if inside is None else (type(leaf).__qualname__, _opened(inside, above | {id(leaf)}))
+
+
+def _inside(leaf: PyObject) -> PyObject:
+    """What an object holds: its fields, or its attributes and what a container of its class holds; None where it cannot
+    be opened, as a set, whose order says nothing."""
     if dataclasses.is_dataclass(leaf):
-        inside: PyObject = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
-    elif hasattr(leaf, "__dict__"):
-        inside = vars(leaf)
-    else:
-        return leaf
-    return type(leaf).__qualname__, _opened(dict(inside), above | {id(leaf)})
+        return {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+    slots = [name for one in type(leaf).__mro__ for name in _names(one.__dict__.get("__slots__", ()))]
+    named = {name: getattr(leaf, name) for name in slots if hasattr(leaf, name)} | dict(getattr(leaf, "__dict__", {}))
+    if isinstance(leaf, Mapping):
+        return [dict(leaf), named] if named else dict(leaf)
+    if isinstance(leaf, (list, tuple, deque, ValuesView, ItemsView, KeysView)):
+        return [list(leaf), named] if named else list(leaf)
+    if isinstance(leaf, np.ndarray):
+        return [leaf.shape, leaf.ravel().tolist()] if leaf.dtype == object else None
+    if isinstance(leaf, slice):
+        return [leaf.start, leaf.stop, leaf.step]
+    return named if slots or hasattr(leaf, "__dict__") else None
+
+
+def _names(slots: str | Iterable[str]) -> Iterable[str]:
+    return (slots,) if isinstance(slots, str) else slots
+
+
+def not_comparable(leaf: PyObject) -> bool:
+    """Whether only the types of such leaves are compared, whatever they hold: functions, modules, iterators, sets."""
+    if isinstance(leaf, nn.Module):
+        return True
+    return not isinstance(leaf, (Tensor, np.ndarray, np.generic, *_SCALAR))
 
 
 def describe(value: PyObject) -> str:
@@ -93,7 +125,12 @@ def _same(a: PyObject, b: PyObject) -> bool:
 
 
 def numbers(leaf: PyObject) -> PyObject:
-    """A Python float or complex number, or an array of NumPy, as a tensor; anything else as it is."""
+    """A Python float or complex number, an array of NumPy, a sparse or a nested tensor as a dense tensor; anything else
+    as it is."""
+    if isinstance(leaf, Tensor) and leaf.is_nested:
+        return torch.nested.to_padded_tensor(leaf, 0.0)
+    if isinstance(leaf, Tensor) and leaf.layout not in (torch.strided, torch._mkldnn):  # type: ignore[attr-defined]
+        return leaf.to_dense()
     if isinstance(leaf, (float, complex)):
         return torch.tensor(leaf)
     if isinstance(leaf, (np.ndarray, np.generic)):
@@ -106,7 +143,7 @@ def numbers(leaf: PyObject) -> PyObject:
 
 def equal_leaves(a: PyObject, b: PyObject) -> bool:
     """Whether two leaves that are not tensors are the same value; objects without one: the same type."""
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):  # of text or of objects: the others are tensors by then
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):  # of text: the others are tensors or lists by then
         return np.array_equal(a, b)
     if not isinstance(a, _SCALAR) or isinstance(a, nn.Module):
         return type(a) is type(b)

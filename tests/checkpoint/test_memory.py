@@ -101,8 +101,8 @@ def deep(tmp_path_factory):
 
 
 def test_a_quantised_checkpoint_is_never_expanded_in_memory(deep, tmp_path):
-    """Four layers of floats are pages of a scratch file while they are verified; what stays are pages of codes, and what
-    the CPU kernel keeps for its next call."""
+    """Four layers of floats are pages of a scratch file while they are verified; what stays are pages of codes, and
+    what the CPU kernel keeps for its next call."""
     small = in_int4(write("qwen3", tmp_path / "small", num_hidden_layers=1, hidden_size=64, moe_intermediate_size=64))
     found = watched(deep, "", small, quantize="checkpoint")
     assert found["peak"] < 3 * LAYER and found["left"] < LAYER // 4 + KEPT_BY_THE_KERNEL

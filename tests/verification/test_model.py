@@ -2,6 +2,9 @@
 
 import copy
 import math
+from collections import deque
+from decimal import Decimal
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -115,7 +118,51 @@ def test_what_cannot_be_compared_is_told():
     assert "can be read only once (list_iterator)" in note and "return a list or a tuple to have them compared" in note
     (note,) = compare_outputs((None, "text"), (None, "text"), []).notes
     assert note == "the model returns no numbers, so its blocks were compared, and nothing end to end"
-    assert compare_outputs((None, 3), (None, 3), []).notes == compare_outputs((), (), []).notes == []
+    assert compare_outputs((), (), []).notes == [note]
+    assert compare_outputs((None, 3), (None, 3), []).notes == []
+
+
+class Slotted:
+    __slots__ = ("y",)
+
+    def __init__(self, y):
+        self.y = y
+
+
+class Listed(list):
+    pass
+
+
+class Named(dict):
+    pass
+
+
+CONTAINERS = {
+    "values": lambda t: {"a": t}.values(), "items": lambda t: {"a": t}.items(), "slots": Slotted,
+    "list": lambda t: Listed([t]), "dict": lambda t: Named(a=t), "proxy": lambda t: MappingProxyType({"a": t}),
+    "deque": lambda t: deque([t]), "slice": lambda t: slice(t, None), "decimal": lambda t: Decimal(float(t.sum())),
+    "bytes": lambda t: bytearray(t.numpy().tobytes()), "objects": lambda t: np.array([t, None], dtype=object),
+    "sparse": lambda t: t.diag().to_sparse(), "rows": lambda t: t.diag().to_sparse_csr(),
+}  # fmt: skip
+CLOSED = {"set": lambda t: {t}, "function": lambda t: lambda: t, "Linear": lambda t: torch.nn.Linear(2, 2)}
+
+
+@pytest.mark.parametrize("form", CONTAINERS)
+def test_what_an_object_holds_is_compared(form):
+    hold = CONTAINERS[form]
+    one, other = seeded(3, seed=1), seeded(3, seed=2)
+    assert compare_outputs([hold(one), 3], [hold(one.clone()), 3], []).passed
+    assert not compare_outputs([hold(one), 3], [hold(other), 3], []).passed
+
+
+@pytest.mark.parametrize("form", CLOSED)
+def test_an_object_that_cannot_be_opened_is_told(form):
+    hold = CLOSED[form]
+    found = compare_outputs([seeded(3), hold(seeded(2, seed=1))], [seeded(3), hold(seeded(2, seed=2))], [])
+    assert found.passed and found.notes == [
+        f"the result holds objects ({form}) of which only the types were compared: return tensors and numbers, in "
+        "lists, tuples or dicts, to have them compared"
+    ]
 
 
 def test_generate_that_fails_is_noted():
