@@ -21,11 +21,7 @@ from moeopt.recognise.named_obstacles import between_products, complex_products,
 from moeopt.recognise.product_of_all import ONE_MATRIX_EACH, one_product_of_all
 from moeopt.recognise.rows_of_others import chosen_among_tokens
 from moeopt.recognise.unnamed import Unnamed
-from moeopt.recognise.weights_for_rows import (
-    mixed_kernels,
-    mixed_matrices,
-    picked_matrices,
-)
+from moeopt.recognise.weights_for_rows import mixed_kernels, mixed_matrices, picked_matrices
 
 
 def no_experts(tape: Tape, candidates: list[FFNCandidate]) -> Declined:

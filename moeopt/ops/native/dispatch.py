@@ -34,11 +34,9 @@ MOST_EXPERTS = 8
 EveryWay = Literal["native", "torch", "neurons"]
 """The kernel in C++, torch's matmuls one expert after the other, or ``kernels.every_expert``."""
 
-WORK = 1 << 25
-"""Multiply-adds of one product of one measured call, where every expert takes every row: a few milliseconds."""
-
-LARGE_WORK = 1 << 24
-"""The same where experts are large; one of small weights has at most four times as many."""
+WORK = 1 << 24
+"""Multiply-adds of one product of one measured call: a few milliseconds. One of small weights has four times as many
+at most."""
 
 MANY_ROWS = 16
 """Rows of an expert from which the sizes of small weights are asked about: the ends of a product's sums count there."""
@@ -216,8 +214,8 @@ def _every_ways(
 ) -> dict[str, Way]:  # fmt: skip
     """As many experts of those sizes, or of as many neurons as take a few milliseconds."""
     T, H, I = sizes
-    E = max(2, min(experts, WORK // (T * H * I))) if experts > 1 else 1
-    bank = _bank(E, H, max(64, min(I, WORK // (2 * T * H))), spec, w)
+    E = max(2, min(experts, 2 * WORK // (T * H * I))) if experts > 1 else 1
+    bank = _bank(E, H, max(64, min(I, WORK // (T * H))), spec, w)
     x_TH, weights_TE = torch.full((T, H), 0.5, dtype=x), torch.full((T, E), 0.5, dtype=x)
     ids_TE = every_ids(T, E)
     ways: dict[str, Way] = {"torch": lambda: experts_cpu(x_TH, ids_TE, weights_TE, bank, spec)}
@@ -244,7 +242,7 @@ def _ways(
     For few rows the reading of large weights is what counts, so each call takes two others of them, from memory.
     """
     few = sizes is None and rows <= 4
-    H, I = sizes or ((2048, 1536) if few else (1024, max(64, min(1024, LARGE_WORK // (1024 * rows)))))
+    H, I = sizes or ((2048, 1536) if few else (1024, max(64, min(1024, WORK // (1024 * rows)))))
     E = 4 if few else 2
     bank = _bank(E, H, I, spec, w)
     x_TH, weights_TK = torch.full((rows, H), 0.5, dtype=x), torch.full((rows, 2), 0.5, dtype=x)
